@@ -1,0 +1,202 @@
+"""What every temperature policy is given, gives back and inherits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.functional import Temperature, as_temperature
+from kd_lightning.temperature.schedules import Progress, Schedule
+
+__all__ = ["Signals", "TemperatureLike", "TemperaturePolicy", "Temperatures", "as_policy"]
+
+Temperatures: TypeAlias = Temperature | Sequence[Temperature]
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a policy may look at: one batch, and where training stands.
+
+    Attributes:
+        student_logits: ``(…, C)``, class dimension last.
+        teacher_logits: The same shape.
+        targets: Class indices in the logits' shape without the last dimension; None where there are none.
+        progress: Step and epoch.
+        ignore_index: Target value of positions that do not count; None where all count.
+
+    Example:
+        >>> signals = Signals(torch.zeros(2, 3), torch.zeros(2, 3), targets=torch.tensor([1, -100]))
+        >>> signals.valid
+        tensor([ True, False])
+    """
+
+    student_logits: Tensor
+    teacher_logits: Tensor
+    targets: Tensor | None = None
+    progress: Progress = field(default_factory=Progress)
+    ignore_index: int | None = -100
+
+    @property
+    def class_targets(self) -> Tensor | None:
+        """The targets where they are class indices, one per position; None otherwise (none, soft, multi-label)."""
+        targets = self.targets
+        if targets is None or targets.is_floating_point() or targets.shape != self.student_logits.shape[:-1]:
+            return None
+        return targets
+
+    @property
+    def valid(self) -> Tensor | None:
+        """Mask of the positions that count, in the logits' shape without the last dimension; None where all do."""
+        targets = self.class_targets
+        return None if targets is None or self.ignore_index is None else targets != self.ignore_index
+
+
+class TemperaturePolicy(nn.Module, ABC):
+    """Sets the temperature of each step. Subclasses implement :meth:`compute`; users call the policy itself.
+
+    ``policy(signals)`` = ``compute`` → ``× multiplier`` → ``clamp(min_temperature, max_temperature)`` → shape and
+    value check. The buffer ``multiplier`` (1 at the start) is what callbacks move, so that every policy, scheduled and
+    per-sample ones included, can follow a validation metric. A ``scale`` that the policy sets is in units of T², and
+    so is multiplied by ``multiplier²``.
+
+    Parameters and buffers have shape ``(1,)`` or more (FSDP refuses 0-d ones), travel in checkpoints and stay float32
+    under every trainer precision: in bfloat16 a slow moving average would stand still.
+
+    Args:
+        min_temperature: Lower bound of every temperature; positive. Far below 0.05 the loss has no gradient left.
+        max_temperature: Upper bound; finite. Far above 100 T²·KL drowns in float32 rounding.
+
+    Raises:
+        ValueError: The bounds are not ``0 < min_temperature <= max_temperature < inf``.
+
+    Example:
+        >>> class HotWhenWrong(TemperaturePolicy):
+        ...     '''T = 4 where the teacher errs, else 2, per sample.'''
+        ...     def compute(self, signals):
+        ...         wrong = signals.teacher_logits.argmax(-1, keepdim=True) != signals.targets.unsqueeze(-1)
+        ...         t = torch.where(wrong, 4.0, 2.0)
+        ...         return Temperature(student=t, teacher=t)
+        >>> policy = HotWhenWrong()
+        >>> teacher_logits = torch.tensor([[5.0, 0.0], [5.0, 0.0]])
+        >>> policy(Signals(torch.zeros(2, 2), teacher_logits, torch.tensor([0, 1]))).teacher
+        tensor([[2.],
+                [4.]])
+        >>> _ = policy.multiplier.mul_(0.5)
+        >>> policy(Signals(torch.zeros(2, 2), teacher_logits, torch.tensor([0, 1]))).teacher
+        tensor([[1.],
+                [2.]])
+    """
+
+    multiplier: Tensor
+
+    def __init__(self, *, min_temperature: float = 0.05, max_temperature: float = 100.0) -> None:
+        super().__init__()
+        if not 0 < min_temperature <= max_temperature < math.inf:
+            raise ValueError(
+                "temperature bounds must satisfy 0 < min_temperature <= max_temperature < inf, got "
+                f"min_temperature={min_temperature}, max_temperature={max_temperature}."
+            )
+        self.min_temperature = float(min_temperature)
+        self.max_temperature = float(max_temperature)
+        self.register_buffer("multiplier", torch.ones(1))
+
+    @abstractmethod
+    def compute(self, signals: Signals) -> Temperatures:
+        """The policy's own rule, before the multiplier and the bounds.
+
+        Args:
+            signals: Logits in float32 (or float64), class dimension last.
+
+        Returns:
+            One :class:`Temperature`, or a sequence of them: one loss term each.
+        """
+
+    def transform(self, logits: Tensor) -> Tensor:
+        """What the loss sees in place of the logits (class dimension last). Identity, unless the policy must centre."""
+        return logits
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Optimiser groups of the policy's parameters: their own, without weight decay. Empty if it learns nothing."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [{"params": parameters, "weight_decay": 0.0}] if parameters else []
+
+    def forward(self, signals: Signals) -> Temperatures:
+        """Compute, multiply, bound and check the temperature for one batch."""
+        dtype = torch.promote_types(signals.student_logits.dtype, torch.float32)
+        if signals.student_logits.dtype != dtype or signals.teacher_logits.dtype != dtype:
+            signals = dataclasses.replace(
+                signals,
+                student_logits=signals.student_logits.to(dtype),
+                teacher_logits=signals.teacher_logits.to(dtype),
+            )
+        computed = self.compute(signals)
+        if isinstance(computed, Temperature):
+            return self._finish(computed, signals)
+        return tuple(self._finish(term, signals) for term in computed)
+
+    def _finish(self, computed: Temperature, signals: Signals) -> Temperature:
+        student = self._bound(computed.student)
+        teacher = student if computed.teacher is computed.student else self._bound(computed.teacher)
+        scale = None if computed.scale is None else computed.scale * self.multiplier.square()
+        return as_temperature(Temperature(student, teacher, scale), signals.student_logits)
+
+    def _bound(self, temperature: Tensor) -> Tensor:
+        return (temperature * self.multiplier).clamp(self.min_temperature, self.max_temperature)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemperaturePolicy:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def extra_repr(self) -> str:
+        """The bounds, where they are not the defaults."""
+        shown = []
+        if self.min_temperature != 0.05:
+            shown.append(f"min_temperature={self.min_temperature:g}")
+        if self.max_temperature != 100.0:
+            shown.append(f"max_temperature={self.max_temperature:g}")
+        return ", ".join(shown)
+
+
+TemperatureLike: TypeAlias = float | Schedule | TemperaturePolicy
+
+
+def as_policy(temperature: float | Callable[[Progress], float] | TemperaturePolicy) -> TemperaturePolicy:
+    """Turn what a user may write for a temperature into a policy.
+
+    Args:
+        temperature: A number → :class:`ConstantTemperature`; a schedule, or any function from :class:`Progress` to a
+            number → :class:`ScheduledTemperature`; a policy → itself.
+
+    Raises:
+        TypeError: Anything else.
+
+    Example:
+        >>> as_policy(4.0)
+        ConstantTemperature(value=4)
+        >>> from kd_lightning.temperature import CosineSchedule
+        >>> as_policy(CosineSchedule(init_value=8.0, end_value=1.0))
+        ScheduledTemperature(schedule=CosineSchedule(init_value=8.0, end_value=1.0, until=1.0))
+    """
+    from kd_lightning.temperature.scheduled import ConstantTemperature, ScheduledTemperature
+
+    if isinstance(temperature, TemperaturePolicy):
+        return temperature
+    if isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
+        return ConstantTemperature(temperature)
+    if callable(temperature) and not isinstance(temperature, (type, nn.Module)):
+        return ScheduledTemperature(temperature)
+    received = temperature.__name__ if isinstance(temperature, type) else type(temperature).__name__
+    raise TypeError(
+        f"temperature must be a number, a schedule (Progress → number) or a TemperaturePolicy, got {received}."
+        + (" Pass an instance, not the class." if isinstance(temperature, type) else "")
+    )

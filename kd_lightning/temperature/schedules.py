@@ -1,0 +1,387 @@
+"""Schedules: functions from :class:`Progress` to a number, for temperatures and for loss weights.
+
+Any ``Callable[[Progress], float]`` will do; the ones here are frozen dataclasses, so that they print, compare, pickle
+and can be written in YAML.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, get_args
+
+from typing_extensions import override
+
+__all__ = [
+    "ConstantSchedule",
+    "CosineSchedule",
+    "CyclicSchedule",
+    "ExponentialSchedule",
+    "JoinedSchedule",
+    "LinearSchedule",
+    "Progress",
+    "Schedule",
+    "StepSchedule",
+    "Unit",
+]
+
+Unit = Literal["epoch", "step"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands.
+
+    Attributes:
+        step: Optimiser steps taken so far, from 0.
+        max_steps: Steps in the whole run; None if unknown.
+        epoch: Epochs finished so far, from 0.
+        max_epochs: Epochs in the whole run; None if unknown.
+
+    Example:
+        >>> Progress(step=25, max_steps=100, epoch=2, max_epochs=8).fraction
+        0.25
+    """
+
+    step: int = 0
+    max_steps: int | None = None
+    epoch: int = 0
+    max_epochs: int | None = None
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run that is done, in [0, 1]: by steps where their number is known, else by epochs.
+
+        Raises:
+            ValueError: The run has no known end.
+        """
+        if self.max_steps is not None:
+            return min(self.step / max(self.max_steps, 1), 1.0)
+        if self.max_epochs is not None:
+            return min(self.epoch / max(self.max_epochs, 1), 1.0)
+        raise ValueError(
+            "this schedule spans the whole run, but Progress has neither max_steps nor max_epochs. Give one of them "
+            "(Trainer: max_epochs or max_steps), or use a schedule that counts, such as ExponentialSchedule."
+        )
+
+    def count(self, unit: Unit) -> int:
+        """Epochs or steps so far."""
+        return self.epoch if unit == "epoch" else self.step
+
+    def segment(self, begin: int, end: int | None, unit: Unit) -> Progress:
+        """The progress within one part of the run: from ``begin`` to ``end`` (None: to the end of the run).
+
+        Steps are converted to epochs and back where the run's length is known in both.
+
+        Example:
+            >>> Progress(step=60, max_steps=100, epoch=6, max_epochs=10).segment(5, None, "epoch")
+            Progress(step=10, max_steps=50, epoch=1, max_epochs=5)
+        """
+        per_epoch = None if not (self.max_steps and self.max_epochs) else self.max_steps / self.max_epochs
+
+        def convert(value: int, to: Unit) -> int | None:
+            if to == unit:
+                return value
+            if per_epoch is None:
+                return None
+            return round(value * per_epoch if to == "step" else value / per_epoch)
+
+        def part(count: int, maximum: int | None, to: Unit) -> tuple[int, int | None]:
+            start = convert(begin, to)
+            if start is None:
+                return 0, None
+            stop = maximum if end is None else convert(end, to)
+            return max(count - start, 0), None if stop is None else stop - start
+
+        step, max_steps = part(self.step, self.max_steps, "step")
+        epoch, max_epochs = part(self.epoch, self.max_epochs, "epoch")
+        return Progress(step, max_steps, epoch, max_epochs)
+
+
+class Schedule(ABC):
+    """A function of training progress, ``schedule(progress) -> float``.
+
+    Subclass it to write your own for use in YAML; in Python any function will do.
+    """
+
+    @abstractmethod
+    def __call__(self, progress: Progress) -> float:
+        """The value at this point of training."""
+
+
+@dataclass(frozen=True)
+class ConstantSchedule(Schedule):
+    """The same value throughout.
+
+    Attributes:
+        value: The value; finite and not negative.
+
+    Example:
+        >>> ConstantSchedule(4.0)(Progress(step=7))
+        4.0
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        _check_values(self, "value")
+
+    @override
+    def __call__(self, progress: Progress) -> float:
+        return float(self.value)
+
+
+@dataclass(frozen=True)
+class LinearSchedule(Schedule):
+    r"""A straight line, then flat: :math:`v = v_0 + (v_1 - v_0) \min(f / u, 1)` with the fraction :math:`f` of the run.
+
+    Attributes:
+        init_value: :math:`v_0`, at the start.
+        end_value: :math:`v_1`, from ``until`` on.
+        until: :math:`u`, the share of the run after which ``end_value`` is reached; in (0, 1].
+
+    Source: loss and temperature schedule ``linear`` of MaxText's distillation.
+
+    Example:
+        >>> schedule = LinearSchedule(init_value=10.0, end_value=2.0, until=0.5)
+        >>> [schedule(Progress(step=step, max_steps=100)) for step in (0, 25, 50, 100)]
+        [10.0, 6.0, 2.0, 2.0]
+    """
+
+    init_value: float
+    end_value: float
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_values(self, "init_value", "end_value")
+        _check_until(self.until)
+
+    @override
+    def __call__(self, progress: Progress) -> float:
+        fraction = min(progress.fraction / self.until, 1.0)
+        return self.init_value + (self.end_value - self.init_value) * fraction
+
+
+@dataclass(frozen=True)
+class CosineSchedule(Schedule):
+    r"""Half a cosine, flat at both ends: :math:`v = v_1 + (v_0 - v_1) \, \tfrac12 (1 + \cos(\pi \min(f / u, 1)))`.
+
+    Attributes:
+        init_value: :math:`v_0`, at the start.
+        end_value: :math:`v_1`, from ``until`` on.
+        until: :math:`u`, the share of the run after which ``end_value`` is reached; in (0, 1].
+
+    Source: I. Loshchilov, F. Hutter, "SGDR", ICLR 2017, arXiv 1608.03983 (for the learning rate).
+
+    Example:
+        >>> schedule = CosineSchedule(init_value=8.0, end_value=2.0)
+        >>> [round(schedule(Progress(step=step, max_steps=100)), 6) for step in (0, 50, 100)]
+        [8.0, 5.0, 2.0]
+    """
+
+    init_value: float
+    end_value: float
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_values(self, "init_value", "end_value")
+        _check_until(self.until)
+
+    @override
+    def __call__(self, progress: Progress) -> float:
+        fraction = min(progress.fraction / self.until, 1.0)
+        return self.end_value + (self.init_value - self.end_value) * 0.5 * (1.0 + math.cos(math.pi * fraction))
+
+
+@dataclass(frozen=True)
+class ExponentialSchedule(Schedule):
+    r"""Decay on a log scale: :math:`v = \max(v_1, v_0 \, q^{n})` with :math:`n` the epochs or steps so far.
+
+    ``factor=0.1`` divides by 10 each time, ``factor=0.01`` by 100. A factor above 1 rises, and ``end_value`` is then
+    the ceiling.
+
+    Attributes:
+        init_value: :math:`v_0`; positive.
+        factor: :math:`q`; positive.
+        end_value: :math:`v_1`, the floor (the ceiling of a rise); positive.
+        unit: What is counted: ``"epoch"`` or ``"step"``.
+
+    Example:
+        >>> schedule = ExponentialSchedule(init_value=20.0, factor=0.1, end_value=1.0)
+        >>> [schedule(Progress(epoch=epoch)) for epoch in (0, 1, 2)]
+        [20.0, 2.0, 1.0]
+    """
+
+    init_value: float
+    factor: float = 0.1
+    end_value: float = 1.0
+    unit: Unit = "epoch"
+
+    def __post_init__(self) -> None:
+        _check_values(self, "init_value", "factor", "end_value", positive=True)
+        _check_unit(self.unit)
+        if (self.factor < 1 and self.end_value > self.init_value) or (
+            self.factor > 1 and self.end_value < self.init_value
+        ):
+            raise ValueError(
+                f"ExponentialSchedule with factor={self.factor:g} moves away from end_value={self.end_value:g} when it "
+                f"starts at init_value={self.init_value:g}: a factor below 1 needs end_value <= init_value, one above "
+                "1 end_value >= init_value."
+            )
+
+    @override
+    def __call__(self, progress: Progress) -> float:
+        # in log space: factor ** count overflows for long runs
+        exponent = math.log(self.init_value) + progress.count(self.unit) * math.log(self.factor)
+        bound = math.log(self.end_value)
+        if progress.count(self.unit) == 0 or self.factor == 1:
+            return float(self.init_value)
+        if exponent <= bound if self.factor < 1 else exponent >= bound:
+            return float(self.end_value)
+        return self.init_value * self.factor ** progress.count(self.unit)
+
+
+@dataclass(frozen=True)
+class StepSchedule(Schedule):
+    r"""A staircase: :math:`v = v_0 \, q^{m}` with :math:`m` the number of milestones reached.
+
+    Attributes:
+        init_value: :math:`v_0`; not negative.
+        milestones: Epochs or steps at which the value is multiplied, rising.
+        factor: :math:`q`; positive.
+        unit: What the milestones count: ``"epoch"`` or ``"step"``.
+
+    Example:
+        >>> schedule = StepSchedule(init_value=8.0, milestones=(10, 20), factor=0.5)
+        >>> [schedule(Progress(epoch=epoch)) for epoch in (0, 9, 10, 20)]
+        [8.0, 8.0, 4.0, 2.0]
+    """
+
+    init_value: float
+    milestones: Sequence[int]
+    factor: float = 0.5
+    unit: Unit = "epoch"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        _check_values(self, "init_value")
+        _check_values(self, "factor", positive=True)
+        _check_rising("milestones", self.milestones)
+        _check_unit(self.unit)
+
+    @override
+    def __call__(self, progress: Progress) -> float:
+        return self.init_value * self.factor ** bisect_right(self.milestones, progress.count(self.unit))
+
+
+@dataclass(frozen=True)
+class CyclicSchedule(Schedule):
+    r"""From one value to the other and back, over and over.
+
+    With the phase :math:`\phi = (n \bmod P) / P`: ``"cosine"``
+    :math:`v = v_1 + (v_0 - v_1) \, \tfrac12 (1 + \cos 2 \pi \phi)`, ``"triangle"``
+    :math:`v = v_1 + (v_0 - v_1) \, |1 - 2 \phi|`.
+
+    Attributes:
+        init_value: :math:`v_0`, at the start of each cycle.
+        end_value: :math:`v_1`, in the middle of each cycle.
+        period: :math:`P`, epochs or steps in a cycle; positive.
+        shape: ``"cosine"`` or ``"triangle"``.
+        unit: What the period counts: ``"epoch"`` or ``"step"``.
+
+    Source: cosine oscillation of a temperature: A. Kukleva et al., "Temperature Schedules for Self-Supervised
+    Contrastive Methods on Long-Tail Data", ICLR 2023, arXiv 2303.13664.
+
+    Example:
+        >>> schedule = CyclicSchedule(init_value=2.0, end_value=6.0, period=4)
+        >>> [round(schedule(Progress(epoch=epoch)), 6) for epoch in range(5)]
+        [2.0, 4.0, 6.0, 4.0, 2.0]
+    """
+
+    init_value: float
+    end_value: float
+    period: int
+    shape: Literal["cosine", "triangle"] = "cosine"
+    unit: Unit = "epoch"
+
+    def __post_init__(self) -> None:
+        _check_values(self, "init_value", "end_value")
+        _check_values(self, "period", positive=True)
+        _check_unit(self.unit)
+        if self.shape not in ("cosine", "triangle"):
+            raise ValueError(f"shape must be 'cosine' or 'triangle', got {self.shape!r}.")
+
+    @override
+    def __call__(self, progress: Progress) -> float:
+        phase = (progress.count(self.unit) % self.period) / self.period
+        wave = 0.5 * (1.0 + math.cos(2 * math.pi * phase)) if self.shape == "cosine" else abs(1.0 - 2.0 * phase)
+        return self.end_value + (self.init_value - self.end_value) * wave
+
+
+@dataclass(frozen=True)
+class JoinedSchedule(Schedule):
+    """One schedule after the other, such as a warm-up and then a decay.
+
+    Each part sees its own segment as a whole run: a cosine that begins at epoch 5 spans epochs 5 to the end.
+
+    Attributes:
+        schedules: The parts in order; at least one.
+        boundaries: Where each further part begins, rising; one fewer than the parts.
+        unit: What the boundaries count: ``"epoch"`` or ``"step"``.
+
+    Example:
+        >>> warm_up, decay = LinearSchedule(1.0, 8.0), CosineSchedule(8.0, 2.0)
+        >>> schedule = JoinedSchedule([warm_up, decay], boundaries=[10])
+        >>> [round(schedule(Progress(epoch=epoch, max_epochs=30)), 6) for epoch in (0, 5, 10, 20, 30)]
+        [1.0, 4.5, 8.0, 5.0, 2.0]
+    """
+
+    schedules: Sequence[Schedule | Callable[[Progress], float]]
+    boundaries: Sequence[int]
+    unit: Unit = "epoch"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedules", tuple(self.schedules))
+        object.__setattr__(self, "boundaries", tuple(self.boundaries))
+        _check_rising("boundaries", self.boundaries)
+        _check_unit(self.unit)
+        if len(self.schedules) != len(self.boundaries) + 1:
+            raise ValueError(
+                f"JoinedSchedule needs one boundary between each two schedules, got {len(self.schedules)} schedules "
+                f"and {len(self.boundaries)} boundaries."
+            )
+
+    @override
+    def __call__(self, progress: Progress) -> float:
+        part = bisect_right(self.boundaries, progress.count(self.unit))
+        begin = self.boundaries[part - 1] if part else 0
+        end = self.boundaries[part] if part < len(self.boundaries) else None
+        return self.schedules[part](progress.segment(begin, end, self.unit))
+
+
+def _check_values(schedule: object, *names: str, positive: bool = False) -> None:
+    for name in names:
+        value = getattr(schedule, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value < 0 or (positive and value == 0):
+            rule = "positive" if positive else "not negative"
+            raise ValueError(f"{type(schedule).__name__}: {name} must be a finite number, {rule}, got {value!r}.")
+
+
+def _check_until(until: float) -> None:
+    if not 0 < until <= 1:
+        raise ValueError(f"until must be a share of the run in (0, 1], got {until!r}.")
+
+
+def _check_unit(unit: str) -> None:
+    if unit not in get_args(Unit):
+        raise ValueError(f"unit must be 'epoch' or 'step', got {unit!r}.")
+
+
+def _check_rising(name: str, values: Sequence[int]) -> None:
+    if any(value < 1 for value in values) or any(a >= b for a, b in pairwise(values)):
+        raise ValueError(f"{name} must be positive and strictly rising, got {list(values)}.")
