@@ -27,6 +27,7 @@ __all__ = [
     "Schedule",
     "StepSchedule",
     "Unit",
+    "as_schedule",
 ]
 
 Unit = Literal["epoch", "step"]
@@ -361,6 +362,24 @@ class JoinedSchedule(Schedule):
         begin = self.boundaries[part - 1] if part else 0
         end = self.boundaries[part] if part < len(self.boundaries) else None
         return self.schedules[part](progress.segment(begin, end, self.unit))
+
+
+def as_schedule(value: float | Callable[[Progress], float]) -> Callable[[Progress], float]:
+    """Turn a number into a :class:`ConstantSchedule`; leave a schedule, or any function, as it is.
+
+    Raises:
+        TypeError: Neither a number nor a function.
+        ValueError: A number that is negative or not finite.
+
+    Example:
+        >>> as_schedule(0.9)
+        ConstantSchedule(value=0.9)
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return ConstantSchedule(value)
+    if callable(value) and not isinstance(value, type):
+        return value
+    raise TypeError(f"expected a number or a schedule (Progress → number), got {value!r}.")
 
 
 def _check_values(schedule: object, *names: str, positive: bool = False) -> None:
