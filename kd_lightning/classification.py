@@ -202,6 +202,7 @@ class SupervisedModule(LightningModule):
                     f"{stage}_{name}{suffix}",
                     metric,
                     metric_attribute=f"metrics.{key}.{name}",  # made after Lightning listed the metrics there are
+                    add_dataloader_idx=False,
                     prog_bar=name == "acc" and stage != "train",
                 )
 

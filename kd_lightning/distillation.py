@@ -82,6 +82,7 @@ class DistillationModule(SupervisedModule):
         self.distiller = Distiller(teacher, temperature, kd_loss, task_loss, kd_weight, task_weight)
         self.last_output: DistillationOutput | None = None
         self._max_steps: int | None = None
+        self._last_progress = Progress(max_steps=1, max_epochs=1)  # at the start of a run
         self._restored: dict[str, Any] = {}
         self._temperature_state: dict[str, Tensor] = {}
         self._check_nothing_shared()
@@ -108,20 +109,21 @@ class DistillationModule(SupervisedModule):
 
     @property
     def progress(self) -> Progress:
-        """Where training stands; outside of ``fit`` where the checkpoint left it."""
+        """Where training stands; outside of ``fit`` where the last fit, or the checkpoint, left it."""
         trainer = self._trainer
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:
-            return Progress(**self._restored.get("progress", {}))
+            return self._last_progress
         if self._max_steps is None and trainer.training:
             steps = trainer.estimated_stepping_batches
             self._max_steps = int(steps) if 0 < steps < float("inf") else 0  # 0: it has no known end
         max_epochs = trainer.max_epochs
-        return Progress(
+        self._last_progress = Progress(
             step=trainer.global_step,
             max_steps=self._max_steps or None,
             epoch=trainer.current_epoch,
             max_epochs=max_epochs if max_epochs and max_epochs > 0 else None,
         )
+        return self._last_progress
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
@@ -284,6 +286,8 @@ class DistillationModule(SupervisedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._restored = dict(checkpoint.get(_CHECKPOINT_KEY, {}))
+        if "progress" in self._restored:
+            self._last_progress = Progress(**self._restored["progress"])
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         if fitting and "teacher" in self._restored:
             self._restored["resumed_teacher"] = self._restored["teacher"]
