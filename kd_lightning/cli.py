@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+import torch
+import yaml
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 # imported so that their short names work in YAML
@@ -39,26 +42,42 @@ class KDLightningCLI(LightningCLI):
     """LightningCLI in subclass mode for model and data; what the user typed wins over what a checkpoint stored."""
 
     @override
-    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(Trainer, "trainer")
-        # not required by the parser: `--ckpt_path` alone brings the model's configuration
-        parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True, required=False)
-        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        return super().init_parser(**{"allow_abbrev": False, **kwargs})
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        given = sys.argv[1:] if args is None else args
+        if isinstance(given, list):
+            with tempfile.TemporaryDirectory() as folder:
+                super().parse_arguments(parser, _with_model_of_checkpoint(given, Path(folder)))
+        else:
+            super().parse_arguments(parser, args)
 
     @override
     def _parse_ckpt_path(self) -> None:
-        subcommand = self.config.get("subcommand")
-        if not subcommand:
-            return
-        if self.config[subcommand].get("model") is None:
-            super()._parse_ckpt_path()
-        if self.config[subcommand].get("model") is None:
-            self.parser.error(
-                "no model was given. Name a configuration (--config configs/digits.yaml), a class (--model "
-                "DistillationModule …), or a checkpoint made by this command (--ckpt_path …)."
-            )
-        if self.config[subcommand].get("ckpt_path"):
-            rank_zero_info("Weights come from --ckpt_path; the configuration is the one given here.")
+        """What the user typed stands: Lightning would put the checkpoint's hyper-parameters over it."""
+
+
+def _with_model_of_checkpoint(args: list[str], folder: Path) -> list[str]:
+    """Where a checkpoint is named but no model and no configuration, take the model's from the checkpoint."""
+    options = [arg.partition("=")[0] for arg in args]
+    if any(option in ("-c", "--config", "--model") for option in options) or "--ckpt_path" not in options:
+        return args
+    position = options.index("--ckpt_path")
+    path = Path(args[position].partition("=")[2] or "".join(args[position + 1 : position + 2]))
+    if not path.is_file():
+        return args
+    hparams = dict(torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {}))
+    if "_class_path" not in hparams:
+        raise ValueError(
+            f"{path} was not made by this command, so it does not say which model it is of. Name a configuration as well:"
+            " --config …"
+        )
+    config = folder / "model.yaml"
+    arguments = {name: value for name, value in hparams.items() if not name.startswith("_")}
+    config.write_text(yaml.safe_dump({"model": {"class_path": hparams["_class_path"], "init_args": arguments}}))
+    return [args[0], "--config", str(config), *args[1:]]
 
 
 def main(args: ArgsType = None) -> None:

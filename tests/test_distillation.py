@@ -126,7 +126,9 @@ def test_metrics_are_right_and_logged(
     assert 0 < logged["entropy_teacher"] < torch.tensor(NUM_CLASSES).log()
     rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
     header = rows[0].split(",")
-    steps = [int(row.split(",")[header.index("step")]) for row in rows[1:] if row.split(",")[header.index("train_loss")]]
+    steps = [
+        int(row.split(",")[header.index("step")]) for row in rows[1:] if row.split(",")[header.index("train_loss")]
+    ]
     assert steps == [1, 3, 5, 7]  # the logger's interval, and no row missing
 
 
@@ -324,7 +326,9 @@ def test_resume_is_exact(
     assert_same(snapshot(straight), snapshot(resumed))
 
 
-def test_resuming_with_another_teacher_is_an_error(make_module: Make, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_resuming_with_another_teacher_is_an_error(
+    make_module: Make, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
     trainer = make_trainer(max_epochs=1)
     trainer.fit(make_module(), make_loader())
     trainer.save_checkpoint(tmp_path / "one.ckpt")
@@ -350,7 +354,9 @@ def test_changed_settings_on_resume_are_said(make_module: Make, make_trainer: Ma
     trainer = make_trainer(max_epochs=1)
     trainer.fit(make_module(temperature=4.0), make_loader())
     trainer.save_checkpoint(tmp_path / "four.ckpt")
-    with pytest.warns(UserWarning, match=r"temperature=ConstantTemperature\(value=4\).*=ConstantTemperature\(value=2\)"):
+    with pytest.warns(
+        UserWarning, match=r"temperature=ConstantTemperature\(value=4\).*=ConstantTemperature\(value=2\)"
+    ):
         make_trainer(max_epochs=2).fit(make_module(temperature=2.0), make_loader(), ckpt_path=tmp_path / "four.ckpt")
 
 

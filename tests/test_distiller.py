@@ -103,7 +103,9 @@ def test_tokens(teacher: nn.Module) -> None:
     targets = torch.randint(0, 5, (2, 7))
     targets[:, 4:] = -100
     out = Distiller(None, 2.0)(None, student, targets, teacher_logits=teacher_logits)
-    torch.testing.assert_close(out.kd_loss, hinton(student[:, :4].flatten(0, 1), teacher_logits[:, :4].flatten(0, 1), 2))
+    torch.testing.assert_close(
+        out.kd_loss, hinton(student[:, :4].flatten(0, 1), teacher_logits[:, :4].flatten(0, 1), 2)
+    )
     torch.testing.assert_close(out.task_loss, F.cross_entropy(student[:, :4].flatten(0, 1), targets[:, :4].flatten()))
 
 
