@@ -62,7 +62,7 @@ class SupervisedModule(LightningModule):
         """The target value of positions without a label."""
         return -100
 
-    # ---- what a user may override -------------------------------------------------------------------------------
+    # ---- what a user may override ---------------------------------------------------------------------------------
 
     def unpack_batch(self, batch: Any) -> tuple[Any, Tensor | None]:
         """Split a batch into the networks' inputs and the targets. Override for batches of another shape.

@@ -71,8 +71,8 @@ def _with_model_of_checkpoint(args: list[str], folder: Path) -> list[str]:
     hparams = dict(torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {}))
     if "_class_path" not in hparams:
         raise ValueError(
-            f"{path} was not made by this command, so it does not say which model it is of. Name a configuration as well:"
-            " --config …"
+            f"{path} was not made by this command, so it does not say which model it is of. Name a configuration as "
+            "well: --config …"
         )
     config = folder / "model.yaml"
     arguments = {name: value for name, value in hparams.items() if not name.startswith("_")}

@@ -310,7 +310,7 @@ class DistillationModule(SupervisedModule):
         }
         return {name: repr(part) for name, part in parts.items()}
 
-    # ---- the temperature's state is no weight: WeightAveraging swaps all buffers, these hooks put ours back ---------
+    # ---- the temperature's state is no weight: WeightAveraging swaps all buffers, these hooks put ours back -------
 
     def _live_temperature_state(self) -> dict[str, Tensor]:
         prefix = "distiller.temperature."

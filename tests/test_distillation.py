@@ -75,7 +75,7 @@ def assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
         assert torch.equal(one[name], two[name]), name
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------------
 
 
 def test_fit_equals_a_bare_loop(make_module: Make, make_trainer: MakeTrainer, teacher: nn.Module) -> None:
@@ -159,7 +159,7 @@ def test_the_end_says_student_beside_teacher(
     assert "frozen parameters, weights in place), fingerprint" in caplog.text
 
 
-# ---- batches, outputs -------------------------------------------------------------------------------------------------
+# ---- batches, outputs --------------------------------------------------------------------------------------------
 
 
 class Dictionary(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -203,7 +203,7 @@ def test_odd_batch_says_what_to_override(make_module: Make) -> None:
         make_module().unpack_batch((1, 2, 3))
 
 
-# ---- optimisers -------------------------------------------------------------------------------------------------------
+# ---- optimisers --------------------------------------------------------------------------------------------------
 
 
 def test_only_student_and_policy_reach_the_optimiser(make_module: Make, make_trainer: MakeTrainer) -> None:
@@ -254,7 +254,7 @@ def test_nothing_to_train(teacher: nn.Module, make_trainer: MakeTrainer) -> None
         make_trainer().fit(module, make_loader())
 
 
-# ---- the teacher is untouched -----------------------------------------------------------------------------------------
+# ---- the teacher is untouched ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_teacher_and_student_may_not_share(teacher: nn.Module) -> None:
         DistillationModule(student=nn.Sequential(teacher, nn.Identity()), teacher=teacher)
 
 
-# ---- checkpoints and resuming -------------------------------------------------------------------------------------------
+# ---- checkpoints and resuming ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [CosineSchedule(8, 2), ExponentialSchedule(16, 0.5), LearnedTemperature()])
@@ -413,7 +413,7 @@ def test_student_weights_go_into_the_bare_student(make_module: Make, make_traine
     assert torch.equal(next_teacher(inputs), bare.eval()(inputs))
 
 
-# ---- precision, accumulation, compile -----------------------------------------------------------------------------------
+# ---- precision, accumulation, compile ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])

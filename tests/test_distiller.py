@@ -153,7 +153,7 @@ def test_two_lines_in_a_bare_loop_lower_the_loss(teacher: nn.Module) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), 1e6])

@@ -30,7 +30,7 @@ def assert_same_state(module: nn.Module, expected: dict[str, torch.Tensor]) -> N
         assert torch.equal(tensor, expected[name]), name
 
 
-# ---- frozen ---------------------------------------------------------------------------------------------------------
+# ---- frozen ------------------------------------------------------------------------------------------------------
 
 
 def test_no_gradient_reaches_teacher_or_its_inputs(teacher: nn.Module) -> None:
@@ -83,7 +83,7 @@ def test_not_a_module(wrong: object) -> None:
         FrozenTeacher(wrong)  # pyright: ignore[reportArgumentType]
 
 
-# ---- fingerprint ----------------------------------------------------------------------------------------------------
+# ---- fingerprint -------------------------------------------------------------------------------------------------
 
 
 def test_fingerprint_sees_every_bit(teacher: nn.Module) -> None:
@@ -102,7 +102,7 @@ def test_fingerprint_does_not_depend_on_later_casts(teacher: nn.Module) -> None:
     assert frozen.to(torch.bfloat16).fingerprint() == before
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# ---- checkpoints -------------------------------------------------------------------------------------------------
 
 
 def write(kind: str, weights: dict[str, torch.Tensor], folder: Path) -> Path:
@@ -205,7 +205,7 @@ def test_a_broken_safetensors_file(tmp_path: Path) -> None:
         load_weights(network(), tmp_path / "broken.safetensors")
 
 
-# ---- inputs and outputs -----------------------------------------------------------------------------------------------
+# ---- inputs and outputs ------------------------------------------------------------------------------------------
 
 
 def test_call_model() -> None:
