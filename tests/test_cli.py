@@ -152,8 +152,9 @@ def test_loads_in_a_fresh_process_over_three_generations(run_folder: Path, tmp_p
 def test_short_names_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[DistillationModule] = []
     monkeypatch.setattr(DistillationModule, "on_fit_end", lambda self: seen.append(self))
-    run("fit", "--config", DIGITS, *small(tmp_path), "--model.temperature=LinearSchedule",
-        "--model.temperature.init_value=9", "--model.temperature.end_value=3", "--trainer.fast_dev_run=true")  # fmt: skip
+    flags = ["=LinearSchedule", ".init_value=9", ".end_value=3"]
+    temperature = [f"--model.temperature{flag}" for flag in flags]
+    run("fit", "--config", DIGITS, *small(tmp_path), *temperature, "--trainer.fast_dev_run=true")
     policy = seen[0].distiller.temperature
     assert isinstance(policy, ScheduledTemperature)
     assert str(policy.schedule) == "LinearSchedule(init_value=9.0, end_value=3.0, until=1.0)"

@@ -164,7 +164,7 @@ def test_bad_temperature_at_construction(temperature: float, teacher: nn.Module)
 
 @pytest.mark.parametrize("temperature", ["4", None, True, torch.ones(2), CosineSchedule])
 def test_wrong_kind_of_temperature(temperature: object, teacher: nn.Module) -> None:
-    with pytest.raises(TypeError, match="a schedule .* or a TemperaturePolicy, got"):
+    with pytest.raises(TypeError, match=r"a schedule .* or a TemperaturePolicy, got"):
         Distiller(teacher, temperature)  # pyright: ignore[reportArgumentType]
 
 
@@ -183,7 +183,7 @@ def test_class_counts_that_differ(teacher: nn.Module) -> None:
 
 def test_no_targets_needs_no_task_weight(teacher: nn.Module) -> None:
     logits = torch.zeros(5, 6)
-    with pytest.raises(ValueError, match="task_weight is 0.1 but the batch has no targets"):
+    with pytest.raises(ValueError, match=r"task_weight is 0\.1 but the batch has no targets"):
         Distiller(teacher, 4.0)(INPUTS, logits)
     out = Distiller(teacher, 4.0, task_weight=0)(INPUTS, logits)
     assert out.loss == 0.9 * out.kd_loss

@@ -50,7 +50,9 @@ class Report(Callback):
             synchronised = [*trainer.model.parameters(), *trainer.model.buffers()]
             assert not taught & {id(tensor) for tensor in synchronised}
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         assert isinstance(pl_module, DistillationModule)
         assert pl_module.last_output is not None
         self.temperatures.append(pl_module.last_output.temperatures[0].student.item())

@@ -79,7 +79,7 @@ def test_deepcopy_shares_and_pickle_carries_the_weights(teacher: nn.Module) -> N
 
 @pytest.mark.parametrize("wrong", [nn.Linear, "resnet18", None])
 def test_not_a_module(wrong: object) -> None:
-    with pytest.raises(TypeError, match="must be an nn.Module"):
+    with pytest.raises(TypeError, match=r"must be an nn\.Module"):
         FrozenTeacher(wrong)  # pyright: ignore[reportArgumentType]
 
 
@@ -89,7 +89,7 @@ def test_not_a_module(wrong: object) -> None:
 def test_fingerprint_sees_every_bit(teacher: nn.Module) -> None:
     original = fingerprint(teacher)
     assert fingerprint(copy.deepcopy(teacher)) == original
-    for name, tensor in teacher.state_dict().items():
+    for name in teacher.state_dict():
         other = copy.deepcopy(teacher)
         flat = other.state_dict()[name].reshape(-1)
         flat[0] = flat[0] + 1 if not flat.is_floating_point() else torch.nextafter(flat[0], torch.tensor(torch.inf))
