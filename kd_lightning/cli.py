@@ -50,9 +50,20 @@ class KDLightningCLI(LightningCLI):
         given = sys.argv[1:] if args is None else args
         if isinstance(given, list):
             with tempfile.TemporaryDirectory() as folder:
-                super().parse_arguments(parser, _with_model_of_checkpoint(given, Path(folder)))
+                self.config = parser.parse_args(_with_model_of_checkpoint(given, Path(folder)))
         else:
             super().parse_arguments(parser, args)
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # jsonargparse reports what a class objected to as one branch of a union, with the whole configuration
+            cause: BaseException = error
+            while str(cause).startswith("Does not validate against any of the Union subtypes") and cause.__cause__:
+                cause = cause.__cause__
+            raise cause from None
 
     @override
     def _parse_ckpt_path(self) -> None:

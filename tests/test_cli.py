@@ -97,7 +97,7 @@ def test_validate_gives_the_same_accuracy(run_folder: Path, tmp_path: Path) -> N
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks:UserWarning")  # none are given
 def test_validate_takes_the_model_from_the_checkpoint(run_folder: Path, tmp_path: Path) -> None:
-    data = ["--data=DigitsDataModule", "--data.batch_size=32", "--data.train_fraction=0.1", "--data.in_memory=true"]
+    data = ["--data=DigitsDataModule", "--data.batch_size=22", "--data.train_fraction=0.05", "--data.in_memory=true"]
     logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}", "--trainer.accelerator=cpu"]
     run(
         "validate", *data, *logger, "--trainer.enable_progress_bar=false", "--ckpt_path", str(checkpoint_of(run_folder))
@@ -128,7 +128,7 @@ path, target = sys.argv[1:]
 for generation in range(3):
     module = DistillationModule.load_from_checkpoint(path, weights_only=True)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
-    data = DigitsDataModule(batch_size=32, train_fraction=0.1, in_memory=True)
+    data = DigitsDataModule(batch_size=22, train_fraction=0.05, in_memory=True)
     (metrics,) = trainer.validate(module, data, verbose=False)
     print("val_acc", metrics["val_acc"], "temperature", module.distiller.temperature)
     path = f"{target}/{generation}.ckpt"
@@ -195,25 +195,26 @@ def test_a_checkpoint_of_plain_python_needs_a_config(tmp_path: Path) -> None:
 
 
 def test_python_and_yaml_train_alike(run_folder: Path, tmp_path: Path, make_trainer: Any) -> None:
-    """The same recipe in Python: the same weights, bit for bit."""
+    """The same recipe in Python gives the same numbers."""
     from lightning.pytorch import seed_everything
 
     from kd_lightning import FrozenTeacher
     from kd_lightning.models import DigitsCNN
 
     seed_everything(0, workers=True)
-    data = DigitsDataModule(batch_size=32, train_fraction=0.1, in_memory=True)
+    data = DigitsDataModule(batch_size=22, train_fraction=0.05, in_memory=True)
     student = DigitsCNN(channels=(4, 8), hidden=16)
     module = DistillationModule(
         student=student,
         teacher=FrozenTeacher(DigitsCNN(), TEACHER),
         temperature=CosineSchedule(8.0, 2.0),
         optimizer=lambda params: torch.optim.AdamW(params, lr=0.01),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100),
     )
     trainer = make_trainer(max_epochs=3)
     trainer.fit(module, data)
-    assert float(trainer.callback_metrics["val_acc"]) == pytest.approx(last_value(run_folder, "val_acc"), abs=0.05)
+    for name in ("val_acc", "val_loss", "val_task_loss"):
+        assert float(trainer.callback_metrics[name]) == pytest.approx(last_value(run_folder, name), rel=1e-6)
 
 
 def test_console_script_and_module_are_there() -> None:
