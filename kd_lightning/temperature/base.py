@@ -57,6 +57,10 @@ class Signals:
         targets = self.class_targets
         return None if targets is None or self.ignore_index is None else targets != self.ignore_index
 
+    def replace(self, **changes: Any) -> Signals:
+        """A copy with some attributes changed."""
+        return dataclasses.replace(self, **changes)
+
 
 class TemperaturePolicy(nn.Module, ABC):
     """Sets the temperature of each step. Subclasses implement :meth:`compute`; users call the policy itself.
@@ -122,19 +126,55 @@ class TemperaturePolicy(nn.Module, ABC):
         """What the loss sees in place of the logits (class dimension last). Identity, unless the policy must centre."""
         return logits
 
+    def loss_scale(self, temperature: Temperature) -> Tensor | None:
+        """The factor of the loss as a function of the bounded temperatures, for a method that publishes one.
+
+        Default: what :meth:`compute` set, times ``multiplier²``.
+        """
+        return None if temperature.scale is None else temperature.scale * self.multiplier.square()
+
+    def setup_data(self, datamodule: object) -> None:
+        """Take from the data module what the policy needs, before training. Default: forward to the policies within.
+
+        Called with every stage's data module, or None; a policy that reads, say, ``class_counts`` from it leaves its
+        state alone where there is no such attribute.
+        """
+        for policy in self._inner_policies():
+            policy.setup_data(datamodule)
+
     def param_groups(self) -> list[dict[str, Any]]:
-        """Optimiser groups of the policy's parameters: their own, without weight decay. Empty if it learns nothing."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return [{"params": parameters, "weight_decay": 0.0}] if parameters else []
+        """Optimiser groups of the policy's parameters, without weight decay. Empty if it learns nothing.
+
+        The policy's own parameters are one group; the policies within a combination give theirs, with their own
+        learning rates. No parameter is in two groups.
+        """
+        groups, taken = [], set()
+        for group in (group for policy in self._inner_policies() for group in policy.param_groups()):
+            parameters = [p for p in group["params"] if id(p) not in taken]
+            taken.update(map(id, parameters))
+            if parameters:
+                groups.append({**group, "params": parameters})
+        own = [p for p in self.parameters() if p.requires_grad and id(p) not in taken]
+        return [{"params": own, "weight_decay": 0.0}, *groups] if own else groups
+
+    def _inner_policies(self) -> list[TemperaturePolicy]:
+        """The policies directly within this one, each once."""
+        inner: dict[int, TemperaturePolicy] = {}
+        waiting = list(self.children())
+        while waiting:
+            module = waiting.pop(0)
+            if isinstance(module, TemperaturePolicy):
+                inner[id(module)] = module
+            else:
+                waiting.extend(module.children())
+        return list(inner.values())
 
     def forward(self, signals: Signals) -> Temperatures:
         """Compute, multiply, bound and check the temperature for one batch."""
         dtype = torch.promote_types(signals.student_logits.dtype, torch.float32)
         if signals.student_logits.dtype != dtype or signals.teacher_logits.dtype != dtype:
-            signals = dataclasses.replace(
-                signals,
-                student_logits=signals.student_logits.to(dtype),
-                teacher_logits=signals.teacher_logits.to(dtype),
+            signals = signals.replace(
+                student_logits=signals.student_logits.to(dtype), teacher_logits=signals.teacher_logits.to(dtype)
             )
         computed = self.compute(signals)
         if isinstance(computed, Temperature):
@@ -144,11 +184,28 @@ class TemperaturePolicy(nn.Module, ABC):
     def _finish(self, computed: Temperature, signals: Signals) -> Temperature:
         student = self._bound(computed.student)
         teacher = student if computed.teacher is computed.student else self._bound(computed.teacher)
-        scale = None if computed.scale is None else computed.scale * self.multiplier.square()
+        scale = self.loss_scale(Temperature(student, teacher, computed.scale))
         return as_temperature(Temperature(student, teacher, scale), signals.student_logits)
 
     def _bound(self, temperature: Tensor) -> Tensor:
         return (temperature * self.multiplier).clamp(self.min_temperature, self.max_temperature)
+
+    def _check_within_bounds(self, **values: float) -> None:
+        for name, value in values.items():
+            if not self.min_temperature <= value <= self.max_temperature:  # NaN fails too
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must be a temperature within the policy's bounds "
+                    f"[{self.min_temperature:g}, {self.max_temperature:g}], got {value}. Usual values lie between 1 "
+                    "and 20; the bounds are the arguments min_temperature and max_temperature."
+                )
+
+    def _check_range(self, min_value: float, max_value: float) -> None:
+        self._check_within_bounds(min_value=min_value, max_value=max_value)
+        if min_value > max_value:
+            raise ValueError(
+                f"{type(self).__name__}: min_value must not be above max_value, got min_value={min_value:g}, "
+                f"max_value={max_value:g}."
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemperaturePolicy:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -156,6 +213,12 @@ class TemperaturePolicy(nn.Module, ABC):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)
+
+    def _shown(self, *names: str) -> str:
+        """``name=value`` of the attributes, and the bounds: for :meth:`extra_repr`."""
+        values = ((name, getattr(self, name)) for name in names)
+        shown = [f"{name}={value:g}" if type(value) is float else f"{name}={value!r}" for name, value in values]
+        return ", ".join([*shown, *filter(None, (TemperaturePolicy.extra_repr(self),))])
 
     def extra_repr(self) -> str:
         """The bounds, where they are not the defaults."""

@@ -92,7 +92,7 @@ class ScheduledTemperature(TemperaturePolicy):
     @override
     def compute(self, signals: Signals) -> Temperature:
         value = self.schedule(signals.progress)
-        if not (math.isfinite(value) and value > 0):
+        if not 0 < value < math.inf:  # NaN fails too; torch.compile cannot trace math.isfinite here
             raise ValueError(
                 f"a temperature schedule must give positive, finite values, but {self.schedule} gave {value} at "
                 f"{signals.progress}."
