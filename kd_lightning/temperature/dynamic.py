@@ -59,9 +59,9 @@ class LossGapTemperature(TemperaturePolicy):
     Interacts badly with: a learning-rate schedule that relies on constant targets; mixed labels (no class indices);
     ``init_value`` outside [min_value, max_value] (T starts there and is pulled in).
 
-    Source: S. Islam et al., "Dynamic Temperature Scheduler for Knowledge Distillation", 2025, arXiv 2511.13767. Formula
-    and values after the authors' code, read in a fork of it. The abstract claims consistent gains; we could not read
-    its numbers. SGD runs of another study favour the opposite direction, small T early (arXiv 2603.02430).
+    Source: S. U. Islam et al., "Dynamic Temperature Scheduler for Knowledge Distillation", 2025, arXiv 2511.13767.
+    Formula and values after the authors' code, read in a fork of it. The abstract claims consistent gains; we could
+    not read its numbers. SGD runs of another study favour the opposite direction, small T early (arXiv 2603.02430).
 
     Example:
         >>> policy = LossGapTemperature().eval()
