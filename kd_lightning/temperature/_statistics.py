@@ -11,7 +11,11 @@ from kd_lightning.temperature.base import Signals
 
 
 def centre(logits: Tensor) -> Tensor:
-    """Subtract the mean over the classes (last dimension); classes masked with −inf do not count and stay −inf."""
+    """Subtract the mean over the classes (last dimension), in float32 (float64 stays): in float16 the sum overflows.
+
+    Classes masked with −inf do not count and stay −inf.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     masked = logits == -math.inf
     count = (~masked).sum(-1, keepdim=True).clamp(min=1)
     return logits - logits.masked_fill(masked, 0.0).sum(-1, keepdim=True) / count
