@@ -151,7 +151,19 @@ class CapacityTemperature(TemperaturePolicy):
     rule reinforces itself: below ``underload`` T tends to run to ``max_value``, above ``overload`` to ``min_value``.
     It is a choice between two ends that is made during training more than a control loop.
 
-    EXPERIMENT
+    What it does (``python benchmarks/capacity_temperature.py``: digits, a teacher of 97.6 % test accuracy, students of
+    one hidden layer, 5 seeds, this policy's defaults but ``interval=50``; accuracy in %, mean ± standard deviation):
+
+    ======================  ============  ============  ============  ============  ======================
+    Student                 no teacher    T = 1         T = 4         T = 8         this policy, T₀ = 4
+    ======================  ============  ============  ============  ============  ======================
+    6 units (too small)     90.93 ± 3.37  91.02 ± 3.43  88.07 ± 4.28  88.68 ± 3.58  87.96 ± 4.07, T → 1.0
+    32 units                97.05 ± 0.51  96.97 ± 0.53  96.30 ± 0.74  96.05 ± 0.71  96.36 ± 0.68, T = 3.2
+    ======================  ============  ============  ============  ============  ======================
+
+    It finds out the student that is too small (r̄ from 1.5 at T = 4 up to 100 at T = 1) and takes T to 1, which is the
+    best of the constants here, but too late to matter: against constant T = 4 with the same seeds the difference is
+    −0.11 ± 0.72 and +0.06 ± 0.23. **No gain was measured.** (Neither does distillation gain on this easy task.)
 
     Shapes:
         Logits ``(…, C)`` → T ``(1,)``. State: the buffers ``value``, ``ratio`` (:math:`\bar r`; −1 before the first
@@ -196,7 +208,7 @@ class CapacityTemperature(TemperaturePolicy):
     def __init__(
         self,
         init_value: float = 4.0,
-        overload: float = 0.3,
+        overload: float = 1.0,
         underload: float = 0.05,
         factor: float = 0.9,
         interval: int = 100,
