@@ -29,7 +29,7 @@ from kd_lightning.temperature import (  # noqa: E402
 
 
 def lines(figure: Any) -> dict[str, tuple[list[float], list[float]]]:
-    return {line.get_label(): tuple(map(list, line.get_data())) for line in figure.axes[0].get_lines()}
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].get_lines()}
 
 
 class TestSchedule:

@@ -150,8 +150,9 @@ class ClassFrequencyTemperature(TemperaturePolicy):
 
     @override
     def extra_repr(self) -> str:
-        counts = f"class_counts={self.class_counts.numel() or None}"
-        return f"{counts}, {self._shown('min_value', 'max_value', 'direction')}"
+        counts = [round(count) for count in self.class_counts.tolist()]
+        shown = counts if 0 < len(counts) <= 10 else f"({len(counts)} classes)" if counts else None
+        return f"class_counts={shown}, {self._shown('min_value', 'max_value', 'direction')}"
 
 
 class CorrectWrongTemperature(TemperaturePolicy):

@@ -402,7 +402,7 @@ class DisagreementTemperature(TemperaturePolicy):
       :math:`p_s = \mathrm{softmax}(z_s)`, large where the student is unsure.
 
     No gradient flows through T. The cosine is that of the centred logits (their correlation): **as published**, with
-    ``centre=False``, it changes when a constant is added to all logits, which the softmax does not see.
+    ``center=False``, it changes when a constant is added to all logits, which the softmax does not see.
 
     Shapes:
         Logits ``(…, C)`` → T ``(…, 1)``. The mean is over the batch of this rank.
@@ -413,7 +413,7 @@ class DisagreementTemperature(TemperaturePolicy):
         gamma: :math:`\gamma > 0`. Below 1 brings out small disagreements, above 1 large ones. Only for ``"cosine"``.
         base: :math:`T_0`, the mean of T over the batch as long as no sample reaches a bound.
         by: ``"cosine"`` or ``"confidence"``.
-        centre: Whether the cosine is taken of centred logits.
+        center: Whether the cosine is taken of centred logits.
         min_temperature: Lower bound, see :class:`TemperaturePolicy`. The rule itself has none: with ``beta=40`` a
             sample of w = 1.4 in a batch of mean 0.4 is at T₀ − 40. Raise it to 1 for such values.
         max_temperature: Upper bound.
@@ -444,7 +444,7 @@ class DisagreementTemperature(TemperaturePolicy):
         gamma: float = 1.0,
         base: float = 4.0,
         by: Literal["cosine", "confidence"] = "cosine",
-        centre: bool = True,
+        center: bool = True,
         *,
         min_temperature: float = 0.05,
         max_temperature: float = 100.0,
@@ -461,7 +461,7 @@ class DisagreementTemperature(TemperaturePolicy):
         self.gamma = float(gamma)
         self.base = float(base)
         self.by: Literal["cosine", "confidence"] = by
-        self.centre = bool(centre)
+        self.center = bool(center)
 
     @override
     @torch.no_grad()
@@ -475,7 +475,7 @@ class DisagreementTemperature(TemperaturePolicy):
 
     def _cosine(self, signals: Signals) -> Tensor:
         def direction(logits: Tensor) -> Tensor:
-            logits = centre(logits) if self.centre else logits
+            logits = centre(logits) if self.center else logits
             logits = logits.masked_fill(logits == -math.inf, 0.0)
             return logits / logits.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
@@ -484,7 +484,7 @@ class DisagreementTemperature(TemperaturePolicy):
 
     @override
     def extra_repr(self) -> str:
-        return self._shown("beta", "gamma", "base", "by", "centre")
+        return self._shown("beta", "gamma", "base", "by", "center")
 
 
 class TargetConfidenceTemperature(TemperaturePolicy):

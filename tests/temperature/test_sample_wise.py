@@ -206,18 +206,18 @@ class TestSharpness:
 
 
 class TestDisagreement:
-    @pytest.mark.parametrize("centre", [True, False])
-    def test_flsw(self, check, data, centre):
+    @pytest.mark.parametrize("center", [True, False])
+    def test_flsw(self, check, data, center):
         def formula(student, teacher, targets):
             s, t = student.detach(), teacher
-            if centre:
+            if center:
                 s, t = s - s.mean(-1, keepdim=True), t - t.mean(-1, keepdim=True)
             cosine = (s * t).sum(-1) / ((s * s).sum(-1) * (t * t).sum(-1)) ** 0.5
             w = ((1 - cosine) + 1e-4) ** 0.5
             temperature = (4.0 + 1.5 * (w[targets != -100].mean() - w)).unsqueeze(-1)
             return temperature, temperature, temperature**2
 
-        check(DisagreementTemperature(beta=1.5, gamma=0.5, base=4.0, centre=centre), data, formula)
+        check(DisagreementTemperature(beta=1.5, gamma=0.5, base=4.0, center=center), data, formula)
 
     def test_cwsm(self, check, data):
         def formula(student, teacher, targets):
