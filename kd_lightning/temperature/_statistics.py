@@ -43,10 +43,14 @@ def mean_over_valid(values: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def median_over_valid(values: Tensor, valid: Tensor | None) -> Tensor:
-    """Median (the lower of two middle values) over the valid positions, shape ``(1,)``; NaN where none is valid."""
-    if valid is not None:
-        values = torch.where(valid.unsqueeze(-1), values, math.nan)
-    return values.flatten().nanmedian().reshape(1)
+    """Median (the lower of two middle values) over the valid positions, shape ``(1,)``; inf where none is valid.
+
+    By sorting, since ``torch.nanmedian`` waits for the device.
+    """
+    if valid is None:
+        return values.flatten().median().reshape(1)
+    ordered = torch.where(valid.unsqueeze(-1), values, math.inf).flatten().sort().values
+    return ordered.gather(0, (valid.sum().reshape(1) - 1).clamp(min=0) // 2)
 
 
 def sum_and_count(values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:

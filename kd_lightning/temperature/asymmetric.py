@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -33,6 +32,7 @@ class AsymmetricTemperature(TemperaturePolicy):
         ValueError: On the call, if one of the policies gives several temperatures.
 
     Example:
+        >>> import torch
         >>> policy = AsymmetricTemperature(student=1.0, teacher=4.0)
         >>> policy(Signals(torch.zeros(2, 3), torch.zeros(2, 3)))
         Temperature(student=tensor([1.]), teacher=tensor([4.]), scale=None)
@@ -104,6 +104,7 @@ class TransformedTeacherTemperature(TemperaturePolicy):
     2402.11148.
 
     Example:
+        >>> import torch
         >>> policy = TransformedTeacherTemperature(gamma=0.25)
         >>> policy(Signals(torch.zeros(2, 3), torch.zeros(2, 3)))
         Temperature(student=tensor([1.]), teacher=tensor([4.]), scale=tensor([1.]))
@@ -129,7 +130,7 @@ class TransformedTeacherTemperature(TemperaturePolicy):
 
     @override
     def compute(self, signals: Signals) -> Temperature:
-        student = torch.ones(1, device=signals.student_logits.device)
+        student = signals.full(1.0)
         if not self.weighted:
             return Temperature(student=student, teacher=student / self.gamma, scale=student)
         weight = (self.gamma * tempered_log_softmax(signals.teacher_logits, 1.0)).exp().sum(-1, keepdim=True)

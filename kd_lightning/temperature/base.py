@@ -57,6 +57,14 @@ class Signals:
         targets = self.class_targets
         return None if targets is None or self.ignore_index is None else targets != self.ignore_index
 
+    def full(self, value: float) -> Tensor:
+        """A ``(1,)`` tensor on the device and in the dtype of the student's logits.
+
+        Inside a policy that is float32 (or float64) whatever torch's default dtype is at the moment; half-precision
+        trainers change it around the training step.
+        """
+        return self.student_logits.new_full((1,), value)
+
     def replace(self, **changes: Any) -> Signals:
         """A copy with some attributes changed."""
         return dataclasses.replace(self, **changes)
@@ -109,7 +117,7 @@ class TemperaturePolicy(nn.Module, ABC):
             )
         self.min_temperature = float(min_temperature)
         self.max_temperature = float(max_temperature)
-        self.register_buffer("multiplier", torch.ones(1))
+        self.register_buffer("multiplier", torch.ones(1, dtype=torch.float32))
 
     @abstractmethod
     def compute(self, signals: Signals) -> Temperatures:

@@ -88,7 +88,7 @@ class ClassFrequencyTemperature(TemperaturePolicy):
         self.max_value = float(max_value)
         self.direction: Literal["rare_high", "rare_low"] = direction
         self._given = class_counts is not None
-        counts = torch.zeros(0) if class_counts is None else self._checked(class_counts)
+        counts = torch.zeros(0, dtype=torch.float32) if class_counts is None else self._checked(class_counts)
         self.register_buffer("class_counts", counts)
 
     @override
@@ -212,8 +212,9 @@ class CorrectWrongTemperature(TemperaturePolicy):
     def compute(self, signals: Signals) -> Temperature:
         targets = class_targets(signals, type(self).__name__)
         classes = torch.arange(signals.teacher_logits.shape[-1], device=targets.device)
-        teacher = torch.where(classes == targets.unsqueeze(-1), self.correct, self.wrong)
-        student = torch.ones(1, device=teacher.device)
+        is_target = classes == targets.unsqueeze(-1)
+        teacher = torch.where(is_target, signals.full(self.correct), signals.full(self.wrong))
+        student = signals.full(1.0)
         return Temperature(student=student, teacher=teacher, scale=student)
 
     @override

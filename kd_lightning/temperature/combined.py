@@ -96,7 +96,7 @@ class ProductTemperature(_CombinedTemperature):
             parts.append(part)
         student, teacher, scale = parts[0]
         if any(part.scale is not None for part in parts):
-            scale = torch.ones(1, device=student.device)
+            scale = signals.full(1.0)
             for part in parts:
                 scale = scale * (part.student * part.teacher if part.scale is None else part.scale)
         for part in parts[1:]:

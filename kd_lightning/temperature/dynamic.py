@@ -97,7 +97,7 @@ class LossGapTemperature(TemperaturePolicy):
         self.max_value = float(max_value)
         self.curve = float(curve)
         self.momentum = float(momentum)
-        self.register_buffer("value", torch.full((1,), float(init_value)))
+        self.register_buffer("value", torch.full((1,), float(init_value), dtype=torch.float32))
 
     @override
     def compute(self, signals: Signals) -> Temperature:
@@ -243,9 +243,9 @@ class CapacityTemperature(TemperaturePolicy):
         self.momentum = float(momentum)
         self.min_value = float(min_value)
         self.max_value = float(max_value)
-        self.register_buffer("value", torch.full((1,), float(init_value)))
-        self.register_buffer("ratio", torch.full((1,), -1.0))
-        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("value", torch.full((1,), float(init_value), dtype=torch.float32))
+        self.register_buffer("ratio", torch.full((1,), -1.0, dtype=torch.float32))
+        self.register_buffer("calls", torch.zeros(1, dtype=torch.float32))
 
     @override
     def compute(self, signals: Signals) -> Temperature:

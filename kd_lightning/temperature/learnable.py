@@ -158,7 +158,7 @@ class LearnableTemperature(_BoundedTemperature):
         super().__init__(
             init_value, min_value, max_value, adversarial, warmup_epochs, lr, min_temperature, max_temperature
         )
-        self.raw = nn.Parameter(torch.full((1,), self._init_raw()))
+        self.raw = nn.Parameter(torch.full((1,), self._init_raw(), dtype=torch.float32))
 
     @override
     def compute(self, signals: Signals) -> Temperature:
@@ -239,10 +239,11 @@ class InstanceTemperature(_BoundedTemperature):
             )
         self.num_classes = num_classes
         self.hidden_size = hidden_size
-        last = nn.Linear(hidden_size, 1)
+        last = nn.Linear(hidden_size, 1, dtype=torch.float32)
         nn.init.zeros_(last.weight)
         nn.init.constant_(last.bias, self._init_raw())
-        self.network = nn.Sequential(nn.Linear(2 * num_classes, hidden_size), nn.ReLU(), last)
+        first = nn.Linear(2 * num_classes, hidden_size, dtype=torch.float32)
+        self.network = nn.Sequential(first, nn.ReLU(), last)
 
     @override
     def compute(self, signals: Signals) -> Temperature:

@@ -108,7 +108,7 @@ class ConfidenceTemperature(TemperaturePolicy):
                 torch.sigmoid(margin / self.softness),
             )
         else:
-            temperature = torch.where(margin > 0, self.confident, self.unsure)
+            temperature = torch.where(margin > 0, signals.full(self.confident), signals.full(self.unsure))
         return Temperature(student=temperature, teacher=temperature)
 
     @override

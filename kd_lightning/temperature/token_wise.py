@@ -83,7 +83,7 @@ class TokenDifficultyTemperature(TemperaturePolicy):
         root_t = (0.5 * tempered_log_softmax(signals.teacher_logits, 1.0)).exp()
         distance = (0.5 * (root_s - root_t).square().sum(-1, keepdim=True)).sqrt().clamp(min=self.smallest)
         median = median_over_valid(distance, signals.valid)
-        ratio = torch.where(median.isnan(), 1.0, distance / median)  # no valid token: any T will do
+        ratio = torch.where(median.isinf(), 1.0, distance / median)  # no valid token: any T will do
         temperature = self.base * torch.exp(-self.strength * torch.tanh(ratio.log()))
         return Temperature(student=temperature, teacher=temperature)
 

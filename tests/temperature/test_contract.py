@@ -321,6 +321,24 @@ def test_moves_and_casts(case):
 
 
 @cases
+def test_blind_to_the_default_dtype(case):
+    """Lightning's bf16-true sets it around construction and the training step."""
+    torch.manual_seed(1)
+    expected_policy = case.build()
+    expected = terms(expected_policy, make())
+    signals = make()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        torch.manual_seed(1)
+        policy = case.build()
+        computed = terms(policy, signals)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(computed, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(policy.state_dict(), expected_policy.state_dict())
+
+
+@cases
 def test_no_weight_decay(case):
     policy = case.build()
     groups = policy.param_groups()
