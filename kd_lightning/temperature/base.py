@@ -142,10 +142,10 @@ class TemperaturePolicy(nn.Module, ABC):
         return None if temperature.scale is None else temperature.scale * self.multiplier.square()
 
     def setup_data(self, datamodule: object) -> None:
-        """Take from the data module what the policy needs, before training. Default: forward to the policies within.
+        """Take from the data module what the policy needs. Default: forward to the policies within this one.
 
-        Called with every stage's data module, or None; a policy that reads, say, ``class_counts`` from it leaves its
-        state alone where there is no such attribute.
+        Called before a fit, once the training part of the data is chosen; None where there is no data module. A policy
+        that reads, say, ``class_counts`` leaves its state alone where there is no such attribute.
         """
         for policy in self._inner_policies():
             policy.setup_data(datamodule)

@@ -37,7 +37,8 @@ class LossGapTemperature(TemperaturePolicy):
     at :math:`d = -1`. In the rest of training T is a smoothed cosine decay.
 
     Shapes:
-        Logits ``(…, C)``, targets ``(…)`` → T ``(1,)``. State: the buffer ``value`` ``(1,)``.
+        Logits ``(…, C)``, targets ``(…)`` → T ``(1,)``. State: the buffer ``value`` ``(1,)``. With several ranks each
+        must make every training step, since they average their losses.
 
     Args:
         init_value: :math:`T_0`, and T before the first step.
@@ -167,7 +168,8 @@ class CapacityTemperature(TemperaturePolicy):
 
     Shapes:
         Logits ``(…, C)`` → T ``(1,)``. State: the buffers ``value``, ``ratio`` (:math:`\bar r`; −1 before the first
-        step) and ``calls`` (training steps since T was last looked at), each ``(1,)``.
+        step) and ``calls`` (training steps since T was last looked at), each ``(1,)``. With several ranks each must
+        make every training step, since they average r.
 
     Args:
         init_value: T at the start.

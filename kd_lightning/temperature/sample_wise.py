@@ -136,8 +136,8 @@ class EntropyTemperature(TemperaturePolicy):
     Raises:
         ValueError: ``min_value > max_value``, or one outside the bounds.
 
-    Suggested values: ``min_value=2, max_value=6`` brackets the usual T = 4. Equal values give a constant. With many
-    classes most teachers' normalised entropy is below 0.2, so look at the logged mean rather than at ``max_value``.
+    Suggested values: ``min_value=2, max_value=6`` brackets the usual T = 4. Equal values give a constant. A
+    teacher is nearly certain on its own training data, so look at the logged mean rather than at ``max_value``.
 
     Interacts badly with: the T² factor, which gives the uncertain samples the larger weight
     (``KDLoss(scale="none")`` switches that off); teachers trained with label smoothing, whose entropy is nearly the

@@ -53,6 +53,13 @@ class TestSignals:
         assert signals(targets=targets).class_targets is None
         assert signals(targets=targets).valid is None
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_full(self, dtype):
+        value = signals(dtype).full(1.1)
+        assert value.shape == (1,)
+        assert value.dtype == dtype
+        assert value.item() == pytest.approx(1.1, rel=1e-6)
+
     def test_replace(self):
         before = signals()
         after = before.replace(progress=Progress(step=3))
