@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kd_lightning.temperature.base import Signals
+if TYPE_CHECKING:
+    from kd_lightning.temperature.base import Signals
 
 
 def centre(logits: Tensor) -> Tensor:

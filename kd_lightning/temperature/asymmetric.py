@@ -38,6 +38,8 @@ class AsymmetricTemperature(TemperaturePolicy):
         Temperature(student=tensor([1.]), teacher=tensor([4.]), scale=None)
     """
 
+    reads_logits = False
+
     def __init__(
         self,
         student: float | Schedule | TemperaturePolicy | Callable[[Progress], float] = 1.0,

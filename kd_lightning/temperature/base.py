@@ -7,12 +7,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from kd_lightning.functional import Temperature, as_temperature
+from kd_lightning.temperature._statistics import mean_over_valid
 from kd_lightning.temperature.schedules import Progress, Schedule
 
 __all__ = ["Signals", "TemperatureLike", "TemperaturePolicy", "Temperatures", "as_policy"]
@@ -78,6 +79,10 @@ class TemperaturePolicy(nn.Module, ABC):
     per-sample ones included, can follow a validation metric. A ``scale`` that the policy sets is in units of T², and
     so is multiplied by ``multiplier²``.
 
+    Positions whose target is ``ignore_index`` may hold anything, NaN included: ``compute`` sees zeros there (policies
+    that do not look at the logits set ``reads_logits = False`` and save the copy), and what it returns for them is
+    replaced by the mean over the others, so that the logged mean and range are those of the positions that count.
+
     Parameters and buffers have shape ``(1,)`` or more (FSDP refuses 0-d ones), travel in checkpoints and stay float32
     under every trainer precision: in bfloat16 a slow moving average would stand still.
 
@@ -107,6 +112,7 @@ class TemperaturePolicy(nn.Module, ABC):
     """
 
     multiplier: Tensor
+    reads_logits: ClassVar[bool] = True
 
     def __init__(self, *, min_temperature: float = 0.05, max_temperature: float = 100.0) -> None:
         super().__init__()
@@ -184,15 +190,25 @@ class TemperaturePolicy(nn.Module, ABC):
             signals = signals.replace(
                 student_logits=signals.student_logits.to(dtype), teacher_logits=signals.teacher_logits.to(dtype)
             )
+        valid = signals.valid
+        if valid is not None and self.reads_logits:
+            left_out = ~valid.unsqueeze(-1)
+            signals = signals.replace(
+                student_logits=signals.student_logits.masked_fill(left_out, 0.0),
+                teacher_logits=signals.teacher_logits.masked_fill(left_out, 0.0),
+            )
         computed = self.compute(signals)
         if isinstance(computed, Temperature):
             return self._finish(computed, signals)
         return tuple(self._finish(term, signals) for term in computed)
 
     def _finish(self, computed: Temperature, signals: Signals) -> Temperature:
-        student = self._bound(computed.student)
-        teacher = student if computed.teacher is computed.student else self._bound(computed.teacher)
-        scale = self.loss_scale(Temperature(student, teacher, computed.scale))
+        valid = signals.valid
+        student = _fill_left_out(self._bound(computed.student), valid)
+        shared = computed.teacher is computed.student
+        teacher = student if shared else _fill_left_out(self._bound(computed.teacher), valid)
+        scale = None if computed.scale is None else _fill_left_out(computed.scale, valid)
+        scale = self.loss_scale(Temperature(student, teacher, scale))
         return as_temperature(Temperature(student, teacher, scale), signals.student_logits)
 
     def _bound(self, temperature: Tensor) -> Tensor:
@@ -236,6 +252,13 @@ class TemperaturePolicy(nn.Module, ABC):
         if self.max_temperature != 100.0:
             shown.append(f"max_temperature={self.max_temperature:g}")
         return ", ".join(shown)
+
+
+def _fill_left_out(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Values per position, the mean over the valid positions in place of those left out; as they are if none is."""
+    if valid is None or values.shape != (*valid.shape, 1):
+        return values
+    return torch.where((valid | ~valid.any()).unsqueeze(-1), values, mean_over_valid(values.detach(), valid))
 
 
 TemperatureLike: TypeAlias = float | Schedule | TemperaturePolicy

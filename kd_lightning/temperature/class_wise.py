@@ -68,6 +68,7 @@ class ClassFrequencyTemperature(TemperaturePolicy):
         tensor([[2., 4., 6.]])
     """
 
+    reads_logits = False
     class_counts: Tensor
 
     def __init__(
@@ -194,6 +195,8 @@ class CorrectWrongTemperature(TemperaturePolicy):
         tensor([[4., 2., 2.],
                 [2., 2., 4.]])
     """
+
+    reads_logits = False
 
     def __init__(
         self,

@@ -18,6 +18,8 @@ __all__ = ["JoinedTemperature", "MultiTemperature", "ProductTemperature"]
 class _CombinedTemperature(TemperaturePolicy):
     """What combinations share: their parts, and the parts' centring one after the other."""
 
+    reads_logits = False
+
     def __init__(
         self,
         policies: Sequence[float | Schedule | TemperaturePolicy | Callable[[Progress], float]],

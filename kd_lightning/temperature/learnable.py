@@ -143,6 +143,8 @@ class LearnableTemperature(_BoundedTemperature):
         [['params', 'weight_decay']]
     """
 
+    reads_logits = False
+
     def __init__(
         self,
         init_value: float = 15.62,

@@ -38,6 +38,8 @@ class ConstantTemperature(TemperaturePolicy):
         tensor([4.])
     """
 
+    reads_logits = False
+
     def __init__(self, value: float = 4.0, *, min_temperature: float = 0.05, max_temperature: float = 100.0) -> None:
         super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
         if not (math.isfinite(value) and min_temperature <= value <= max_temperature):
@@ -77,6 +79,8 @@ class ScheduledTemperature(TemperaturePolicy):
         >>> policy(Signals(torch.zeros(2, 3), torch.zeros(2, 3), progress=Progress(step=1, max_steps=4))).student
         tensor([8.])
     """
+
+    reads_logits = False
 
     def __init__(
         self,

@@ -236,6 +236,36 @@ def test_finite_and_within_bounds(case, kind, dtype):
 
 
 @cases
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e30])
+def test_positions_left_out_may_hold_anything(case, garbage):
+    signals = make()
+    left_out = signals.targets == -100
+    results = []
+    for value in (0.0, garbage):
+        policy = case.build()
+        student, teacher = signals.student_logits.clone(), signals.teacher_logits.clone()
+        student[left_out] = teacher[left_out] = value
+        student.requires_grad_()
+        given = signals.replace(student_logits=student, teacher_logits=teacher)
+        loss_of(policy, given).backward()
+        assert student.grad is not None
+        results.append((terms(policy.eval(), given), student.grad))
+    assert_same(results[1][0], results[0][0])
+    torch.testing.assert_close(results[1][1], results[0][1])
+
+
+@cases
+def test_positions_left_out_have_the_mean_of_the_others(case):
+    policy, signals = case.build(), make((4, 3, CLASSES))
+    valid = signals.valid
+    assert valid is not None
+    for term in terms(policy, signals):
+        for t in term[:2]:
+            if t.shape == (4, 3, 1):
+                torch.testing.assert_close(t[~valid], t[valid].mean().expand_as(t[~valid]))
+
+
+@cases
 @pytest.mark.parametrize("shape", [(5, CLASSES), (1, CLASSES), (2, 3, CLASSES), (2, 3, 4, CLASSES)])
 def test_shapes(case, shape):
     policy, signals = case.build(), make(shape)
