@@ -1,3 +1,10 @@
 """Knowledge distillation for PyTorch Lightning with temperature as a first-class object."""
 
+from kd_lightning.classification import ClassificationModule
+from kd_lightning.distillation import DistillationModule
+from kd_lightning.distiller import DistillationOutput, Distiller
+from kd_lightning.teachers import FrozenTeacher
+
 __version__ = "0.1.0"
+
+__all__ = ["ClassificationModule", "DistillationModule", "DistillationOutput", "Distiller", "FrozenTeacher"]

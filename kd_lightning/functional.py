@@ -18,6 +18,7 @@ __all__ = [
     "Temperature",
     "as_temperature",
     "kd_loss",
+    "loss_scale",
     "predictive_entropy",
     "tempered_log_softmax",
     "tempered_softmax",
@@ -132,7 +133,7 @@ def kd_loss(
     p_t = log_p_t.exp()
     # 0 · (log 0 − log p) is 0 by continuity, not NaN
     divergence = (p_t * torch.where(p_t > 0, log_p_t - log_p_s, 0.0)).sum(-1)
-    loss = divergence * _loss_scale(temp, scale)
+    loss = divergence * loss_scale(temp, scale)
     return _reduce(loss, valid, reduction)
 
 
@@ -255,6 +256,33 @@ def as_temperature(temperature: float | Tensor | Temperature, logits: Tensor) ->
     )
 
 
+def loss_scale(temperature: Temperature, rule: str) -> Tensor:
+    """The factor of the loss per position, see ``scale`` in :func:`kd_loss`.
+
+    Args:
+        temperature: Class dimension last.
+        rule: ``"student_teacher"``, ``"student"``, ``"teacher"`` or ``"none"``; a ``temperature.scale`` that is set
+            takes its place.
+
+    Returns:
+        A tensor with one element, or in the shape of the temperatures without the class dimension.
+
+    Example:
+        >>> loss_scale(Temperature(torch.tensor(2.0), torch.tensor(4.0)), "student_teacher")
+        tensor(8.)
+    """
+    student, teacher, scale = temperature
+    if scale is None:
+        if rule == "none":
+            return torch.ones((), dtype=student.dtype, device=student.device)
+        scale = {
+            "student_teacher": student * teacher,
+            "student": student * student,
+            "teacher": teacher * teacher,
+        }[rule]
+    return scale.mean(-1) if scale.dim() > 0 else scale
+
+
 _USUAL = "Usual values lie between 1 and 20; T = 1 is the plain softmax."
 
 
@@ -338,20 +366,6 @@ def _valid_positions(targets: Tensor | None, logits: Tensor, class_dim: int, ign
             f"{tuple(targets.shape)} for logits of shape {tuple(logits.shape)} with class_dim={class_dim}."
         )
     return None if ignore_index is None else targets != ignore_index
-
-
-def _loss_scale(temperature: Temperature, rule: Scale) -> Tensor:
-    """The factor per position, in the shape of the logits without the (last) class dimension or with one element."""
-    student, teacher, scale = temperature
-    if scale is None:
-        if rule == "none":
-            return torch.ones((), dtype=student.dtype, device=student.device)
-        scale = {
-            "student_teacher": student * teacher,
-            "student": student * student,
-            "teacher": teacher * teacher,
-        }[rule]
-    return scale.mean(-1) if scale.dim() > 0 else scale
 
 
 def _reduce(loss: Tensor, valid: Tensor | None, reduction: Reduction) -> Tensor:

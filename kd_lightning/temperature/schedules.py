@@ -26,6 +26,7 @@ __all__ = [
     "Schedule",
     "StepSchedule",
     "Unit",
+    "as_schedule",
 ]
 
 Unit = Literal["epoch", "step"]
@@ -375,6 +376,24 @@ def check_boundaries(owner: str, parts: str, num_parts: int, boundaries: Sequenc
             "boundaries."
         )
     return tuple(boundaries)
+
+
+def as_schedule(value: float | Callable[[Progress], float]) -> Callable[[Progress], float]:
+    """Turn a number into a :class:`ConstantSchedule`; leave a schedule, or any function, as it is.
+
+    Raises:
+        TypeError: Neither a number nor a function.
+        ValueError: A number that is negative or not finite.
+
+    Example:
+        >>> as_schedule(0.9)
+        ConstantSchedule(value=0.9)
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return ConstantSchedule(value)
+    if callable(value) and not isinstance(value, type):
+        return value
+    raise TypeError(f"expected a number or a schedule (Progress → number), got {value!r}.")
 
 
 def _check_values(schedule: object, *names: str, positive: bool = False) -> None:

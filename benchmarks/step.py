@@ -1,0 +1,134 @@
+"""What the framework costs: one training step of DistillationModule under Trainer against the same step in a bare loop.
+
+    uv run python benchmarks/step.py
+
+Both do the same work: teacher and student forward, KD and cross-entropy, backward, SGD. They run alternately in one
+process; the figure is the median over rounds of the ratio of a round's two times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from kd_lightning import DistillationModule, Distiller, FrozenTeacher
+from kd_lightning.models import DigitsCNN, resnet8x4, resnet20
+from kd_lightning.temperature import CosineSchedule, Progress
+
+
+class OneBatch(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """The same batch over and over, so that data loading costs neither side anything."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int, steps: int) -> None:
+        self.batch = torch.randn(shape), torch.randint(0, classes, shape[:1])
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.batch
+
+
+class Clock(Callback):
+    """Times the steps between the first and the last, leaving set-up out."""
+
+    def __init__(self, skip: int) -> None:
+        self.skip = skip
+        self.seconds = 0.0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.skip - 1:
+            self.begin = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.seconds = time.perf_counter() - self.begin
+
+
+def small() -> nn.Module:
+    return DigitsCNN(channels=(4, 8), hidden=16)
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+
+
+def under_trainer(module: DistillationModule, data: OneBatch, skip: int, folder: str, log: bool) -> float:
+    clock = Clock(skip)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=CSVLogger(folder) if log else False,
+        enable_progress_bar=log,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[clock],
+    )
+    trainer.fit(module, DataLoader(data, batch_size=None))
+    return clock.seconds
+
+
+def bare(student: nn.Module, distiller: Distiller, data: OneBatch, skip: int) -> float:
+    optimizer, begin = sgd(student.parameters()), 0.0
+    for step, (inputs, targets) in enumerate(DataLoader(data, batch_size=None)):
+        progress = Progress(step=step, max_steps=len(data))
+        loss = distiller(inputs, student(inputs), targets, progress).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step == skip - 1:
+            begin = time.perf_counter()
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(2)
+    warnings.simplefilter("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    versions = f"torch {torch.__version__}, lightning {lightning.__version__}, Python {platform.python_version()}"
+    print(f"{versions}, 2 threads")
+    print("| teacher → student, batch | bare step | Trainer, nothing logged | Trainer, CSV log and progress bar |")
+    print("|---|---|---|---|")
+    cases = {
+        "DigitsCNN → DigitsCNN((4, 8)), (32, 1, 8, 8)": (DigitsCNN, small, (32, 1, 8, 8), 10, 220),
+        "resnet20 → resnet20, (64, 3, 32, 32)": (resnet20, resnet20, (64, 3, 32, 32), 100, 22),
+        "resnet8x4 → resnet20, (64, 3, 32, 32)": (resnet8x4, resnet20, (64, 3, 32, 32), 100, 22),
+    }
+    for name, (teacher, student, shape, classes, steps) in cases.items():
+        data, skip = OneBatch(shape, classes, steps), steps // 10
+        frozen = FrozenTeacher(teacher())
+        options: dict[str, Any] = {"teacher": frozen, "temperature": CosineSchedule(8.0, 2.0)}
+        times: dict[str, list[float]] = {"bare": [], "quiet": [], "logged": []}
+        with tempfile.TemporaryDirectory() as folder:
+            for _ in range(rounds):
+                times["bare"].append(bare(student(), Distiller(**options), data, skip))
+                for kind in ("quiet", "logged"):
+                    module = DistillationModule(student=student(), optimizer=sgd, **options)
+                    times[kind].append(under_trainer(module, data, skip, folder, log=kind == "logged"))
+        ratios = {
+            kind: statistics.median(t / b for t, b in zip(times[kind], times["bare"], strict=True)) for kind in times
+        }
+        milliseconds = statistics.median(times["bare"]) / (steps - skip) * 1000
+        print(f"| {name} | {milliseconds:.1f} ms | {ratios['quiet']:.2f}× | {ratios['logged']:.2f}× |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Image data for distillation: the validation part comes out of train, the test set is for the final figure only."""
+
+from kd_lightning.datamodules.base import ImageDataModule
+from kd_lightning.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
+from kd_lightning.datamodules.digits import DigitsDataModule
+from kd_lightning.datamodules.image_folder import ImageFolderDataModule
+from kd_lightning.datamodules.transforms import Pipeline, crop_pipeline
+
+__all__ = [
+    "CIFAR10DataModule",
+    "CIFAR100DataModule",
+    "DigitsDataModule",
+    "ImageDataModule",
+    "ImageFolderDataModule",
+    "Pipeline",
+    "crop_pipeline",
+]

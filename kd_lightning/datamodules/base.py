@@ -1,0 +1,268 @@
+"""What all image datamodules share: the split, the subsets of the training part, and the loaders."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from kd_lightning.datamodules.dataset import BatchedImageDataset, ImageDataset, Images, collate, select
+from kd_lightning.datamodules.splits import train_val_indices
+from kd_lightning.datamodules.transforms import Pipeline, Transform, chain
+
+Split = Literal["train", "val", "test"]
+
+
+def check(holds: bool, rule: str, value: object, way_out: str) -> None:
+    """Raises a ValueError of rule, received value and way out, unless the rule holds."""
+    if not holds:
+        raise ValueError(f"{rule}, got {value!r}. {way_out}")
+
+
+class ImageDataModule(LightningDataModule, ABC):
+    """Base class of the image datamodules: subclasses say where the images are, this one does the rest.
+
+    Batches are ``(images, targets)``: normalised float32 images ``(B, C, H, W)`` and int64 classes ``(B,)``.
+
+    The validation part is taken out of train, class by class, by a random order that depends on ``seed`` alone: it is
+    the same in every run, whatever ``seed_everything`` got, and at every ``train_fraction`` and ``imbalance_factor``.
+    The test set is never used for a choice. Shuffling and augmentation use torch's global random numbers, so
+    ``seed_everything`` reproduces them.
+
+    Args:
+        batch_size: images in a training batch (per process).
+        eval_batch_size: images in a validation, test or prediction batch; ``batch_size`` if None.
+        val_fraction: part of each class's training images to validate on, in [0, 1); rounded, at least one image of
+            every class that has two. 0 for no validation.
+        train_fraction: part of each class's remaining training images to train on, in (0, 1], at least one: for
+            experiments with few labels. A smaller part lies within a larger one.
+        imbalance_factor: images of the last class over those of the first, in (0, 1], for long-tailed training data:
+            class c = 0 … C − 1 keeps ``n_max · imbalance_factor^(c / (C − 1))`` images (Cui et al. 2019), so 0.01 is
+            "100 to 1" (some papers write 100 for it). Comes before ``train_fraction``.
+        seed: of the split and the subsets.
+        augment: whether training images are augmented.
+        in_memory: keep decoded uint8 images in RAM and augment whole batches of them, each image with its own random
+            numbers. If False, images are read and transformed one by one. The distribution is the same.
+        num_workers: loader processes; with ``in_memory`` none is usually the fastest.
+        pin_memory: whether batches go to page-locked memory; if None, where there is a CUDA device.
+        persistent_workers: whether loader processes live on between epochs.
+        train_transform: replaces augmentation and normalisation of training images: a callable from one uint8 image
+            ``(C, H, W)`` to the network's input. It is called for each image by itself.
+        eval_transform: the same for validation, test and prediction.
+
+    Raises:
+        ValueError: at a value outside its range.
+
+    Example:
+        >>> class Noise(ImageDataModule):
+        ...     classes, input_shape, mean, std = ["a", "b"], (1, 4, 4), (0.5,), (0.25,)
+        ...
+        ...     def load_split(self, split):
+        ...         if split == "val":
+        ...             return None
+        ...         return torch.randint(256, (40, 1, 4, 4), dtype=torch.uint8), torch.arange(40) % 2
+        >>> data = Noise(batch_size=8, imbalance_factor=0.5)
+        >>> data.setup("fit")
+        >>> data.class_counts, len(data.val_dataset)
+        ([18, 9], 4)
+        >>> images, targets = next(iter(data.train_dataloader()))
+        >>> images.shape, images.dtype, targets.shape
+        (torch.Size([8, 1, 4, 4]), torch.float32, torch.Size([8]))
+    """
+
+    mean: tuple[float, ...]
+    """Channel means that are subtracted from pixels scaled to [0, 1]."""
+    std: tuple[float, ...]
+    """Channel standard deviations that the difference is divided by."""
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        val_fraction: float = 0.1,
+        train_fraction: float = 1.0,
+        imbalance_factor: float = 1.0,
+        seed: int = 0,
+        augment: bool = True,
+        in_memory: bool = True,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        persistent_workers: bool = True,
+        train_transform: Callable | None = None,  # bare: with its arguments, YAML cannot name a transform class
+        eval_transform: Callable | None = None,
+    ) -> None:
+        super().__init__()
+        check(batch_size >= 1, "batch_size must be at least 1", batch_size, "Give a positive integer.")
+        check(
+            eval_batch_size is None or eval_batch_size >= 1,
+            "eval_batch_size must be at least 1 or None",
+            eval_batch_size,
+            "None means batch_size.",
+        )
+        check(0 <= val_fraction < 1, "val_fraction must be in [0, 1)", val_fraction, "0 means no validation.")
+        check(
+            0 < train_fraction <= 1,
+            "train_fraction must be in (0, 1]",
+            train_fraction,
+            "1.0 means all that validation leaves.",
+        )
+        check(
+            0 < imbalance_factor <= 1,
+            "imbalance_factor must be in (0, 1]: the smallest class over the largest",
+            imbalance_factor,
+            "Write 0.01 for '100 to 1', 1.0 for data as they are.",
+        )
+        check(num_workers >= 0, "num_workers must be at least 0", num_workers, "0 loads in the main process.")
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.val_fraction = val_fraction
+        self.train_fraction = train_fraction
+        self.imbalance_factor = imbalance_factor
+        self.seed = seed
+        self.augment = augment
+        self.in_memory = in_memory
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.persistent_workers = persistent_workers
+        self.train_transform = train_transform
+        self.eval_transform = eval_transform
+        self.train_dataset: ImageDataset | None = None
+        self.val_dataset: ImageDataset | None = None
+        self.test_dataset: ImageDataset | None = None
+
+    # What a subclass says.
+
+    @property
+    @abstractmethod
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of their numbers."""
+
+    @property
+    @abstractmethod
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images."""
+
+    @abstractmethod
+    def load_split(self, split: Split) -> tuple[Images, Tensor] | None:
+        """uint8 images and int64 classes of a split; None for ``"val"`` where it is to be taken from train."""
+
+    def pipeline(self, train: bool) -> Pipeline:
+        """The way of an image to the input size, and its augmentation if ``train`` and ``self.augment``. Here: none."""
+        return Pipeline()
+
+    def normalization(self) -> Transform:
+        """From uint8 pixels to normalised float32, for one image or a batch."""
+        return chain(v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std))
+
+    # What follows from that.
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Images of each class in the training part as it is trained on; known after ``setup("fit")``."""
+        if self.train_dataset is None:
+            raise RuntimeError(
+                "class_counts are known once the training part is chosen. Call setup('fit') first, as the Trainer does."
+            )
+        return torch.bincount(self.train_dataset.targets, minlength=self.num_classes).tolist()
+
+    def setup(self, stage: str) -> None:
+        """Makes the datasets that ``stage`` (fit, validate, test or predict) needs, once."""
+        check(
+            stage in ("fit", "validate", "test", "predict"),
+            "stage must be 'fit', 'validate', 'test' or 'predict'",
+            stage,
+            "Call setup once for each stage that you need.",
+        )
+        if stage in ("fit", "validate") and self.train_dataset is None:
+            self._setup_train_and_val()
+        if stage in ("test", "predict") and self.test_dataset is None:
+            self.test_dataset = self._dataset(*_filled(self.load_split("test"), "test"), train=False)
+
+    def _setup_train_and_val(self) -> None:
+        images, targets = _filled(self.load_split("train"), "train")
+        counts = torch.bincount(targets, minlength=self.num_classes)
+        missing = [name for name, count in zip(self.classes, counts, strict=True) if count == 0]
+        check(not missing, "Every class must have a training image", missing, "Add images of these, or drop them.")
+        given = self.load_split("val")
+        train, val = train_val_indices(
+            targets,
+            self.classes,
+            val_fraction=self.val_fraction if given is None else 0.0,
+            train_fraction=self.train_fraction,
+            imbalance_factor=self.imbalance_factor,
+            seed=self.seed,
+        )
+        if given is None and len(val):
+            given = select(images, val), targets[val]
+        if given is not None:
+            self.val_dataset = self._dataset(*_filled(given, "val"), train=False)
+        self.train_dataset = self._dataset(select(images, train), targets[train], train=True)
+
+    def _dataset(self, images: Images, targets: Tensor, train: bool) -> ImageDataset:
+        transform = self.train_transform if train else self.eval_transform
+        pipeline = self.pipeline(train)
+        if transform is None and self.in_memory and pipeline.batchable:
+            if pipeline.resize is not None or not isinstance(images, Tensor):
+                images = torch.stack(_decoded(images, pipeline.resize))
+            return BatchedImageDataset(images, targets, chain(pipeline.batch_augment, self.normalization()))
+        if self.in_memory and not isinstance(images, Tensor):
+            images = _decoded(images, None)
+        if transform is None:
+            transform = chain(pipeline.resize, pipeline.augment, self.normalization())
+        return ImageDataset(images, targets, transform)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled, augmented batches of the training part."""
+        return self._loader(self.train_dataset, "fit", self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Batches of the validation part; no loader where ``val_fraction`` is 0."""
+        if self.train_dataset is not None and self.val_dataset is None:
+            return []
+        return self._loader(self.val_dataset, "validate", self.eval_batch_size)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Batches of the test set."""
+        return self._loader(self.test_dataset, "test", self.eval_batch_size)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches of the test set."""
+        return self._loader(self.test_dataset, "predict", self.eval_batch_size)
+
+    def _loader(
+        self, dataset: ImageDataset | None, stage: str, batch_size: int, shuffle: bool = False
+    ) -> DataLoader[Any]:
+        if dataset is None:
+            raise RuntimeError(
+                f"There are no data for this loader yet. Call setup({stage!r}) first, as the Trainer does."
+            )
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
+            persistent_workers=self.persistent_workers and self.num_workers > 0,
+            collate_fn=collate,
+        )
+
+
+def _filled(loaded: tuple[Images, Tensor] | None, split: Split) -> tuple[Images, Tensor]:
+    """What a subclass loaded, if that is anything."""
+    if loaded is None or len(loaded[1]) == 0:
+        raise ValueError(f"The {split} split must hold at least one image, got none. Check where the data come from.")
+    return loaded
+
+
+def _decoded(images: Images, resize: Transform | None) -> list[Tensor]:
+    """All images in RAM, at the input size if there is a way to it."""
+    return [images[i] if resize is None else resize(images[i]) for i in range(len(images))]

@@ -1,0 +1,112 @@
+"""Datasets that hand out whole batches, from images in RAM or from files."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from kd_lightning.datamodules.transforms import Transform
+
+
+class ImageFiles:
+    """Image files as a sequence of uint8 tensors ``(3, H, W)``, decoded on access.
+
+    Args:
+        paths: the files.
+    """
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        with Image.open(self.paths[index]) as image:
+            return pil_to_tensor(image.convert("RGB"))
+
+
+Images = Tensor | list[Tensor] | ImageFiles
+
+
+def select(images: Images, indices: Tensor) -> Images:
+    """The images at ``indices``; files are not opened."""
+    if isinstance(images, Tensor):
+        return images[indices]
+    if isinstance(images, ImageFiles):
+        return ImageFiles([images.paths[i] for i in indices.tolist()])
+    return [images[i] for i in indices.tolist()]
+
+
+class _Samples(Sequence[tuple[Tensor, Tensor]]):
+    """A batch that any ``collate_fn`` can read as samples, and ours takes whole."""
+
+    def __init__(self, images: Tensor, targets: Tensor) -> None:
+        self.images = images
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.images[index], self.targets[index]
+
+
+def collate(samples: Any) -> Any:
+    """Takes the tensors of a batch from an `ImageDataset` as they are, collates anything else as usual."""
+    return (samples.images, samples.targets) if isinstance(samples, _Samples) else default_collate(samples)
+
+
+class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Images and their classes, transformed one by one.
+
+    Args:
+        images: uint8 images ``(C, H, W)``: a tensor ``(N, C, H, W)``, a list of tensors, or files.
+        targets: their classes ``(N,)``, int64.
+        transform: from a uint8 image to the network's input.
+
+    Example:
+        >>> images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+        >>> dataset = ImageDataset(images, torch.arange(4), lambda image: image.float())
+        >>> image, target = dataset[3]
+        >>> image.shape, target
+        (torch.Size([1, 8, 8]), tensor(3))
+    """
+
+    def __init__(self, images: Images, targets: Tensor, transform: Transform) -> None:
+        self.images = images
+        self.targets = targets
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> _Samples:
+        return _Samples(self._inputs(indices), self.targets[indices])
+
+    def _inputs(self, indices: list[int]) -> Tensor:
+        return torch.stack([self.transform(self.images[i]) for i in indices])
+
+
+class BatchedImageDataset(ImageDataset):
+    """Images in RAM that are transformed a batch at a time.
+
+    Args:
+        images: uint8 images ``(N, C, H, W)``.
+        targets: their classes ``(N,)``, int64.
+        transform: from uint8 images ``(B, C, H, W)`` to a batch of inputs, with random numbers for each image.
+    """
+
+    def __init__(self, images: Tensor, targets: Tensor, transform: Transform) -> None:
+        super().__init__(images, targets, transform)
+        self._tensor = images
+
+    def _inputs(self, indices: list[int]) -> Tensor:
+        return self.transform(self._tensor[indices])

@@ -1,0 +1,94 @@
+"""Augmentation of whole batches: what torchvision draws once per call is drawn here for each image of the batch."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+Transform = Callable[[Tensor], Tensor]
+
+
+class BatchRandomCrop(nn.Module):
+    """`torchvision.transforms.v2.RandomCrop` with its own crop for every image of a batch.
+
+    Shapes: ``(N, C, H, W)`` → ``(N, C, size, size)``, of any dtype. The random numbers are torch's global ones.
+
+    Args:
+        size: height and width of the crops.
+        padding: pixels of zeros added on every side beforehand.
+
+    Example:
+        >>> BatchRandomCrop(32, padding=4)(torch.zeros(8, 3, 32, 32, dtype=torch.uint8)).shape
+        torch.Size([8, 3, 32, 32])
+    """
+
+    def __init__(self, size: int, padding: int) -> None:
+        super().__init__()
+        self.size = size
+        self.padding = padding
+
+    def forward(self, images: Tensor) -> Tensor:
+        """A random window of each padded image."""
+        windows = F.pad(images, [self.padding] * 4).unfold(2, self.size, 1).unfold(3, self.size, 1)
+        n, _, rows, columns = windows.shape[:4]
+        return windows[torch.arange(n), :, torch.randint(rows, (n,)), torch.randint(columns, (n,))]
+
+
+class BatchRandomHorizontalFlip(nn.Module):
+    """`torchvision.transforms.v2.RandomHorizontalFlip` that decides for every image of a batch by itself.
+
+    Shapes: ``(N, C, H, W)`` → the same. The random numbers are torch's global ones.
+
+    Args:
+        p: probability of a flip.
+
+    Example:
+        >>> BatchRandomHorizontalFlip(p=1.0)(torch.tensor([[[[1, 2, 3]]]]))
+        tensor([[[[3, 2, 1]]]])
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The batch with some of its images mirrored left to right."""
+        flipped = torch.rand(len(images)) < self.p
+        images = images.clone()
+        images[flipped] = images[flipped].flip(-1)
+        return images
+
+
+class Pipeline(NamedTuple):
+    """What happens to a uint8 image before it is normalised.
+
+    Args:
+        resize: fixed way to the input size, for one image; None where images have it already.
+        augment: random part, for one image.
+        batch_augment: the random part once more, same distribution, for a batch of equally large images; None where
+            there is none.
+    """
+
+    resize: Transform | None = None
+    augment: Transform | None = None
+    batch_augment: Transform | None = None
+
+    @property
+    def batchable(self) -> bool:
+        """Whether whole batches may be augmented at once."""
+        return self.augment is None or self.batch_augment is not None
+
+
+def crop_pipeline(size: int, padding: int, *, flip: bool, resize: Transform | None = None) -> Pipeline:
+    """Random crops out of a zero-padded image, then perhaps random mirror images: the augmentation of CIFAR."""
+    augment = [v2.RandomCrop(size, padding=padding), *([v2.RandomHorizontalFlip()] if flip else [])]
+    batch_augment = [BatchRandomCrop(size, padding), *([BatchRandomHorizontalFlip()] if flip else [])]
+    return Pipeline(resize, nn.Sequential(*augment), nn.Sequential(*batch_augment))
+
+
+def chain(*steps: Transform | None) -> Transform:
+    """The steps one after the other; None stands for no step."""
+    return v2.Compose([step for step in steps if step is not None])

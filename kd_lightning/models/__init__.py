@@ -1,0 +1,39 @@
+"""The students and teachers that the distillation literature compares on, and small nets for 8×8 digits.
+
+Every network takes images ``(N, C, H, W)`` and returns logits ``(N, num_classes)``. Its stages are plain named
+submodules (``layer1``, ``block2``, …), so features are read by name and no model returns them itself.
+"""
+
+from kd_lightning.models.build import build_model
+from kd_lightning.models.cifar_resnet import (
+    CifarResNet,
+    resnet8x4,
+    resnet20,
+    resnet32,
+    resnet32x4,
+    resnet56,
+    resnet110,
+)
+from kd_lightning.models.digits import DigitsCNN, DigitsMLP
+from kd_lightning.models.vgg import VGG, vgg8, vgg13
+from kd_lightning.models.wide_resnet import WideResNet, wrn_16_2, wrn_40_1, wrn_40_2
+
+__all__ = [
+    "VGG",
+    "CifarResNet",
+    "DigitsCNN",
+    "DigitsMLP",
+    "WideResNet",
+    "build_model",
+    "resnet8x4",
+    "resnet20",
+    "resnet32",
+    "resnet32x4",
+    "resnet56",
+    "resnet110",
+    "vgg8",
+    "vgg13",
+    "wrn_16_2",
+    "wrn_40_1",
+    "wrn_40_2",
+]

@@ -1,0 +1,204 @@
+"""Residual networks for 32×32 images (He et al. 2016, section 4.2), as the distillation literature uses them."""
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.models._layers import blocks_per_stage, check_positive, conv3x3, init_convolutions
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions with batch norm and a shortcut; a 1×1 projection where the shape changes.
+
+    Shapes: ``(N, in_channels, H, W)`` → ``(N, out_channels, H / stride, W / stride)``.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        stride: stride of the first convolution and of the projection.
+
+    Example:
+        >>> BasicBlock(16, 32, stride=2)(torch.zeros(1, 16, 8, 8)).shape
+        torch.Size([1, 32, 4, 4])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, out_channels, stride)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = conv3x3(out_channels, out_channels)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False),
+                nn.BatchNorm2d(out_channels),
+            )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The block's output, after its last ReLU."""
+        residual = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(inputs)))))
+        return torch.relu(residual + self.shortcut(inputs))
+
+
+class CifarResNet(nn.Module):
+    """A residual network of ``6n + 2`` layers in three stages, for small images.
+
+    Shapes: images ``(N, in_channels, H, W)`` → logits ``(N, num_classes)``; the stages ``layer1``, ``layer2`` and
+    ``layer3`` give ``widths[1:]`` channels at full, half and quarter resolution (32, 16, 8 for CIFAR).
+
+    | function     | depth | widths           | parameters (100 classes) |
+    |--------------|-------|------------------|--------------------------|
+    | `resnet20`   | 20    | 16, 16, 32, 64   | 278,324                  |
+    | `resnet32`   | 32    | 16, 16, 32, 64   | 472,756                  |
+    | `resnet56`   | 56    | 16, 16, 32, 64   | 861,620                  |
+    | `resnet110`  | 110   | 16, 16, 32, 64   | 1,736,564                |
+    | `resnet8x4`  | 8     | 32, 64, 128, 256 | 1,233,540                |
+    | `resnet32x4` | 32    | 32, 64, 128, 256 | 7,433,860                |
+
+    The layout is the one that distillation papers report on (Tian et al. 2020, "Contrastive Representation
+    Distillation"): projection shortcuts with batch norm, where He et al. 2016 ("Deep Residual Learning for Image
+    Recognition") pad with zeros. Convolutions start Kaiming-normal (fan-out), the classifier as PyTorch's.
+
+    Args:
+        depth: number of layers with weights, ``6n + 2``.
+        widths: channels of the first convolution and of the three stages.
+        num_classes: number of logits.
+        in_channels: channels of the images.
+
+    Raises:
+        ValueError: at a depth that is not ``6n + 2``, other than four widths, or a number below 1.
+
+    Example:
+        >>> model = CifarResNet(8, widths=(4, 4, 8, 16), num_classes=5)
+        >>> model(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        widths: tuple[int, int, int, int] = (16, 16, 32, 64),
+        num_classes: int = 100,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        blocks = blocks_per_stage(depth, plain_layers=2, name="CifarResNet")
+        check_positive(widths=widths, num_classes=num_classes, in_channels=in_channels)
+        if len(widths) != 4:
+            raise ValueError(f"widths must hold four numbers (first convolution, three stages), got {widths}.")
+        stem, *stages = widths
+        self.conv1 = conv3x3(in_channels, stem)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.layer1 = self._stage(stem, stages[0], blocks, stride=1)
+        self.layer2 = self._stage(stages[0], stages[1], blocks, stride=2)
+        self.layer3 = self._stage(stages[1], stages[2], blocks, stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(stages[2], num_classes)
+        init_convolutions(self)
+
+    @staticmethod
+    def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
+        first = BasicBlock(in_channels, out_channels, stride)
+        return nn.Sequential(first, *(BasicBlock(out_channels, out_channels) for _ in range(blocks - 1)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``(N, in_channels, H, W)``."""
+        features = torch.relu(self.bn1(self.conv1(images)))
+        features = self.layer3(self.layer2(self.layer1(features)))
+        return self.fc(self.avgpool(features).flatten(1))
+
+
+def resnet20(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
+    """resnet20 of Tian et al. 2020 (`CifarResNet` of depth 20), the student of resnet56 and resnet110.
+
+    Shapes: images ``(N, in_channels, H, W)`` → logits ``(N, num_classes)``.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of the images.
+
+    Example:
+        >>> sum(p.numel() for p in resnet20().parameters())
+        278324
+    """
+    return CifarResNet(20, num_classes=num_classes, in_channels=in_channels)
+
+
+def resnet32(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
+    """resnet32 of Tian et al. 2020 (`CifarResNet` of depth 32), the student of resnet110.
+
+    Shapes: images ``(N, in_channels, H, W)`` → logits ``(N, num_classes)``.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of the images.
+
+    Example:
+        >>> sum(p.numel() for p in resnet32().parameters())
+        472756
+    """
+    return CifarResNet(32, num_classes=num_classes, in_channels=in_channels)
+
+
+def resnet56(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
+    """resnet56 of Tian et al. 2020 (`CifarResNet` of depth 56), a teacher of resnet20.
+
+    Shapes: images ``(N, in_channels, H, W)`` → logits ``(N, num_classes)``.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of the images.
+
+    Example:
+        >>> sum(p.numel() for p in resnet56().parameters())
+        861620
+    """
+    return CifarResNet(56, num_classes=num_classes, in_channels=in_channels)
+
+
+def resnet110(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
+    """resnet110 of Tian et al. 2020 (`CifarResNet` of depth 110), the teacher of resnet20 and resnet32.
+
+    Shapes: images ``(N, in_channels, H, W)`` → logits ``(N, num_classes)``.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of the images.
+
+    Example:
+        >>> sum(p.numel() for p in resnet110().parameters())
+        1736564
+    """
+    return CifarResNet(110, num_classes=num_classes, in_channels=in_channels)
+
+
+def resnet8x4(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
+    """resnet8x4 of Tian et al. 2020 (`CifarResNet` of depth 8), eight wide layers: the student of resnet32x4.
+
+    Shapes: images ``(N, in_channels, H, W)`` → logits ``(N, num_classes)``.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of the images.
+
+    Example:
+        >>> sum(p.numel() for p in resnet8x4().parameters())
+        1233540
+    """
+    return CifarResNet(8, widths=(32, 64, 128, 256), num_classes=num_classes, in_channels=in_channels)
+
+
+def resnet32x4(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
+    """resnet32x4 of Tian et al. 2020 (`CifarResNet` of depth 32), thirty-two wide layers: the teacher of resnet8x4.
+
+    Shapes: images ``(N, in_channels, H, W)`` → logits ``(N, num_classes)``.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of the images.
+
+    Example:
+        >>> sum(p.numel() for p in resnet32x4().parameters())
+        7433860
+    """
+    return CifarResNet(32, widths=(32, 64, 128, 256), num_classes=num_classes, in_channels=in_channels)

@@ -1,0 +1,295 @@
+"""The teacher: frozen, out of sight of optimisers, checkpoints and callbacks, its weights checked and fingerprinted."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FrozenTeacher", "as_teacher", "call_model", "extract_logits"]
+
+
+class FrozenTeacher:
+    """A trained network that only ever predicts.
+
+    Its parameters need no gradient, it stays in eval mode whatever is called on the module around it, and it runs under
+    ``torch.no_grad()`` (under ``inference_mode`` its outputs could not serve a learnable temperature). It is no
+    ``nn.Module``, so that a module that holds it does not register it: it is absent from state dicts, checkpoints,
+    optimisers and DDP's broadcasts, and out of the reach of weight averaging and pruning, which damage a registered
+    teacher. :class:`~kd_lightning.Distiller` moves and casts it along with itself.
+
+    Args:
+        module: The network. **It is frozen in place.**
+        checkpoint: File with its weights, read when the teacher is first needed and not before (validating a student
+            needs no teacher file): safetensors, a state dict in ``.pt``, or a Lightning ``.ckpt``, such as that of a
+            distilled student that now teaches. Tensors and primitives only: read with ``weights_only=True``.
+        prefix: What stands before the module's parameter names in the file, such as ``"student."``. None: found by
+            itself.
+
+    Raises:
+        TypeError: ``module`` is no ``nn.Module``.
+        FileNotFoundError: On first use: there is no such file.
+        ValueError: On first use: the file holds no weights, or its names or shapes do not fit; says which.
+
+    Warns:
+        UserWarning: Without a checkpoint, if the weights are still those of the initialisation.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> _ = network[0].weight.data.mul_(3.0)  # stands for training
+        >>> teacher = FrozenTeacher(network)
+        >>> teacher(torch.ones(2, 4)).requires_grad
+        False
+    """
+
+    def __init__(self, module: nn.Module, checkpoint: str | Path | None = None, prefix: str | None = None) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"a teacher must be an nn.Module, got {type(module).__name__}."
+                + (" Pass an instance, not the class." if isinstance(module, type) else "")
+            )
+        self.module = module.requires_grad_(False).eval()
+        self.checkpoint = None if checkpoint is None else str(checkpoint)
+        self.prefix = prefix
+        self._parts = tuple(module.modules())
+        self._fingerprint: str | None = None
+        self._loaded = checkpoint is None
+        if checkpoint is None and _looks_untrained(module):
+            warnings.warn(
+                f"the teacher {type(module).__name__} still has the weights of its initialisation: the student would "
+                "be taught noise. Give FrozenTeacher(module, checkpoint=...) or load its weights first.",
+                stacklevel=2,
+            )
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in place."""
+        return self._loaded
+
+    def available(self) -> bool:
+        """Whether the weights are in place, or their file is there to be read."""
+        return self._loaded or (self.checkpoint is not None and Path(self.checkpoint).is_file())
+
+    def load(self) -> FrozenTeacher:
+        """Read the checkpoint, the first time only. Called by itself on first use."""
+        if not self._loaded:
+            assert self.checkpoint is not None
+            load_weights(self.module, self.checkpoint, self.prefix)
+            self._loaded = True
+        return self
+
+    def fingerprint(self) -> str:
+        """A hash of all weights and buffers (names, types, shapes, bytes), taken once, when first asked for.
+
+        Two teachers with the same fingerprint are bit-identical. Ranks compare it, and checkpoints store it.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.load().module)
+        return self._fingerprint
+
+    def __call__(self, inputs: Any) -> Any:
+        """The network's own output for these inputs; see :func:`call_model`."""
+        self.load()
+        if any(part.training for part in self._parts):  # somebody called train() on it, or shares a part of it
+            self.module.eval()
+        with torch.no_grad():
+            return call_model(self.module, inputs)
+
+    def to(self, *args: Any, **kwargs: Any) -> FrozenTeacher:
+        """Move or cast the network, as ``nn.Module.to``."""
+        self.module.to(*args, **kwargs)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self.module._apply(fn)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
+        return self  # frozen, and often large: copies of a distiller share it
+
+    def __repr__(self) -> str:
+        count = sum(parameter.numel() for parameter in self.module.parameters())
+        source = "weights in place" if self.checkpoint is None else f"checkpoint={self.checkpoint!r}"
+        return f"{type(self).__name__}({type(self.module).__name__}, {count:,} frozen parameters, {source})"
+
+
+def as_teacher(teacher: nn.Module | FrozenTeacher | None) -> FrozenTeacher | None:
+    """Wrap a bare network in a :class:`FrozenTeacher`; leave a teacher, or its absence, as it is."""
+    return teacher if teacher is None or isinstance(teacher, FrozenTeacher) else FrozenTeacher(teacher)
+
+
+def call_model(module: nn.Module, inputs: Any) -> Any:
+    """Call a network the way its inputs ask for: a mapping by keywords, a tuple or list by position, else as one.
+
+    Example:
+        >>> call_model(nn.Bilinear(2, 3, 1), (torch.ones(5, 2), torch.ones(5, 3))).shape
+        torch.Size([5, 1])
+    """
+    if isinstance(inputs, Mapping):
+        return module(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return module(*inputs)
+    return module(inputs)
+
+
+def extract_logits(output: Any) -> Tensor:
+    """The logits in a network's output: the tensor itself, ``.logits`` (Hugging Face), ``["logits"]`` or ``["out"]``.
+
+    Raises:
+        TypeError: None of these.
+
+    Example:
+        >>> extract_logits({"out": torch.zeros(1, 21, 8, 8)}).shape  # torchvision's segmentation models
+        torch.Size([1, 21, 8, 8])
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits
+    if isinstance(output, Mapping):
+        for key in ("logits", "out"):
+            if isinstance(output.get(key), Tensor):
+                return output[key]
+    keys = f" with keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
+    raise TypeError(
+        f"found no logits in a model output of type {type(output).__name__}{keys}: expected a tensor, `.logits`, "
+        "['logits'] or ['out']. In DistillationModule override extract_logits(output)."
+    )
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A hash over the names, types, shapes and bytes of a module's parameters and persistent buffers."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def load_weights(module: nn.Module, checkpoint: str | Path, prefix: str | None = None) -> None:
+    """Load a file's weights into a module, all of them or none.
+
+    Args:
+        module: Where they go.
+        checkpoint: Safetensors, a ``.pt`` state dict (bare, or under ``state_dict`` or ``model``), or a Lightning
+            ``.ckpt``.
+        prefix: What stands before the module's names in the file; None: found by itself.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file holds no weights, or its names or shapes do not fit the module; names all of them.
+    """
+    saved = _read_state_dict(Path(checkpoint))
+    wanted = module.state_dict()
+    if prefix is None:
+        prefix = _find_prefix(saved, wanted, checkpoint)
+    found = {name[len(prefix) :]: tensor for name, tensor in saved.items() if name.startswith(prefix)}
+
+    missing = [name for name in wanted if name not in found]
+    unexpected = [name for name in found if name not in wanted]
+    reshaped = [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
+    if missing or unexpected or reshaped:
+        what = f"the weights in {checkpoint}" + (f" under the prefix {prefix!r}" if prefix else "")
+        lines = [f"{what} do not fit {type(module).__name__}:"]
+        if missing:
+            lines.append(f"  missing in the file: {_listing(missing)}")
+        if unexpected:
+            lines.append(f"  not in the module: {_listing(unexpected)}")
+        if reshaped:
+            shapes = [f"{name} {tuple(found[name].shape)} in the file, {tuple(wanted[name].shape)} in the module"
+                      for name in reshaped]  # fmt: skip
+            lines.append(f"  other shapes: {_listing(shapes, '; ')}")
+        counts = {(found[name].shape[0], wanted[name].shape[0]) for name in reshaped if wanted[name].dim() > 0}
+        if not missing and not unexpected and len(counts) == 1 and len(reshaped) <= 2:
+            (have, want), *_ = counts
+            lines.append(f"Most likely the class counts differ: {have} in the file, {want} in the module.")
+        else:
+            lines.append("Is it another architecture? FrozenTeacher(..., prefix=...) names the part of the file.")
+        raise ValueError("\n".join(lines))
+    module.load_state_dict(found)
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        here = [str(file) for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(str(path), here, n=3, cutoff=0.5)
+        raise FileNotFoundError(
+            f"there is no teacher checkpoint at {str(path)!r} (from the folder {str(Path.cwd())!r})."
+            + (f" Close to it: {', '.join(near)}." if near else " Train the teacher first, or correct the path.")
+        )
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no readable safetensors file: {error}.") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} could not be read as weights: it must hold tensors and primitives only (read with "
+            "weights_only=True). Save a state dict, torch.save(model.state_dict(), path), not the model. "
+            f"torch says: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+        keys = f" with keys {_listing(list(map(str, content)))}" if isinstance(content, Mapping) else ""
+        raise ValueError(f"{path} holds no state dict but a {type(content).__name__}{keys}.")
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _find_prefix(saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor], checkpoint: str | Path) -> str:
+    """The prefix under which the file has the module's names: all of them if it can be, else the most."""
+    if not wanted:
+        return ""
+    hits: dict[str, int] = {}
+    for name in saved:
+        for start in [0, *(index + 1 for index, char in enumerate(name) if char == ".")]:
+            if name[start:] in wanted:
+                hits[name[:start]] = hits.get(name[:start], 0) + 1
+    complete = [prefix for prefix, count in hits.items() if count == len(wanted)]
+    if "" in complete:
+        return ""
+    if len(complete) > 1:
+        raise ValueError(
+            f"{checkpoint} holds weights for this network under several prefixes, {', '.join(map(repr, complete))}. "
+            "Say which to take: FrozenTeacher(..., prefix=...)."
+        )
+    return complete[0] if complete else max(hits, key=lambda prefix: (hits[prefix], -len(prefix)), default="")
+
+
+def _listing(names: list[str], separator: str = ", ", most: int = 8) -> str:
+    more = f"{separator}… ({len(names) - most} more)" if len(names) > most else ""
+    return separator.join(names[:most]) + more
+
+
+def _looks_untrained(module: nn.Module) -> bool:
+    """Whether the weights are still those that torch's default initialisations give.
+
+    Normalisation layers tell for sure: untouched, they are exactly 1 and 0. Without any, linear and convolution weights
+    must all lie within the bound of torch's default, 1/√fan_in, which training rarely leaves so.
+    """
+    norms = [part for part in module.modules() if hasattr(part, "running_mean") or "Norm" in type(part).__name__]
+    marks = [
+        (tensor, value)
+        for part in norms
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0))
+        if isinstance(tensor := getattr(part, name, None), Tensor)
+    ]
+    if marks:
+        return all(bool((tensor == value).all()) for tensor, value in marks)
+    layers = [part for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+    return bool(layers) and all(
+        bool((part.weight.abs() <= part.weight[0].numel() ** -0.5).all()) for part in layers if part.weight.numel()
+    )

@@ -1,0 +1,126 @@
+"""Two processes on the CPU (gloo), forked: a second each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import nn
+from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.utils.data import DataLoader, DistributedSampler
+
+from kd_lightning import DistillationModule
+from kd_lightning.temperature import CosineSchedule, Signals, Temperature, TemperaturePolicy
+from tests.conftest import make_data, make_loader, make_network
+
+Make = Callable[..., DistillationModule]
+MakeTrainer = Callable[..., Trainer]
+
+
+class LearnedTemperature(TemperaturePolicy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.zeros(1))
+
+    def compute(self, signals: Signals) -> Temperature:
+        t = 1 + 8 * torch.sigmoid(self.raw)
+        return Temperature(t, t)
+
+
+class Report(Callback):
+    """Writes what each rank has, and looks at what DDP synchronises."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.temperatures: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, DistillationModule)
+        assert pl_module.teacher is not None
+        self.before = {name: value.clone() for name, value in pl_module.teacher.module.state_dict().items()}
+        if trainer.world_size > 1:
+            assert trainer.model is not None
+            assert trainer.model is not pl_module  # the DDP wrapper
+            taught = {id(t) for t in [*pl_module.teacher.module.parameters(), *pl_module.teacher.module.buffers()]}
+            synchronised = [*trainer.model.parameters(), *trainer.model.buffers()]
+            assert not taught & {id(tensor) for tensor in synchronised}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, DistillationModule)
+        assert pl_module.last_output is not None
+        self.temperatures.append(pl_module.last_output.temperatures[0].student.item())
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, DistillationModule)
+        assert pl_module.teacher is not None
+        for name, value in pl_module.teacher.module.state_dict().items():
+            assert torch.equal(value, self.before[name])
+        report = {
+            "state": pl_module.state_dict(),
+            "temperatures": self.temperatures,
+            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        }
+        torch.save(report, self.folder / f"{trainer.world_size}-{trainer.global_rank}.pt")
+
+
+class InOrder(LightningDataModule):
+    """Rank r of n takes samples r, r + n, …: each global batch is the one that a single process has.
+
+    Lightning's own sampler would shuffle.
+    """
+
+    def loader(self, count: int, seed: int) -> DataLoader[Any]:
+        assert self.trainer is not None
+        data, world, rank = make_data(count, seed), self.trainer.world_size, self.trainer.global_rank
+        sampler = DistributedSampler(data, num_replicas=world, rank=rank, shuffle=False)
+        return DataLoader(data, batch_size=16 // world, sampler=sampler)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.loader(64, seed=0)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.loader(32, seed=1)
+
+
+@pytest.mark.parametrize("temperature", [CosineSchedule(8, 2), LearnedTemperature()], ids=["cosine", "learned"])
+def test_two_processes_train_as_one(
+    temperature: Any, make_module: Make, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    for devices in (2, 1):
+        torch.manual_seed(7)
+        module = make_module(student=make_network(norm=False), temperature=copy.deepcopy(temperature))
+        options = {"strategy": "ddp_fork"} if devices == 2 else {}
+        trainer = make_trainer(
+            devices=devices, callbacks=[Report(tmp_path)], use_distributed_sampler=False, max_epochs=2, **options
+        )
+        trainer.fit(module, datamodule=InOrder())
+    one, first, second = (torch.load(tmp_path / name, weights_only=True) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
+    assert first["temperatures"] == second["temperatures"]
+    assert len(one["temperatures"]) == len(first["temperatures"]) == 8
+    assert first["temperatures"] == pytest.approx(one["temperatures"], rel=1e-5)
+    for name, value in one["state"].items():
+        assert torch.equal(first["state"][name], second["state"][name]), name
+        torch.testing.assert_close(first["state"][name], value, rtol=1e-4, atol=1e-6)
+    for name in ("val_acc", "val_loss", "val_task_loss", "val_agreement", "val_calibration_error", "train_acc"):
+        assert first["metrics"][name] == second["metrics"][name]
+        assert first["metrics"][name] == pytest.approx(one["metrics"][name], abs=1e-5), name
+
+
+class DifferentTeachers(Callback):
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, DistillationModule)
+        assert pl_module.teacher is not None
+        pl_module.teacher.module[0].weight += trainer.global_rank  # pyright: ignore
+
+
+def test_ranks_with_different_teachers_are_an_error(make_module: Make, make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(devices=2, strategy="ddp_fork", callbacks=[DifferentTeachers()])
+    with pytest.raises(ProcessRaisedException, match="the ranks have different teachers: fingerprints rank 0"):
+        trainer.fit(make_module(), make_loader())
