@@ -1,8 +1,21 @@
 """Every way of setting the temperature, one module per axis."""
 
 from kd_lightning.functional import Temperature
-from kd_lightning.temperature.asymmetric import AsymmetricTemperature
+from kd_lightning.temperature.asymmetric import AsymmetricTemperature, TransformedTeacherTemperature
 from kd_lightning.temperature.base import Signals, TemperatureLike, TemperaturePolicy, as_policy
+from kd_lightning.temperature.class_wise import ClassFrequencyTemperature, CorrectWrongTemperature
+from kd_lightning.temperature.combined import JoinedTemperature, MultiTemperature, ProductTemperature
+from kd_lightning.temperature.dynamic import CapacityTemperature, LossGapTemperature
+from kd_lightning.temperature.learnable import InstanceTemperature, LearnableTemperature
+from kd_lightning.temperature.sample_wise import (
+    ConfidenceTemperature,
+    DisagreementTemperature,
+    EntropyTemperature,
+    LogitStandardization,
+    LogitStdTemperature,
+    SharpnessTemperature,
+    TargetConfidenceTemperature,
+)
 from kd_lightning.temperature.scheduled import ConstantTemperature, ScheduledTemperature
 from kd_lightning.temperature.schedules import (
     ConstantSchedule,
@@ -15,23 +28,42 @@ from kd_lightning.temperature.schedules import (
     Schedule,
     StepSchedule,
 )
+from kd_lightning.temperature.token_wise import TokenDifficultyTemperature
 
 __all__ = [
     "AsymmetricTemperature",
+    "CapacityTemperature",
+    "ClassFrequencyTemperature",
+    "ConfidenceTemperature",
     "ConstantSchedule",
     "ConstantTemperature",
+    "CorrectWrongTemperature",
     "CosineSchedule",
     "CyclicSchedule",
+    "DisagreementTemperature",
+    "EntropyTemperature",
     "ExponentialSchedule",
+    "InstanceTemperature",
     "JoinedSchedule",
+    "JoinedTemperature",
+    "LearnableTemperature",
     "LinearSchedule",
+    "LogitStandardization",
+    "LogitStdTemperature",
+    "LossGapTemperature",
+    "MultiTemperature",
+    "ProductTemperature",
     "Progress",
     "Schedule",
     "ScheduledTemperature",
+    "SharpnessTemperature",
     "Signals",
     "StepSchedule",
+    "TargetConfidenceTemperature",
     "Temperature",
     "TemperatureLike",
     "TemperaturePolicy",
+    "TokenDifficultyTemperature",
+    "TransformedTeacherTemperature",
     "as_policy",
 ]

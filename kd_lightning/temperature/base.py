@@ -7,12 +7,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from kd_lightning.functional import Temperature, as_temperature
+from kd_lightning.temperature._statistics import mean_over_valid
 from kd_lightning.temperature.schedules import Progress, Schedule
 
 __all__ = ["Signals", "TemperatureLike", "TemperaturePolicy", "Temperatures", "as_policy"]
@@ -57,6 +58,18 @@ class Signals:
         targets = self.class_targets
         return None if targets is None or self.ignore_index is None else targets != self.ignore_index
 
+    def full(self, value: float) -> Tensor:
+        """A ``(1,)`` tensor on the device and in the dtype of the student's logits.
+
+        Inside a policy that is float32 (or float64) whatever torch's default dtype is at the moment; half-precision
+        trainers change it around the training step.
+        """
+        return self.student_logits.new_full((1,), value)
+
+    def replace(self, **changes: Any) -> Signals:
+        """A copy with some attributes changed."""
+        return dataclasses.replace(self, **changes)
+
 
 class TemperaturePolicy(nn.Module, ABC):
     """Sets the temperature of each step. Subclasses implement :meth:`compute`; users call the policy itself.
@@ -65,6 +78,10 @@ class TemperaturePolicy(nn.Module, ABC):
     value check. The buffer ``multiplier`` (1 at the start) is what callbacks move, so that every policy, scheduled and
     per-sample ones included, can follow a validation metric. A ``scale`` that the policy sets is in units of T², and
     so is multiplied by ``multiplier²``.
+
+    Positions whose target is ``ignore_index`` may hold anything, NaN included: ``compute`` sees zeros there (policies
+    that do not look at the logits set ``reads_logits = False`` and save the copy), and what it returns for them is
+    replaced by the mean over the others, so that the logged mean and range are those of the positions that count.
 
     Parameters and buffers have shape ``(1,)`` or more (FSDP refuses 0-d ones), travel in checkpoints and stay float32
     under every trainer precision: in bfloat16 a slow moving average would stand still.
@@ -95,6 +112,7 @@ class TemperaturePolicy(nn.Module, ABC):
     """
 
     multiplier: Tensor
+    reads_logits: ClassVar[bool] = True
 
     def __init__(self, *, min_temperature: float = 0.05, max_temperature: float = 100.0) -> None:
         super().__init__()
@@ -105,7 +123,7 @@ class TemperaturePolicy(nn.Module, ABC):
             )
         self.min_temperature = float(min_temperature)
         self.max_temperature = float(max_temperature)
-        self.register_buffer("multiplier", torch.ones(1))
+        self.register_buffer("multiplier", torch.ones(1, dtype=torch.float32))
 
     @abstractmethod
     def compute(self, signals: Signals) -> Temperatures:
@@ -122,19 +140,62 @@ class TemperaturePolicy(nn.Module, ABC):
         """What the loss sees in place of the logits (class dimension last). Identity, unless the policy must centre."""
         return logits
 
+    def loss_scale(self, temperature: Temperature) -> Tensor | None:
+        """The factor of the loss as a function of the bounded temperatures, for a method that publishes one.
+
+        Default: what :meth:`compute` set, times ``multiplier²``.
+        """
+        return None if temperature.scale is None else temperature.scale * self.multiplier.square()
+
+    def setup_data(self, datamodule: object) -> None:
+        """Take from the data module what the policy needs. Default: forward to the policies within this one.
+
+        Called before a fit, once the training part of the data is chosen; None where there is no data module. A policy
+        that reads, say, ``class_counts`` leaves its state alone where there is no such attribute.
+        """
+        for policy in self._inner_policies():
+            policy.setup_data(datamodule)
+
     def param_groups(self) -> list[dict[str, Any]]:
-        """Optimiser groups of the policy's parameters: their own, without weight decay. Empty if it learns nothing."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return [{"params": parameters, "weight_decay": 0.0}] if parameters else []
+        """Optimiser groups of the policy's parameters, without weight decay. Empty if it learns nothing.
+
+        The policy's own parameters are one group; the policies within a combination give theirs, with their own
+        learning rates. No parameter is in two groups.
+        """
+        groups, taken = [], set()
+        for group in (group for policy in self._inner_policies() for group in policy.param_groups()):
+            parameters = [p for p in group["params"] if id(p) not in taken]
+            taken.update(map(id, parameters))
+            if parameters:
+                groups.append({**group, "params": parameters})
+        own = [p for p in self.parameters() if p.requires_grad and id(p) not in taken]
+        return [{"params": own, "weight_decay": 0.0}, *groups] if own else groups
+
+    def _inner_policies(self) -> list[TemperaturePolicy]:
+        """The policies directly within this one, each once."""
+        inner: dict[int, TemperaturePolicy] = {}
+        waiting = list(self.children())
+        while waiting:
+            module = waiting.pop(0)
+            if isinstance(module, TemperaturePolicy):
+                inner[id(module)] = module
+            else:
+                waiting.extend(module.children())
+        return list(inner.values())
 
     def forward(self, signals: Signals) -> Temperatures:
         """Compute, multiply, bound and check the temperature for one batch."""
         dtype = torch.promote_types(signals.student_logits.dtype, torch.float32)
         if signals.student_logits.dtype != dtype or signals.teacher_logits.dtype != dtype:
-            signals = dataclasses.replace(
-                signals,
-                student_logits=signals.student_logits.to(dtype),
-                teacher_logits=signals.teacher_logits.to(dtype),
+            signals = signals.replace(
+                student_logits=signals.student_logits.to(dtype), teacher_logits=signals.teacher_logits.to(dtype)
+            )
+        valid = signals.valid
+        if valid is not None and self.reads_logits:
+            left_out = ~valid.unsqueeze(-1)
+            signals = signals.replace(
+                student_logits=signals.student_logits.masked_fill(left_out, 0.0),
+                teacher_logits=signals.teacher_logits.masked_fill(left_out, 0.0),
             )
         computed = self.compute(signals)
         if isinstance(computed, Temperature):
@@ -142,13 +203,33 @@ class TemperaturePolicy(nn.Module, ABC):
         return tuple(self._finish(term, signals) for term in computed)
 
     def _finish(self, computed: Temperature, signals: Signals) -> Temperature:
-        student = self._bound(computed.student)
-        teacher = student if computed.teacher is computed.student else self._bound(computed.teacher)
-        scale = None if computed.scale is None else computed.scale * self.multiplier.square()
+        valid = signals.valid
+        student = _fill_left_out(self._bound(computed.student), valid)
+        shared = computed.teacher is computed.student
+        teacher = student if shared else _fill_left_out(self._bound(computed.teacher), valid)
+        scale = None if computed.scale is None else _fill_left_out(computed.scale, valid)
+        scale = self.loss_scale(Temperature(student, teacher, scale))
         return as_temperature(Temperature(student, teacher, scale), signals.student_logits)
 
     def _bound(self, temperature: Tensor) -> Tensor:
         return (temperature * self.multiplier).clamp(self.min_temperature, self.max_temperature)
+
+    def _check_within_bounds(self, **values: float) -> None:
+        for name, value in values.items():
+            if not self.min_temperature <= value <= self.max_temperature:  # NaN fails too
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must be a temperature within the policy's bounds "
+                    f"[{self.min_temperature:g}, {self.max_temperature:g}], got {value}. Usual values lie between 1 "
+                    "and 20; the bounds are the arguments min_temperature and max_temperature."
+                )
+
+    def _check_range(self, min_value: float, max_value: float) -> None:
+        self._check_within_bounds(min_value=min_value, max_value=max_value)
+        if min_value > max_value:
+            raise ValueError(
+                f"{type(self).__name__}: min_value must not be above max_value, got min_value={min_value:g}, "
+                f"max_value={max_value:g}."
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemperaturePolicy:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -156,6 +237,12 @@ class TemperaturePolicy(nn.Module, ABC):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)
+
+    def _shown(self, *names: str) -> str:
+        """``name=value`` of the attributes, and the bounds: for :meth:`extra_repr`."""
+        values = ((name, getattr(self, name)) for name in names)
+        shown = [f"{name}={value:g}" if type(value) is float else f"{name}={value!r}" for name, value in values]
+        return ", ".join([*shown, *filter(None, (TemperaturePolicy.extra_repr(self),))])
 
     def extra_repr(self) -> str:
         """The bounds, where they are not the defaults."""
@@ -165,6 +252,13 @@ class TemperaturePolicy(nn.Module, ABC):
         if self.max_temperature != 100.0:
             shown.append(f"max_temperature={self.max_temperature:g}")
         return ", ".join(shown)
+
+
+def _fill_left_out(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Values per position, the mean over the valid positions in place of those left out; as they are if none is."""
+    if valid is None or values.shape != (*valid.shape, 1):
+        return values
+    return torch.where((valid | ~valid.any()).unsqueeze(-1), values, mean_over_valid(values.detach(), valid))
 
 
 TemperatureLike: TypeAlias = float | Schedule | TemperaturePolicy

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from typing_extensions import override
 
 from kd_lightning.functional import Temperature
@@ -33,10 +32,13 @@ class ConstantTemperature(TemperaturePolicy):
     Source: G. Hinton, O. Vinyals, J. Dean, 2015, arXiv 1503.02531.
 
     Example:
+        >>> import torch
         >>> policy = ConstantTemperature(4.0)
         >>> policy(Signals(torch.zeros(2, 3), torch.zeros(2, 3))).student
         tensor([4.])
     """
+
+    reads_logits = False
 
     def __init__(self, value: float = 4.0, *, min_temperature: float = 0.05, max_temperature: float = 100.0) -> None:
         super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
@@ -49,7 +51,7 @@ class ConstantTemperature(TemperaturePolicy):
 
     @override
     def compute(self, signals: Signals) -> Temperature:
-        temperature = torch.full((1,), self.value, device=signals.student_logits.device)
+        temperature = signals.full(self.value)
         return Temperature(student=temperature, teacher=temperature)
 
     @override
@@ -71,11 +73,14 @@ class ScheduledTemperature(TemperaturePolicy):
         ValueError: On the call, if the schedule gives a value that is not positive and finite.
 
     Example:
+        >>> import torch
         >>> from kd_lightning.temperature import LinearSchedule, Progress
         >>> policy = ScheduledTemperature(LinearSchedule(init_value=10.0, end_value=2.0))
         >>> policy(Signals(torch.zeros(2, 3), torch.zeros(2, 3), progress=Progress(step=1, max_steps=4))).student
         tensor([8.])
     """
+
+    reads_logits = False
 
     def __init__(
         self,
@@ -92,12 +97,12 @@ class ScheduledTemperature(TemperaturePolicy):
     @override
     def compute(self, signals: Signals) -> Temperature:
         value = self.schedule(signals.progress)
-        if not (math.isfinite(value) and value > 0):
+        if not 0 < value < math.inf:  # NaN fails too; torch.compile cannot trace math.isfinite here
             raise ValueError(
                 f"a temperature schedule must give positive, finite values, but {self.schedule} gave {value} at "
                 f"{signals.progress}."
             )
-        temperature = torch.full((1,), value, device=signals.student_logits.device)
+        temperature = signals.full(value)
         return Temperature(student=temperature, teacher=temperature)
 
     @override

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -276,7 +275,7 @@ class StepSchedule(Schedule):
 
     @override
     def __call__(self, progress: Progress) -> float:
-        return self.init_value * self.factor ** bisect_right(self.milestones, progress.count(self.unit))
+        return self.init_value * self.factor ** reached(self.milestones, progress.count(self.unit))
 
 
 @dataclass(frozen=True)
@@ -347,21 +346,36 @@ class JoinedSchedule(Schedule):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedules", tuple(self.schedules))
-        object.__setattr__(self, "boundaries", tuple(self.boundaries))
-        _check_rising("boundaries", self.boundaries)
-        _check_unit(self.unit)
-        if len(self.schedules) != len(self.boundaries) + 1:
-            raise ValueError(
-                f"JoinedSchedule needs one boundary between each two schedules, got {len(self.schedules)} schedules "
-                f"and {len(self.boundaries)} boundaries."
-            )
+        boundaries = check_boundaries("JoinedSchedule", "schedules", len(self.schedules), self.boundaries, self.unit)
+        object.__setattr__(self, "boundaries", boundaries)
 
     @override
     def __call__(self, progress: Progress) -> float:
-        part = bisect_right(self.boundaries, progress.count(self.unit))
+        part = reached(self.boundaries, progress.count(self.unit))
         begin = self.boundaries[part - 1] if part else 0
         end = self.boundaries[part] if part < len(self.boundaries) else None
         return self.schedules[part](progress.segment(begin, end, self.unit))
+
+
+def reached(milestones: Sequence[int], count: int) -> int:
+    """How many of the milestones are reached (torch.compile cannot trace bisect)."""
+    return sum(count >= milestone for milestone in milestones)
+
+
+def check_boundaries(owner: str, parts: str, num_parts: int, boundaries: Sequence[int], unit: str) -> tuple[int, ...]:
+    """Boundaries between parts, checked.
+
+    Raises:
+        ValueError: They do not rise, are not one fewer than the parts, or their unit is unknown.
+    """
+    _check_rising("boundaries", boundaries)
+    _check_unit(unit)
+    if num_parts != len(boundaries) + 1:
+        raise ValueError(
+            f"{owner} needs one boundary between each two {parts}, got {num_parts} {parts} and {len(boundaries)} "
+            "boundaries."
+        )
+    return tuple(boundaries)
 
 
 def as_schedule(value: float | Callable[[Progress], float]) -> Callable[[Progress], float]:

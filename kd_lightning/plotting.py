@@ -1,0 +1,294 @@
+"""Arrays (or a temperature to draw) in, a matplotlib Figure out. Needs ``pip install kd-lightning[plots]``."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from kd_lightning.temperature import Progress, Signals, TemperaturePolicy
+
+__all__ = ["plot_schedule", "plot_softening"]
+
+_STUDENT, _TEACHER = "#1f6fb4", "#d9541e"
+_MAX_POINTS = 400
+_ABSENT = (math.nan, math.inf, -math.inf)  # no such term at this time
+_Curve: TypeAlias = tuple[list[tuple[float, float, float]], list[tuple[float, float, float]]]  # student, teacher
+
+
+def plot_schedule(
+    policy_or_schedule: float | Callable[[Progress], float] | TemperaturePolicy,
+    epochs: int,
+    steps_per_epoch: int = 1,
+    *,
+    num_classes: int = 10,
+    seed: int = 0,
+) -> Figure:
+    """Draw a temperature over a training run that never takes place.
+
+    Anything that may stand for a temperature can be drawn. Where teacher and student differ there are two curves, with
+    several temperatures one pair for each.
+
+    A policy that looks at logits gets stand-ins, and the figure says so: random logits of a student that grows sharper
+    and comes closer to its teacher over the run, with random labels on which the teacher is right nine times out of
+    ten. They show the policy's *range and direction*, not what it does with your models. Of temperatures that differ
+    between samples or classes the curve is the mean and the band runs from the smallest to the largest. What is
+    learned stays at its start, since nothing is trained.
+
+    The policy itself is left as it was: a copy is drawn, in training mode, so that its moving averages move. At most
+    400 steps are drawn, evenly spread, and only at those.
+
+    Args:
+        policy_or_schedule: A number, a schedule or a policy.
+        epochs: Length of the run.
+        steps_per_epoch: Optimiser steps in an epoch. With 1, schedules that count steps see one per epoch.
+        num_classes: Classes of the stand-in logits.
+        seed: Seed of the stand-in logits.
+
+    Returns:
+        The figure; ``figure.savefig("temperature.png")`` writes it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError: What was given is no temperature.
+        ValueError: Fewer than one epoch or step, or the policy cannot work with ``num_classes``.
+
+    Example:
+        >>> from kd_lightning.temperature import CosineSchedule
+        >>> figure = plot_schedule(CosineSchedule(init_value=8.0, end_value=2.0), epochs=30, steps_per_epoch=100)
+        >>> figure.axes[0].get_xlabel()
+        'epoch'
+    """
+    if epochs < 1 or steps_per_epoch < 1:
+        raise ValueError(
+            f"a run has at least one epoch and one step, got epochs={epochs}, steps_per_epoch={steps_per_epoch}."
+        )
+    plt = _pyplot()
+    from kd_lightning.temperature import as_policy
+
+    policy = as_policy(policy_or_schedule)
+    run = (epochs, steps_per_epoch, num_classes)
+    times, curves = _trace(policy, *run, seed=seed)
+    notes = []
+    if curves != _trace(policy, *run, seed=seed + 1, learns=False)[1]:
+        notes.append(f"stand-in logits of {num_classes} classes: range and direction only")
+    if any(low != high for curve in curves for side in curve for _, low, high in side):
+        notes.append("line: mean, band: smallest to largest")
+    if any(True for _ in policy.parameters()):
+        notes.append("untrained: what is learned stays at its start")
+
+    figure, axes = plt.subplots(figsize=(7.0, 3.6), layout="constrained")
+    plt.close(figure)  # pyplot keeps no reference to it; it can be shown and saved all the same
+    differ = any(student != teacher for student, teacher in curves)
+    for number, (student, teacher) in enumerate(curves):
+        shade = 1.0 if len(curves) == 1 else 1.0 - 0.65 * number / (len(curves) - 1)
+        label = "" if len(curves) == 1 else f" {number + 1}"
+        if differ:
+            _draw_curve(axes, times, teacher, _TEACHER, f"teacher{label}", shade, "--")
+        _draw_curve(axes, times, student, _STUDENT, f"student{label}" if differ else f"term{label}", shade, "-")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("temperature T")
+    axes.set_xlim(0, epochs)
+    axes.set_ylim(0, 1.12 * max(high for curve in curves for side in curve for _, _, high in side))
+    axes.set_title(_title(policy_or_schedule), fontsize=9, loc="left")
+    if differ or len(curves) > 1:
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    if notes:
+        figure.supxlabel("; ".join(notes), fontsize=8, color="0.4")
+    _tidy(axes)
+    return figure
+
+
+def plot_softening(
+    teacher_logits: Tensor | Sequence[float],
+    temperatures: Sequence[float] = (1.0, 2.0, 4.0, 8.0),
+    *,
+    class_names: Sequence[str] | None = None,
+    max_classes: int = 15,
+) -> Figure:
+    """Draw how the teacher's distribution and its entropy change with the temperature.
+
+    Left: the softened probabilities, classes in the order of the first row's logits, the most probable first; on a log
+    scale, because what a high temperature brings out is small. Right: the entropy over the temperature, from 0
+    (certain) to log C (uniform), with the chosen temperatures marked; of a batch, the mean and the range from the
+    10th to the 90th percentile of its samples.
+
+    Args:
+        teacher_logits: ``(C,)``, or a batch ``(…, C)``: its first row is drawn on the left.
+        temperatures: Positive numbers, one or more.
+        class_names: Names for the axis, C of them. Default: their indices.
+        max_classes: How many classes to draw on the left.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: Fewer than two classes, NaN or +inf among the logits, no temperature or one that is not positive
+            and finite, names that are not C.
+
+    Example:
+        >>> figure = plot_softening([6.0, 3.0, 2.0, -1.0], temperatures=[1, 4, 16])
+        >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        ['T = 1', 'T = 4', 'T = 16']
+    """
+    logits = torch.as_tensor(teacher_logits).detach().cpu().double()
+    logits = logits.reshape(-1, logits.shape[-1]) if logits.dim() else logits.reshape(1, 1)
+    num_classes = logits.shape[-1]
+    if num_classes < 2 or not len(logits) or logits.isnan().any() or (logits == math.inf).any():
+        raise ValueError(
+            "teacher_logits must be one or more rows of two or more numbers (−inf for a masked class), got shape "
+            f"{tuple(torch.as_tensor(teacher_logits).shape)}."
+        )
+    values = [float(t) for t in temperatures]
+    if not values or not all(0 < t < math.inf for t in values):
+        raise ValueError(f"temperatures must be one or more positive, finite numbers, got {list(temperatures)}.")
+    if class_names is not None and len(class_names) != num_classes:
+        raise ValueError(f"class_names must name all {num_classes} classes, got {len(class_names)} names.")
+    plt = _pyplot()
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained", width_ratios=[3, 2])
+    plt.close(figure)
+    colors = [plt.get_cmap("viridis")(x) for x in torch.linspace(0.85, 0.1, len(values)).tolist()]
+
+    order = logits[0].argsort(descending=True)[:max_classes]
+    positions = range(len(order))
+    smallest = 1.0
+    for t, color in zip(values, colors, strict=True):
+        p = (logits[0] / t).softmax(-1)[order].clamp(min=1e-300)
+        left.plot(positions, p.tolist(), "o-", color=color, markersize=4, linewidth=1.5, label=f"T = {t:g}")
+        smallest = min(smallest, p[logits[0][order] > -math.inf].min().item())
+    left.set_yscale("log")
+    left.set_ylim(max(0.5 * smallest, 1e-8), 1.6)
+    _mark(left, 1 / num_classes, "uniform")
+    names = (
+        [str(index) for index in order.tolist()] if class_names is None else [class_names[i] for i in order.tolist()]
+    )
+    turned = any(len(name) > 3 for name in names)
+    left.set_xticks(list(positions), names, rotation=35 if turned else 0, ha="right" if turned else "center")
+    shown = "" if len(order) == num_classes else f" ({len(order)} of {num_classes})"
+    left.set_xlabel(f"class{shown}, by the teacher's logit")
+    left.set_ylabel("probability")
+    left.set_title("One sample's softened targets", fontsize=10, loc="left")
+    left.legend(frameon=False, fontsize=9)
+
+    grid = torch.logspace(math.log10(min(*values, 0.5)), math.log10(max(*values, 20.0)), 120, dtype=torch.float64)
+    curve = torch.stack([_entropy(logits, t) for t in grid.tolist()])  # (temperatures, samples)
+    right.plot(grid.tolist(), curve.mean(1).tolist(), color="0.25", linewidth=1.5)
+    if len(logits) > 1:
+        low, high = curve.quantile(0.1, dim=1), curve.quantile(0.9, dim=1)
+        right.fill_between(grid.tolist(), low.tolist(), high.tolist(), color="0.25", alpha=0.15, linewidth=0)
+    for t, color in zip(values, colors, strict=True):
+        right.plot(t, _entropy(logits, t).mean().item(), "o", color=color, markersize=7, zorder=3)
+    _mark(right, math.log(num_classes), f"log {num_classes}")
+    right.set_xscale("log")
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if grid[0] <= t <= grid[-1]]
+    right.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    right.minorticks_off()
+    right.set_ylim(0, 1.12 * math.log(num_classes))
+    right.set_xlabel("temperature T")
+    right.set_ylabel("entropy (nats)")
+    samples = "" if len(logits) == 1 else f", {len(logits)} samples (10 to 90 %)"
+    right.set_title(f"Entropy{samples}", fontsize=10, loc="left")
+    for axes in (left, right):
+        _tidy(axes)
+    return figure
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("plotting needs matplotlib: pip install kd-lightning[plots]") from error
+    return plt
+
+
+def _stand_ins(epochs: int, steps_per_epoch: int, num_classes: int, seed: int, learns: bool) -> Iterator[Signals]:
+    """Signals of a run: every step where they are few, else evenly spread, both ends included."""
+    from kd_lightning.temperature import Progress, Signals
+
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, num_classes, (64,), generator=generator)
+    noise_t, noise_s = torch.randn(2, 64, num_classes, generator=generator)
+    right = torch.where(torch.rand(64, generator=generator) < 0.9, labels, labels.roll(1))
+    teacher = 2.0 * noise_t
+    teacher[torch.arange(64), right] += 6.0
+    total = epochs * steps_per_epoch
+    stride = max(1, math.ceil(total / _MAX_POINTS))
+    for step in sorted({*range(0, total, stride), total}):
+        fraction = step / total
+        student = (fraction * teacher if learns else 0.0) + (1.0 - 0.8 * fraction) * noise_s
+        progress = Progress(step, total, min(step // steps_per_epoch, epochs - 1), epochs)
+        yield Signals(student, teacher, labels, progress)
+
+
+def _trace(
+    policy: TemperaturePolicy, epochs: int, steps_per_epoch: int, num_classes: int, *, seed: int, learns: bool = True
+) -> tuple[list[float], list[_Curve]]:
+    """Times, and for each loss term and side the mean, smallest and largest temperature at each time."""
+    from kd_lightning.temperature import Temperature
+
+    policy = copy.deepcopy(policy).cpu().train()
+    times: list[float] = []
+    curves: list[_Curve] = []
+    for signals in _stand_ins(epochs, steps_per_epoch, num_classes, seed, learns):
+        with torch.no_grad():
+            computed = policy(signals)
+        terms = [computed] if isinstance(computed, Temperature) else list(computed)
+        while len(curves) < len(terms):  # a joined policy may give more terms later
+            curves.append(([_ABSENT] * len(times), [_ABSENT] * len(times)))
+        for number, curve in enumerate(curves):
+            for side, values in enumerate(curve):
+                t = terms[number][side] if number < len(terms) else None
+                values.append(_ABSENT if t is None else (t.mean().item(), t.min().item(), t.max().item()))
+        times.append(signals.progress.step / steps_per_epoch)
+    return times, curves
+
+
+def _draw_curve(
+    axes: Axes,
+    times: list[float],
+    values: list[tuple[float, float, float]],
+    color: str,
+    label: str,
+    shade: float,
+    style: str,
+) -> None:
+    mean, low, high = zip(*values, strict=True)
+    axes.plot(times, mean, style, color=color, alpha=shade, linewidth=2, label=label)
+    if low != high:
+        axes.fill_between(times, low, high, color=color, alpha=0.15 * shade, linewidth=0)
+
+
+def _title(subject: object) -> str:
+    text = f"constant T = {subject:g}" if isinstance(subject, (int, float)) else repr(subject)
+    if "\n" in text or "object at" in text:  # a policy made of policies, a user's function
+        text = getattr(subject, "__name__", type(subject).__name__)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def _mark(axes: Axes, value: float, text: str) -> None:
+    """A dotted line with its name in the margin."""
+    axes.axhline(value, color="0.6", linewidth=0.8, linestyle=":")
+    place = {"xycoords": ("axes fraction", "data"), "xytext": (3, 0), "textcoords": "offset points"}
+    axes.annotate(text, (1.0, value), **place, va="center", fontsize=8, color="0.4")
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _entropy(logits: Tensor, temperature: float) -> Tensor:
+    p = (logits / temperature).softmax(-1)
+    return torch.special.entr(p).sum(-1)

@@ -1,0 +1,558 @@
+"""Policies that give every sample its own temperature, from its logits: shape ``(N, 1)``, for tokens ``(B, L, 1)``."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from kd_lightning.functional import Temperature, tempered_log_softmax
+from kd_lightning.temperature._statistics import (
+    centre,
+    check_class_count,
+    class_targets,
+    mean_over_valid,
+    standard_deviation,
+)
+from kd_lightning.temperature.base import Signals, TemperaturePolicy
+
+__all__ = [
+    "ConfidenceTemperature",
+    "DisagreementTemperature",
+    "EntropyTemperature",
+    "LogitStandardization",
+    "LogitStdTemperature",
+    "SharpnessTemperature",
+    "TargetConfidenceTemperature",
+]
+
+
+class ConfidenceTemperature(TemperaturePolicy):
+    r"""One temperature where the teacher is confident, another where it is not.
+
+    With the teacher's confidence :math:`m = \max_k \mathrm{softmax}(z_t)_k` at temperature 1 and the threshold
+    :math:`\theta`,
+
+    .. math::
+        T = \begin{cases} T_\text{confident} & m > \theta \\ T_\text{unsure} & \text{otherwise} \end{cases}
+        \qquad\text{or, with softness } \sigma > 0,\qquad
+        T = T_\text{unsure} + (T_\text{confident} - T_\text{unsure}) \, \mathrm{sigmoid}\frac{m - \theta}{\sigma}
+
+    for student and teacher alike.
+
+    Shapes:
+        Logits ``(…, C)`` → T ``(…, 1)``.
+
+    Args:
+        threshold: :math:`\theta` in [0, 1]. 0: every sample counts as confident; 1: none does.
+        confident: T of the confident samples. Below 1 their targets become harder than the teacher's own, close to
+            labels; above 1 softer.
+        unsure: T of the others. Swap the two values for the opposite rule.
+        softness: :math:`\sigma`, in units of probability. 0 is a switch; 0.05 spreads it over about ±0.1 around the
+            threshold; large values give every sample the middle of the two.
+        min_temperature: Lower bound, see :class:`TemperaturePolicy`.
+        max_temperature: Upper bound.
+
+    Raises:
+        ValueError: A threshold outside [0, 1], a negative softness, or temperatures outside the bounds.
+
+    Suggested values: the defaults keep confident samples sharp; try ``confident=1`` and ``unsure=4`` first, which is
+    nearer to what constant T does on CIFAR-100. A threshold near the median of m splits the batch in halves.
+
+    Interacts badly with: an over-confident teacher (trained without label smoothing or calibration), for which nearly
+    all samples pass; and the T² factor, which weighs an unsure sample ``(unsure / confident)²`` times as much: 16 by
+    default. ``KDLoss(scale="none")`` switches that off.
+
+    Source: the thresholding of pseudo-labels (K. Sohn et al., "FixMatch", NeurIPS 2020, arXiv 2001.07685), turned into
+    a temperature here. No published evidence as a temperature rule.
+
+    Example:
+        >>> policy = ConfidenceTemperature(threshold=0.9, confident=0.5, unsure=2.0)
+        >>> teacher_logits = torch.tensor([[9.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> policy(Signals(torch.zeros(2, 3), teacher_logits)).student
+        tensor([[0.5000],
+                [2.0000]])
+    """
+
+    def __init__(
+        self,
+        threshold: float = 0.9,
+        confident: float = 0.5,
+        unsure: float = 2.0,
+        softness: float = 0.0,
+        *,
+        min_temperature: float = 0.05,
+        max_temperature: float = 100.0,
+    ) -> None:
+        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold is a probability in [0, 1], got {threshold}.")
+        if not 0 <= softness < math.inf:
+            raise ValueError(f"softness must be a finite number, 0 (a switch) or above, got {softness}.")
+        self._check_within_bounds(confident=confident, unsure=unsure)
+        self.threshold = float(threshold)
+        self.confident = float(confident)
+        self.unsure = float(unsure)
+        self.softness = float(softness)
+
+    @override
+    def compute(self, signals: Signals) -> Temperature:
+        margin = signals.teacher_logits.softmax(-1).amax(-1, keepdim=True) - self.threshold
+        if self.softness > 0:
+            temperature = torch.lerp(
+                torch.full_like(margin, self.unsure),
+                torch.full_like(margin, self.confident),
+                torch.sigmoid(margin / self.softness),
+            )
+        else:
+            temperature = torch.where(margin > 0, signals.full(self.confident), signals.full(self.unsure))
+        return Temperature(student=temperature, teacher=temperature)
+
+    @override
+    def extra_repr(self) -> str:
+        return self._shown("threshold", "confident", "unsure", "softness")
+
+
+class EntropyTemperature(TemperaturePolicy):
+    r"""The less certain the teacher, the higher the temperature.
+
+    .. math:: T = T_\min + (T_\max - T_\min) \, \frac{H(\mathrm{softmax}(z_t))}{\log C}
+
+    for student and teacher alike, with the entropy :math:`H` of the teacher's distribution at temperature 1 and the
+    number of classes :math:`C` (those not masked with −inf).
+
+    Shapes:
+        Logits ``(…, C)`` → T ``(…, 1)``.
+
+    Args:
+        min_value: T of a sample on which the teacher is certain (entropy 0).
+        max_value: T of a sample on which the teacher is undecided (uniform).
+        min_temperature: Lower bound, see :class:`TemperaturePolicy`.
+        max_temperature: Upper bound.
+
+    Raises:
+        ValueError: ``min_value > max_value``, or one outside the bounds.
+
+    Suggested values: ``min_value=2, max_value=6`` brackets the usual T = 4. Equal values give a constant. A
+    teacher is nearly certain on its own training data, so look at the logged mean rather than at ``max_value``.
+
+    Interacts badly with: the T² factor, which gives the uncertain samples the larger weight
+    (``KDLoss(scale="none")`` switches that off); teachers trained with label smoothing, whose entropy is nearly the
+    same everywhere.
+
+    Source: entropy as the measure of a teacher's certainty is folklore; this linear rule is ours, without published
+    evidence.
+
+    Example:
+        >>> policy = EntropyTemperature(min_value=2.0, max_value=6.0)
+        >>> teacher_logits = torch.tensor([[100.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        >>> policy(Signals(torch.zeros(2, 3), teacher_logits)).student
+        tensor([[2.],
+                [6.]])
+    """
+
+    def __init__(
+        self,
+        min_value: float = 2.0,
+        max_value: float = 6.0,
+        *,
+        min_temperature: float = 0.05,
+        max_temperature: float = 100.0,
+    ) -> None:
+        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+        self._check_range(min_value, max_value)
+        self.min_value = float(min_value)
+        self.max_value = float(max_value)
+
+    @override
+    def compute(self, signals: Signals) -> Temperature:
+        logits = signals.teacher_logits
+        log_p = tempered_log_softmax(logits, 1.0)
+        p = log_p.exp()
+        entropy = -(p * torch.where(p > 0, log_p, 0.0)).sum(-1, keepdim=True)
+        num_classes = (logits != -math.inf).sum(-1, keepdim=True).clamp(min=2)
+        share = (entropy / num_classes.to(entropy.dtype).log()).clamp(0.0, 1.0)
+        temperature = self.min_value + (self.max_value - self.min_value) * share
+        return Temperature(student=temperature, teacher=temperature)
+
+    @override
+    def extra_repr(self) -> str:
+        return self._shown("min_value", "max_value")
+
+
+class LogitStdTemperature(TemperaturePolicy):
+    r"""NormKD: each distribution's temperature is a multiple of its own logits' standard deviation.
+
+    .. math:: T_t = k \, \mathrm{std}(z_t), \qquad T_s = k \, \mathrm{std}(z_s), \qquad \text{loss scale } T_t^2
+
+    with the unbiased standard deviation over the classes of each sample (those not masked with −inf).
+
+    Shapes:
+        Logits ``(…, C)`` with C ≥ 3 → T_s, T_t and scale ``(…, 1)``.
+
+    Args:
+        factor: :math:`k`; positive. Small: sharp targets; large: soft ones. The softened logits ``z / T`` always have
+            standard deviation ``1 / k``.
+        detach: Whether the student's standard deviation is a constant for the gradient. False, as published, lets the
+            student lower the loss through its own spread too.
+        min_temperature: Lower bound, see :class:`TemperaturePolicy`; reached by constant logits (std 0).
+        max_temperature: Upper bound.
+
+    Raises:
+        ValueError: A factor that is not positive; on the call, fewer than three classes.
+
+    Suggested values: 2 on CIFAR-100 (cross-entropy weight 0.1, distillation 0.9); 1 on ImageNet (0.5 and 0.5).
+
+    Interacts badly with: a loss weight tuned for constant T. The scale is the teacher's ``T_t²`` per sample, so that
+    teachers with large logits get a large weight; compare by the logged ``kd_weight · scale``.
+
+    Source: Z. Chi et al., "NormKD: Normalized Logits for Knowledge Distillation", 2023, arXiv 2308.00520. Formula and
+    values after the authors' code.
+
+    Example:
+        >>> logits = torch.tensor([[3.0, 0.0, -3.0]])  # standard deviation 3
+        >>> LogitStdTemperature(factor=2.0)(Signals(logits / 3, logits))
+        Temperature(student=tensor([[2.]]), teacher=tensor([[6.]]), scale=tensor([[36.]]))
+    """
+
+    def __init__(
+        self,
+        factor: float = 2.0,
+        detach: bool = False,
+        *,
+        min_temperature: float = 0.05,
+        max_temperature: float = 100.0,
+    ) -> None:
+        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+        if not 0 < factor < math.inf:
+            raise ValueError(f"factor must be a positive, finite number, got {factor}. The authors use 0.5 to 2.")
+        self.factor = float(factor)
+        self.detach = bool(detach)
+
+    @override
+    def compute(self, signals: Signals) -> Temperature:
+        check_class_count(signals.student_logits, type(self).__name__)
+        student_logits = signals.student_logits.detach() if self.detach else signals.student_logits
+        return Temperature(
+            student=self.factor * standard_deviation(student_logits),
+            teacher=self.factor * standard_deviation(signals.teacher_logits),
+        )
+
+    @override
+    def loss_scale(self, temperature: Temperature) -> Tensor:
+        return temperature.teacher.square()
+
+    @override
+    def extra_repr(self) -> str:
+        return self._shown("factor", "detach")
+
+
+class LogitStandardization(TemperaturePolicy):
+    r"""Z-scores of both logits before the softmax: only their pattern is distilled, not their size.
+
+    .. math::
+        p = \mathrm{softmax}\Big( \frac{1}{T} \cdot \frac{z - \bar z}{\mathrm{std}(z) + \varepsilon} \Big)
+        \quad\Longleftrightarrow\quad
+        T_s = T (\mathrm{std}(z_s) + \varepsilon), \quad T_t = T (\mathrm{std}(z_t) + \varepsilon),
+        \qquad \text{loss scale } T^2
+
+    with the mean :math:`\bar z` and the unbiased standard deviation over the classes of each sample (those not masked
+    with −inf) and :math:`\varepsilon = 10^{-7}`. The softmax does not see the mean, so this is a temperature. The
+    gradient flows through the student's standard deviation, as published.
+
+    Shapes:
+        Logits ``(…, C)`` with C ≥ 3 → T_s, T_t ``(…, 1)``, scale ``(1,)``.
+
+    Args:
+        temperature: :math:`T` on the standardised logits; positive. Since their standard deviation is 1, T = 2 is
+            already soft.
+        min_temperature: Lower bound of ``T · std``, see :class:`TemperaturePolicy`; reached by constant logits.
+        max_temperature: Upper bound of ``T · std``: beyond it (std 50 for T = 2) logits are no longer standardised.
+
+    Raises:
+        ValueError: A temperature that is not positive; on the call, fewer than three classes.
+
+    Suggested values: T = 2 with ``kd_weight=9, task_weight=1`` (the authors' CIFAR-100 setting for most pairs).
+
+    Interacts badly with: a comparison that leaves the weight alone. The published gain compares ``kd_weight · scale``
+    of 9 · 2² = 36 with 0.9 · 4² = 14.4 for the baseline. And with losses that need the logits' size, such as
+    regression on logits.
+
+    Source: S. Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv 2403.01427.
+
+    Example:
+        >>> logits = torch.tensor([[3.0, 0.0, -3.0]])  # standard deviation 3
+        >>> LogitStandardization(temperature=2.0)(Signals(logits / 3, logits))
+        Temperature(student=tensor([[2...]]), teacher=tensor([[6...]]), scale=tensor([4.]))
+    """
+
+    epsilon = 1e-7
+
+    def __init__(
+        self, temperature: float = 2.0, *, min_temperature: float = 0.05, max_temperature: float = 100.0
+    ) -> None:
+        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+        self._check_within_bounds(temperature=temperature)
+        self.temperature = float(temperature)
+
+    @override
+    def compute(self, signals: Signals) -> Temperature:
+        student_logits, teacher_logits = signals.student_logits, signals.teacher_logits
+        check_class_count(student_logits, type(self).__name__)
+        return Temperature(
+            student=self.temperature * (standard_deviation(student_logits) + self.epsilon),
+            teacher=self.temperature * (standard_deviation(teacher_logits) + self.epsilon),
+            scale=student_logits.new_full((1,), self.temperature**2),
+        )
+
+    @override
+    def extra_repr(self) -> str:
+        return self._shown("temperature")
+
+
+class SharpnessTemperature(TemperaturePolicy):
+    r"""DTKD: the sharper of the two distributions gets the higher temperature, their mean stays.
+
+    .. math::
+        T_s = \frac{2 m_s}{m_t + m_s} \, T, \qquad T_t = \frac{2 m_t}{m_t + m_s} \, T,
+        \qquad \text{loss scale } T_s \, T_t, \qquad m = \max_k (z_k - \bar z)
+
+    with the mean :math:`\bar z` over the classes of each sample. **As published**, :math:`m = \max_k z_k` without the
+    mean: then T changes when a constant is added to all logits (the softmax does not), goes to infinity where the two
+    maxima cancel, and is negative beyond. Centred logits have :math:`m \ge 0`, so that :math:`0 \le T_s, T_t \le 2T`
+    (the bounds keep off 0). Logits whose mean is 0 give the published values.
+
+    Shapes:
+        Logits ``(…, C)`` → T_s, T_t and scale ``(…, 1)``. Where both logits are constant, T for both.
+
+    Args:
+        temperature: :math:`T`, the mean of the two; positive.
+        detach: Whether the temperatures are constants for the gradient. False, as published, lets the student lower
+            the loss through its own sharpness too.
+        min_temperature: Lower bound, see :class:`TemperaturePolicy`.
+        max_temperature: Upper bound.
+
+    Raises:
+        ValueError: A temperature outside the bounds.
+
+    Suggested values: T = 4 (the authors; their loss adds this term with weight 3, constant-T distillation with weight
+    1 and cross-entropy with weight 1, warmed up over 20 epochs). ``MultiTemperature([SharpnessTemperature(4.0), 4.0])``
+    adds the two with equal weights.
+
+    Interacts badly with: a student at the start of training, whose logits are nearly constant: T_s is then near 0 and
+    T_t near 2T, and the gradient ``scale / T_s = T_t`` twice as large. A warm-up of the loss weight, as published,
+    covers that.
+
+    Source: Y. Wei, Y. Bai, "Dynamic Temperature Knowledge Distillation", 2024, arXiv 2404.12711. The paper measures
+    sharpness by logsumexp, its code by the maximum, which is the formula here; its authors note that the derivation
+    (Eq. 4 and 5) is wrong and that only the results stand.
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([[3.0, 0.0, -3.0]])
+        >>> SharpnessTemperature(temperature=4.0)(Signals(student, teacher))
+        Temperature(student=tensor([[2...]]), teacher=tensor([[6...]]), scale=tensor([[12...]]))
+    """
+
+    epsilon = 1e-7  # decides where both logits are constant, and changes nothing else
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        detach: bool = False,
+        *,
+        min_temperature: float = 0.05,
+        max_temperature: float = 100.0,
+    ) -> None:
+        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+        self._check_within_bounds(temperature=temperature)
+        self.temperature = float(temperature)
+        self.detach = bool(detach)
+
+    @override
+    def compute(self, signals: Signals) -> Temperature:
+        student_logits = signals.student_logits.detach() if self.detach else signals.student_logits
+        student = centre(student_logits).amax(-1, keepdim=True) + self.epsilon
+        teacher = centre(signals.teacher_logits).amax(-1, keepdim=True) + self.epsilon
+        both = student + teacher
+        return Temperature(
+            student=2.0 * self.temperature * student / both, teacher=2.0 * self.temperature * teacher / both
+        )
+
+    @override
+    def loss_scale(self, temperature: Temperature) -> Tensor:
+        return temperature.student * temperature.teacher
+
+    @override
+    def extra_repr(self) -> str:
+        return self._shown("temperature", "detach")
+
+
+class DisagreementTemperature(TemperaturePolicy):
+    r"""TextBrewer's rules: a sample that stands out from the batch gets a lower temperature.
+
+    .. math:: T = T_0 + \beta \, (\bar w - w)
+
+    for student and teacher alike, with :math:`\bar w` the mean of :math:`w` over the valid positions of the batch, and
+
+    * ``by="cosine"`` (FLSW): :math:`w = (1 - \cos(z_s, z_t) + 10^{-4})^\gamma`, large where the two disagree;
+    * ``by="confidence"`` (CWSM, its twin): :math:`w = 1 / (\max_k p_{s,k} + 10^{-3})` with
+      :math:`p_s = \mathrm{softmax}(z_s)`, large where the student is unsure.
+
+    No gradient flows through T. The cosine is that of the centred logits (their correlation): **as published**, with
+    ``center=False``, it changes when a constant is added to all logits, which the softmax does not see.
+
+    Shapes:
+        Logits ``(…, C)`` → T ``(…, 1)``. The mean is over the batch of this rank.
+
+    Args:
+        beta: :math:`\beta`, the strength. 0 is constant T; positive lowers T where w is above the mean; negative
+            raises it there.
+        gamma: :math:`\gamma > 0`. Below 1 brings out small disagreements, above 1 large ones. Only for ``"cosine"``.
+        base: :math:`T_0`, the mean of T over the batch as long as no sample reaches a bound.
+        by: ``"cosine"`` or ``"confidence"``.
+        center: Whether the cosine is taken of centred logits.
+        min_temperature: Lower bound, see :class:`TemperaturePolicy`. The rule itself has none: with ``beta=40`` a
+            sample of w = 1.4 in a batch of mean 0.4 is at T₀ − 40. Raise it to 1 for such values.
+        max_temperature: Upper bound.
+
+    Raises:
+        ValueError: ``base`` outside the bounds, ``gamma`` not positive, ``beta`` not finite, an unknown ``by``.
+
+    Suggested values: the authors list β of 10 to 80 and γ of 0.25 to 1. With w between 0 and 1.4, β of 2 to 4 keeps
+    T positive for nearly every sample.
+
+    Interacts badly with: small batches (the mean jumps) and batch statistics in general: the T of a sample depends on
+    the others. The publication uses no T² factor; ``KDLoss(scale="none")`` is how it trained.
+
+    Source: Z. Yang et al., "TextBrewer: An Open-Source Knowledge Distillation Toolkit for NLP", ACL 2020 (system
+    demonstrations), arXiv 2002.12620.
+
+    Example:
+        >>> student = torch.tensor([[1.0, 0.0, -1.0], [-1.0, 0.0, 1.0]])
+        >>> teacher = torch.tensor([[1.0, 0.0, -1.0], [1.0, 0.0, -1.0]])  # agrees; disagrees
+        >>> DisagreementTemperature(beta=1.0, gamma=1.0, base=4.0)(Signals(student, teacher)).student
+        tensor([[5.],
+                [3.]])
+    """
+
+    def __init__(
+        self,
+        beta: float = 2.0,
+        gamma: float = 1.0,
+        base: float = 4.0,
+        by: Literal["cosine", "confidence"] = "cosine",
+        center: bool = True,
+        *,
+        min_temperature: float = 0.05,
+        max_temperature: float = 100.0,
+    ) -> None:
+        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+        self._check_within_bounds(base=base)
+        if not math.isfinite(beta):
+            raise ValueError(f"beta must be a finite number, got {beta}.")
+        if not 0 < gamma < math.inf:
+            raise ValueError(f"gamma must be a positive, finite number, got {gamma}.")
+        if by not in ("cosine", "confidence"):
+            raise ValueError(f"by must be 'cosine' or 'confidence', got {by!r}.")
+        self.beta = float(beta)
+        self.gamma = float(gamma)
+        self.base = float(base)
+        self.by: Literal["cosine", "confidence"] = by
+        self.center = bool(center)
+
+    @override
+    @torch.no_grad()
+    def compute(self, signals: Signals) -> Temperature:
+        if self.by == "cosine":
+            weight = (1.0 - self._cosine(signals) + 1e-4).pow(self.gamma)
+        else:
+            weight = 1.0 / (signals.student_logits.softmax(-1).amax(-1, keepdim=True) + 1e-3)
+        temperature = self.base + self.beta * (mean_over_valid(weight, signals.valid) - weight)
+        return Temperature(student=temperature, teacher=temperature)
+
+    def _cosine(self, signals: Signals) -> Tensor:
+        def direction(logits: Tensor) -> Tensor:
+            logits = centre(logits) if self.center else logits
+            logits = logits.masked_fill(logits == -math.inf, 0.0)
+            return logits / logits.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+        cosine = (direction(signals.student_logits) * direction(signals.teacher_logits)).sum(-1, keepdim=True)
+        return cosine.clamp(-1.0, 1.0)
+
+    @override
+    def extra_repr(self) -> str:
+        return self._shown("beta", "gamma", "base", "by", "center")
+
+
+class TargetConfidenceTemperature(TemperaturePolicy):
+    r"""Temperature from the probability that the teacher gives the label.
+
+    .. math:: T = T_\min + \tfrac12 \big( 1 + \beta \cos(\pi (1 - p_t[y])) \big) (T_\max - T_\min)
+
+    for student and teacher alike, with the teacher's probability :math:`p_t[y]` of the label :math:`y` at temperature
+    1. With :math:`\beta = 1` a label the teacher is sure of gets :math:`T_\max`, one it rules out :math:`T_\min`.
+
+    Shapes:
+        Logits ``(…, C)``, targets ``(…)`` → T ``(…, 1)``.
+
+    Args:
+        min_value: :math:`T_\min`.
+        max_value: :math:`T_\max`.
+        beta: :math:`\beta` in [−1, 1]. 0: the middle of the two throughout; −1: the opposite direction, hottest where
+            the teacher misses the label.
+        min_temperature: Lower bound, see :class:`TemperaturePolicy`.
+        max_temperature: Upper bound.
+
+    Raises:
+        ValueError: ``min_value > max_value`` or one outside the bounds, ``beta`` outside [−1, 1]; on the call, no
+            class indices as targets.
+
+    Suggested values: ``min_value=2, max_value=6`` brackets the usual T = 4.
+
+    Interacts badly with: mixed labels (MixUp, CutMix, soft targets), which have no y; a teacher that fits the training
+    set, for which p_t[y] ≈ 1 and T ≈ T_max everywhere. The publication multiplies the loss by the squared batch mean
+    of T; the loss's default here is T² per sample.
+
+    Source: the hand-set rule ("manual") that the authors of "Instance Temperature Knowledge Distillation", 2024, arXiv
+    2407.00115, compare with, in their code.
+
+    Example:
+        >>> policy = TargetConfidenceTemperature(min_value=2.0, max_value=6.0)
+        >>> teacher_logits = torch.tensor([[50.0, 0.0], [50.0, 0.0], [0.0, 0.0]])
+        >>> policy(Signals(torch.zeros(3, 2), teacher_logits, targets=torch.tensor([0, 1, 0]))).student
+        tensor([[6.],
+                [2.],
+                [4.]])
+    """
+
+    def __init__(
+        self,
+        min_value: float = 2.0,
+        max_value: float = 6.0,
+        beta: float = 1.0,
+        *,
+        min_temperature: float = 0.05,
+        max_temperature: float = 100.0,
+    ) -> None:
+        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+        self._check_range(min_value, max_value)
+        if not -1 <= beta <= 1:
+            raise ValueError(f"beta must lie in [-1, 1], got {beta}.")
+        self.min_value = float(min_value)
+        self.max_value = float(max_value)
+        self.beta = float(beta)
+
+    @override
+    def compute(self, signals: Signals) -> Temperature:
+        targets = class_targets(signals, type(self).__name__)
+        p_target = signals.teacher_logits.softmax(-1).gather(-1, targets.unsqueeze(-1))
+        share = 0.5 * (1.0 + self.beta * torch.cos(math.pi * (1.0 - p_target)))
+        temperature = self.min_value + (self.max_value - self.min_value) * share
+        return Temperature(student=temperature, teacher=temperature)
+
+    @override
+    def extra_repr(self) -> str:
+        return self._shown("min_value", "max_value", "beta")

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+matplotlib = pytest.importorskip("matplotlib")
+matplotlib.use("Agg")
+
+from kd_lightning.plotting import plot_schedule, plot_softening  # noqa: E402
+from kd_lightning.temperature import (  # noqa: E402
+    AsymmetricTemperature,
+    CapacityTemperature,
+    ClassFrequencyTemperature,
+    CosineSchedule,
+    JoinedTemperature,
+    LearnableTemperature,
+    LogitStdTemperature,
+    LossGapTemperature,
+    MultiTemperature,
+    Progress,
+    StepSchedule,
+)
+
+
+def lines(figure: Any) -> dict[str, tuple[list[float], list[float]]]:
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].get_lines()}
+
+
+class TestSchedule:
+    def test_one_curve_over_epochs(self, tmp_path):
+        figure = plot_schedule(CosineSchedule(8.0, 2.0), epochs=10, steps_per_epoch=20)
+        ((x, y),) = lines(figure).values()
+        assert (x[0], x[-1]) == (0.0, 10.0)
+        assert len(x) == 201
+        for epoch, t in zip(x, y, strict=True):
+            assert t == pytest.approx(CosineSchedule(8.0, 2.0)(Progress(step=round(20 * epoch), max_steps=200)))
+        axes = figure.axes[0]
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "temperature T")
+        assert axes.get_legend() is None
+        assert axes.get_ylim()[0] == 0
+        figure.savefig(tmp_path / "schedule.png")
+        assert (tmp_path / "schedule.png").stat().st_size > 5000
+
+    def test_teacher_and_student_where_they_differ(self):
+        curves = lines(plot_schedule(AsymmetricTemperature(1.0, StepSchedule(8.0, (2,))), epochs=4))
+        assert list(curves["student"][1]) == [1.0] * 5
+        assert list(curves["teacher"][1]) == [8.0, 8.0, 4.0, 4.0, 4.0]
+
+    @pytest.mark.parametrize("subject", [4.0, lambda progress: 2.0 + progress.fraction])
+    def test_numbers_and_functions(self, subject):
+        figure = plot_schedule(subject, epochs=3)
+        assert len(lines(figure)) == 1
+        assert "object at" not in figure.axes[0].get_title(loc="left")
+        assert figure.get_supxlabel() == ""
+
+    def test_stand_in_logits_are_named(self):
+        figure = plot_schedule(LogitStdTemperature(), epochs=4)
+        assert "stand-in logits of 10 classes" in figure.get_supxlabel()
+        assert "band: smallest to largest" in figure.get_supxlabel()
+        student = lines(figure)["student"][1]
+        assert student[-1] > student[0]  # it grows sharper
+
+    def test_what_does_not_look_at_logits_says_nothing_of_them(self):
+        figure = plot_schedule(LearnableTemperature(), epochs=3)
+        assert figure.get_supxlabel() == "untrained: what is learned stays at its start"
+        figure = plot_schedule(ClassFrequencyTemperature([3, 2, 1]), epochs=2, num_classes=3)
+        assert figure.get_supxlabel() == "line: mean, band: smallest to largest"
+
+    def test_several_temperatures(self):
+        figure = plot_schedule(MultiTemperature([2.0, 4.0]), epochs=2)
+        assert {name: y[0] for name, (_, y) in lines(figure).items()} == {"term 1": 2.0, "term 2": 4.0}
+
+    def test_terms_that_come_later(self):
+        policy = JoinedTemperature([1.0, MultiTemperature([2.0, 3.0])], boundaries=[2])
+        second = lines(plot_schedule(policy, epochs=4))["term 2"][1]
+        assert [math.isnan(t) for t in second] == [True, True, False, False, False]
+
+    @pytest.mark.parametrize("policy", [LossGapTemperature(), CapacityTemperature(interval=1)])
+    def test_the_policy_is_left_as_it_was(self, policy):
+        policy.eval()
+        before = copy.deepcopy(policy.state_dict())
+        figure = plot_schedule(policy, epochs=5, steps_per_epoch=4)
+        torch.testing.assert_close(policy.state_dict(), before)
+        assert not policy.training
+        ((_, y),) = lines(figure).values()
+        assert y[-1] != y[0]
+
+    def test_long_runs_are_thinned(self):
+        ((x, _),) = lines(plot_schedule(CosineSchedule(8.0, 2.0), epochs=300, steps_per_epoch=1000)).values()
+        assert len(x) < 500
+        assert x[-1] == 300
+
+    def test_many_figures_leave_nothing_behind(self):
+        import matplotlib.pyplot as plt
+
+        before = plt.get_fignums()
+        for _ in range(25):  # pyplot warns above 20
+            plot_schedule(4.0, epochs=1)
+        assert plt.get_fignums() == before
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="at least one epoch and one step, got epochs=0"):
+            plot_schedule(4.0, epochs=0)
+        with pytest.raises(TypeError, match="temperature must be a number, a schedule"):
+            plot_schedule("4", epochs=2)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(ValueError, match="counts of 3 classes, but the logits have 10"):
+            plot_schedule(ClassFrequencyTemperature([3, 2, 1]), epochs=2)
+
+
+class TestSoftening:
+    logits = (6.0, -1.0, 3.0, 2.0)
+
+    def test_probabilities_and_entropy(self, tmp_path):
+        figure = plot_softening(self.logits, [1.0, 4.0])
+        p = (torch.tensor(self.logits) / 4).softmax(-1).sort(descending=True).values
+        assert lines(figure)["T = 4"][1] == pytest.approx(p.tolist())
+        left, right = figure.axes
+        curve, *dots = ([float(y) for y in np.atleast_1d(line.get_ydata())] for line in right.get_lines())
+        assert dots[1][0] == pytest.approx(-(p * p.log()).sum().item())
+        assert sorted(curve) == curve  # entropy rises with T
+        assert left.get_yscale() == "log"
+        assert [label.get_text() for label in left.get_xticklabels()] == ["0", "2", "3", "1"]
+        assert (left.get_ylabel(), right.get_ylabel()) == ("probability", "entropy (nats)")
+        assert right.get_xlabel() == "temperature T"
+        figure.savefig(tmp_path / "softening.png")
+
+    def test_batch_with_many_classes(self):
+        figure = plot_softening(torch.randn(3, 20, 50), [1, 2])
+        assert "15 of 50" in figure.axes[0].get_xlabel()
+        assert "60 samples" in figure.axes[1].get_title(loc="left")
+
+    def test_names_and_masked_classes(self):
+        logits = torch.tensor([1.0, -math.inf, 2.0], dtype=torch.bfloat16)
+        figure = plot_softening(logits, [2.0], class_names=["cat", "dog", "lion"])
+        assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["lion", "cat", "dog"]
+
+    @pytest.mark.parametrize(
+        ("logits", "temperatures", "options", "message"),
+        [
+            ([1.0], [1.0], {}, "rows of two or more numbers"),
+            (torch.empty(0, 3), [1.0], {}, "rows of two or more numbers"),
+            ([1.0, math.nan], [1.0], {}, "rows of two or more numbers"),
+            ([1.0, 2.0], [], {}, "one or more positive, finite numbers"),
+            ([1.0, 2.0], [0.0], {}, "one or more positive, finite numbers"),
+            ([1.0, 2.0], [1.0], {"class_names": ["a"]}, "must name all 2 classes, got 1"),
+        ],
+    )
+    def test_errors(self, logits, temperatures, options, message):
+        with pytest.raises(ValueError, match=message):
+            plot_softening(logits, temperatures, **options)
+
+
+@pytest.mark.parametrize("plot", [lambda: plot_schedule(4.0, 1), lambda: plot_softening([1.0, 2.0])])
+def test_without_matplotlib(monkeypatch, plot):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ImportError, match=r"pip install kd-lightning\[plots\]"):
+        plot()
