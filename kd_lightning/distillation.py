@@ -195,6 +195,7 @@ class DistillationModule(SupervisedModule):
                     "DistillationModule(student=..., teacher=FrozenTeacher(network, checkpoint=...))."
                 )
             teacher.load()
+            self.distiller.temperature.setup_data(getattr(self.trainer, "datamodule", None))
             self._max_steps = None
             rank_zero_info(f"Teacher: {teacher!r}, fingerprint {teacher.fingerprint()[:8]}")
         elif stage in ("validate", "test") and teacher is not None and not teacher.loaded:

@@ -288,8 +288,9 @@ def test_teacher_is_bit_identical_and_an_adapted_temperature_survives(
     epochs = len(seen)
     assert seen == [0.5**n for n in range(epochs)]
     assert module.distiller.temperature.multiplier.item() == 0.5**epochs
+    plain = not isinstance(callback, StochasticWeightAveraging)  # before torch 2.9 its scheduler saves a function
     for epoch in range(epochs):
-        saved = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)["state_dict"]
+        saved = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=plain)["state_dict"]
         assert not any("teacher" in name for name in saved)
         assert saved["distiller.temperature.multiplier"].item() == 0.5 ** (epoch + 1)
 

@@ -13,15 +13,15 @@ ROOT = Path(kd_lightning.__file__).parent
 LAYERS = [
     {"functional"},
     {"temperature", "losses", "teachers", "feature_extractor", "models"},
-    {"distiller"},
+    {"distiller", "plotting"},
     {"metrics"},
     {"distillation", "classification"},
     {"callbacks"},
     {"cli", "__main__"},
 ]
-ALONE = {"datamodules", "plotting"}
+ALONE = {"datamodules"}
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-WITHOUT_LIGHTNING = LAYERS[0] | LAYERS[1] | LAYERS[2] | {"plotting"}
+WITHOUT_LIGHTNING = LAYERS[0] | LAYERS[1] | LAYERS[2]
 
 
 def room_of(path: Path) -> str:
