@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
@@ -18,8 +18,53 @@ import kd_lightning.datamodules
 import kd_lightning.models
 import kd_lightning.temperature  # noqa: F401
 from kd_lightning import ClassificationModule, DistillationModule  # noqa: F401
+from kd_lightning.plotting import plot_schedule, plot_softening
 
-__all__ = ["KDLightningCLI", "SaveRunConfig", "main"]
+__all__ = ["CommandTrainer", "KDLightningCLI", "SaveRunConfig", "main"]
+
+
+class CommandTrainer(Trainer):
+    """The Trainer of the command line: Lightning's, and a method for each command of our own."""
+
+    def plot_temperature(
+        self, model: LightningModule, datamodule: LightningDataModule | None = None, output: str = "."
+    ) -> None:
+        """Draw the temperature over the run, and how it softens the teacher's logits, without training.
+
+        Writes ``temperature_schedule.png`` and ``temperature_softening.png``.
+
+        Args:
+            model: A DistillationModule.
+            datamodule: Tells the steps of an epoch and gives the batch whose teacher logits are drawn.
+            output: The folder to write to.
+        """
+        if not isinstance(model, DistillationModule):
+            raise TypeError(f"plot-temperature draws a DistillationModule's temperature, got {type(model).__name__}.")
+        folder = Path(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        policy, steps, logits = model.distiller.temperature, 1, None
+        if datamodule is not None:
+            datamodule.prepare_data()
+            datamodule.setup("fit")
+            policy.setup_data(datamodule)
+            loader = datamodule.train_dataloader()
+            steps = max(len(loader) // self.accumulate_grad_batches, 1)
+            if model.teacher is not None:
+                inputs, _ = model.unpack_batch(next(iter(loader)))
+                logits = model.extract_logits(model.teacher(inputs)).movedim(model.class_dim, -1)
+        num_classes = 10 if logits is None else logits.shape[-1]
+        epochs = self.max_epochs if self.max_epochs and self.max_epochs > 0 else max(self.max_steps // steps, 1)
+        figures = {"schedule": plot_schedule(policy, epochs, steps, num_classes=num_classes)}
+        if logits is not None:
+            figures["softening"] = plot_softening(logits)
+        for name, figure in figures.items():
+            path = folder / f"temperature_{name}.png"
+            figure.savefig(path, dpi=150)
+            print(path)
+
+
+# a command's name is the name of a method of the Trainer
+setattr(CommandTrainer, "plot-temperature", CommandTrainer.plot_temperature)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -40,6 +85,11 @@ class SaveRunConfig(SaveConfigCallback):
 
 class KDLightningCLI(LightningCLI):
     """LightningCLI in subclass mode for model and data; what the user typed wins over what a checkpoint stored."""
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "plot-temperature": {"model", "datamodule"}}
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -99,6 +149,7 @@ def main(args: ArgsType = None) -> None:
     """
     options: dict[str, Any] = {"overwrite": False, "config_filename": "run_config.yaml"}
     KDLightningCLI(
+        trainer_class=CommandTrainer,
         save_config_callback=SaveRunConfig,
         save_config_kwargs=options,
         seed_everything_default=42,

@@ -270,6 +270,7 @@ def _draw_curve(
 
 
 def _title(subject: object) -> str:
+    subject = getattr(subject, "schedule", subject)
     text = f"constant T = {subject:g}" if isinstance(subject, (int, float)) else repr(subject)
     if "\n" in text or "object at" in text:  # a policy made of policies, a user's function
         text = getattr(subject, "__name__", type(subject).__name__)

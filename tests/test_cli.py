@@ -13,7 +13,13 @@ import yaml
 from kd_lightning import DistillationModule
 from kd_lightning.cli import main
 from kd_lightning.datamodules import DigitsDataModule
-from kd_lightning.temperature import CosineSchedule, ScheduledTemperature
+from kd_lightning.temperature import (
+    ClassFrequencyTemperature,
+    CosineSchedule,
+    ScheduledTemperature,
+    Signals,
+    Temperature,
+)
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.yaml")
@@ -221,3 +227,30 @@ def test_console_script_and_module_are_there() -> None:
     done = subprocess.run([sys.executable, "-m", "kd_lightning", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "fit" in done.stdout
+
+
+def test_plot_temperature_draws_without_training(tmp_path: Path) -> None:
+    where = ["--output", str(tmp_path / "plots"), f"--model.teacher.checkpoint={TEACHER}"]
+    run("plot-temperature", "--config", DIGITS, *where)
+    drawn = {path.name: path for path in (tmp_path / "plots").iterdir()}
+    assert set(drawn) == {"temperature_schedule.png", "temperature_softening.png"}
+    first = drawn["temperature_schedule.png"].read_bytes()
+    assert first.startswith(b"\x89PNG")
+    run("plot-temperature", "--config", DIGITS, *where, "--model.temperature=2.0")
+    assert drawn["temperature_schedule.png"].read_bytes() != first
+
+
+def test_class_counts_come_from_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[DistillationModule] = []
+    monkeypatch.setattr(DistillationModule, "on_fit_end", lambda self: seen.append(self))
+    long_tail = ["--data.imbalance_factor=0.1", "--data.train_fraction=1.0", "--data.batch_size=64"]
+    policy = ["--model.temperature=ClassFrequencyTemperature", "--trainer.fast_dev_run=true"]
+    run("fit", "--config", DIGITS, *small(tmp_path), *long_tail, *policy)
+    temperatures = seen[0].distiller.temperature
+    assert isinstance(temperatures, ClassFrequencyTemperature)
+    logits = torch.zeros(2, 10)
+    out = temperatures(Signals(logits, logits))
+    assert isinstance(out, Temperature)
+    assert out.teacher.shape == (1, 10)
+    assert out.teacher[0, 0] == out.teacher.min()  # class 0 is the most frequent one
+    assert out.teacher[0, 9] == out.teacher.max()

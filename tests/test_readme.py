@@ -62,6 +62,7 @@ def test_commands() -> None:
                 main(arguments)
             assert stop.value.code == 0
         else:
-            main([*arguments, "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false"])
+            training = ["--trainer.max_epochs=2", "--trainer.enable_progress_bar=false"]
+            main([*arguments, *training])
         ran += 1
     assert ran >= 3
