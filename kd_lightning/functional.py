@@ -118,22 +118,22 @@ def kd_loss(
         student_logits.movedim(class_dim, -1),
         teacher_logits.movedim(class_dim, -1),
     )
+    dtype = _compute_dtype(student_logits)  # a bfloat16 T must not round T², a float64 one not widen the loss
     temp = Temperature(
-        _class_last(temp.student, class_dim),
-        _class_last(temp.teacher, class_dim),
-        None if temp.scale is None else _class_last(temp.scale, class_dim),
+        _class_last(temp.student, class_dim).to(dtype),
+        _class_last(temp.teacher, class_dim).to(dtype),
+        None if temp.scale is None else _class_last(temp.scale, class_dim).to(dtype),
     )
     if valid is not None:  # a row that is left out may hold anything, NaN included
         student_logits = student_logits.masked_fill(~valid.unsqueeze(-1), 0.0)
         teacher_logits = teacher_logits.masked_fill(~valid.unsqueeze(-1), 0.0)
 
-    log_p_s = tempered_log_softmax(student_logits, temp.student)
-    log_p_t = tempered_log_softmax(teacher_logits, temp.teacher)
-    p_t = log_p_t.exp()
-    # 0 · (log 0 − log p) is 0 by continuity, not NaN
-    divergence = (p_t * torch.where(p_t > 0, log_p_t - log_p_s, 0.0)).sum(-1)
-    loss = divergence * _loss_scale(temp, scale)
-    return _reduce(loss, valid, reduction)
+    s, t = _tempered(student_logits, temp.student), _tempered(teacher_logits, temp.teacher)
+    log_z_s, log_z_t = s.logsumexp(-1), t.logsumexp(-1)
+    p_t = (t - log_z_t.unsqueeze(-1)).exp()
+    # the normalisers stay outside the sum: then autograd's gradient is p_s − p_t to the last bit, 0 for equal logits
+    divergence = (p_t * torch.where(p_t > 0, t - s, 0.0)).sum(-1) - log_z_t + log_z_s  # 0 · (−∞) is 0 by continuity
+    return _reduce(divergence * _loss_scale(temp, scale), valid, reduction)
 
 
 def tempered_log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
@@ -150,12 +150,7 @@ def tempered_log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
         >>> tempered_log_softmax(torch.tensor([0.0, float("-inf"), 0.0]), 2.0)
         tensor([-0.6931,    -inf, -0.6931])
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if not isinstance(temperature, Tensor) or not temperature.requires_grad:
-        return torch.log_softmax(logits / temperature, dim=-1)
-    masked = logits == -math.inf  # −inf · 0 in the temperature's gradient would be NaN
-    scaled = logits.masked_fill(masked, 0.0) / temperature
-    return torch.log_softmax(scaled.masked_fill(masked, -math.inf), dim=-1)
+    return torch.log_softmax(_tempered(logits, temperature), dim=-1)
 
 
 def tempered_softmax(logits: Tensor, temperature: float | Tensor, *, class_dim: int = -1) -> Tensor:
@@ -246,13 +241,26 @@ def as_temperature(temperature: float | Tensor | Temperature, logits: Tensor) ->
     if isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"temperature must be a positive, finite number, got {temperature}. {_USUAL}")
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        shared = torch.full((), float(temperature), dtype=dtype, device=logits.device)
+        shared = torch.full((), float(temperature), dtype=_compute_dtype(logits), device=logits.device)
         return Temperature(shared, shared)
     raise TypeError(
         f"temperature must be a number, a tensor or a Temperature, got {type(temperature).__name__}. A schedule or "
         "policy is called first: policy(Signals(...))."
     )
+
+
+def _compute_dtype(logits: Tensor) -> torch.dtype:
+    """Float32 for everything narrower; float64 stays."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """``logits / T``, the logits widened first. A logit of −inf stays and passes no NaN to the temperature."""
+    logits = logits.to(_compute_dtype(logits))
+    if not isinstance(temperature, Tensor) or not temperature.requires_grad:
+        return logits / temperature
+    masked = logits == -math.inf  # −inf · 0 in the temperature's gradient would be NaN
+    return (logits.masked_fill(masked, 0.0) / temperature).masked_fill(masked, -math.inf)
 
 
 _USUAL = "Usual values lie between 1 and 20; T = 1 is the plain softmax."
