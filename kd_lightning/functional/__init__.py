@@ -1,0 +1,33 @@
+"""Every equation of the library, in plain torch: no state, no Lightning.
+
+- :mod:`~kd_lightning.functional.temperature`: the :class:`Temperature` of a loss term; tempered distributions.
+- :mod:`~kd_lightning.functional.logit_losses`: the losses between logits, :func:`kd_loss` first.
+- :mod:`~kd_lightning.functional.divergences`: the equation of each on one row, and the closed form of its gradient.
+- :mod:`~kd_lightning.functional.row_loss`: how an equation on rows becomes a loss: layout, masks, scale, reduction,
+  and the fast path.
+- :mod:`~kd_lightning.functional.fused_linear`: the loss from hidden states and heads, without the logits.
+
+Notation used in all docstrings: ``s`` and ``t`` are student and teacher logits, ``T_s`` and ``T_t`` their
+temperatures, ``p_s = softmax(s / T_s)``, ``p_t = softmax(t / T_t)``, ``C`` the number of classes.
+"""
+
+from kd_lightning.functional.logit_losses import kd_loss
+from kd_lightning.functional.row_loss import Reduction, Scale
+from kd_lightning.functional.temperature import (
+    Temperature,
+    as_temperature,
+    predictive_entropy,
+    tempered_log_softmax,
+    tempered_softmax,
+)
+
+__all__ = [
+    "Reduction",
+    "Scale",
+    "Temperature",
+    "as_temperature",
+    "kd_loss",
+    "predictive_entropy",
+    "tempered_log_softmax",
+    "tempered_softmax",
+]
