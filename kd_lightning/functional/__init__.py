@@ -11,8 +11,21 @@ Notation used in all docstrings: ``s`` and ``t`` are student and teacher logits,
 temperatures, ``p_s = softmax(s / T_s)``, ``p_t = softmax(t / T_t)``, ``C`` the number of classes.
 """
 
-from kd_lightning.functional.logit_losses import kd_loss
-from kd_lightning.functional.row_loss import Reduction, Scale
+from kd_lightning.functional.logit_losses import (
+    Convention,
+    bernoulli_kd_loss,
+    dist_loss,
+    dkd_loss,
+    jsd_loss,
+    kd_loss,
+    mse_logits_loss,
+    multi_temperature_kd_loss,
+    nkd_loss,
+    reverse_kd_loss,
+    soft_cross_entropy_loss,
+    total_variation_loss,
+)
+from kd_lightning.functional.row_loss import Reduction, Scale, without_padding
 from kd_lightning.functional.temperature import (
     Temperature,
     as_temperature,
@@ -22,12 +35,24 @@ from kd_lightning.functional.temperature import (
 )
 
 __all__ = [
+    "Convention",
     "Reduction",
     "Scale",
     "Temperature",
     "as_temperature",
+    "bernoulli_kd_loss",
+    "dist_loss",
+    "dkd_loss",
+    "jsd_loss",
     "kd_loss",
+    "mse_logits_loss",
+    "multi_temperature_kd_loss",
+    "nkd_loss",
     "predictive_entropy",
+    "reverse_kd_loss",
+    "soft_cross_entropy_loss",
     "tempered_log_softmax",
     "tempered_softmax",
+    "total_variation_loss",
+    "without_padding",
 ]

@@ -8,6 +8,7 @@ autograd over softmax and log-softmax holds five. Half-precision logits are wide
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -23,7 +24,18 @@ from kd_lightning.functional.temperature import (
     widened_over,
 )
 
-__all__ = ["Reduction", "Scale", "check_option", "row_loss"]
+__all__ = [
+    "Reduction",
+    "Scale",
+    "check_logits",
+    "check_num_items",
+    "check_option",
+    "in_compute_dtype",
+    "loss_factor",
+    "row_loss",
+    "valid_positions",
+    "without_padding",
+]
 
 Scale = Literal["student_teacher", "student", "teacher", "none"]
 Reduction = Literal["mean", "sum", "none"]
@@ -53,16 +65,15 @@ def row_loss(
     """Apply a divergence to every row and reduce. The arguments are those of :func:`kd_loss`, all given."""
     check_option("scale", scale, SCALES)
     check_option("reduction", reduction, REDUCTIONS)
+    check_num_items(num_items, reduction)
+    teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
     check_logits(student_logits, teacher_logits, class_dim, divergence.min_classes)
     class_dim %= student_logits.dim()
-    temp = _in_compute_dtype(as_temperature(temperature, student_logits), student_logits)
+    temp = in_compute_dtype(as_temperature(temperature, student_logits), student_logits)
     valid = valid_positions(targets, student_logits, class_dim, ignore_index)
     if valid is not None:
         valid = valid.unsqueeze(class_dim)
-    factor = _loss_scale(temp, scale, class_dim)
-    if reduction == "mean":
-        factor = factor / _count(student_logits, class_dim, valid, num_items)
-
+    factor = loss_factor(temp, student_logits, scale, class_dim, valid, reduction, num_items)
     labels = _labels(targets, valid, class_dim) if divergence.needs_labels else None
 
     rows = _Rows(student_logits, teacher_logits, temp.student, temp.teacher, factor, valid, labels)
@@ -107,6 +118,55 @@ def check_logits(student: Tensor, teacher: Tensor, class_dim: int, min_classes: 
             raise ValueError(f"{name} logits must be floating point, got {logits.dtype}.")
 
 
+def without_padding(student: Tensor, teacher: Tensor, class_dim: int = -1) -> Tensor:
+    """Cut the teacher's surplus columns, and say so: vocabularies are padded to different multiples.
+
+    The softmax over what is left is the teacher's distribution renormalised.
+
+    Args:
+        student: Student logits.
+        teacher: Teacher logits, of the same shape or with more classes.
+        class_dim: The dimension of the classes.
+
+    Returns:
+        The teacher's logits, as many classes as the student has.
+
+    Example:
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
+        ...     without_padding(torch.zeros(2, 5), torch.zeros(2, 8)).shape
+        torch.Size([2, 5])
+    """
+    if teacher.shape == student.shape or student.dim() != teacher.dim() or student.dim() == 0:
+        return teacher
+    if not -student.dim() <= class_dim < student.dim():
+        return teacher
+    have, want = teacher.shape[class_dim], student.shape[class_dim]
+    if have <= want:
+        return teacher
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"the teacher has {have} classes, the student {want}: the last {have - want} of the teacher are cut, as "
+            "padding of the vocabulary, and its distribution is renormalised. If the classes do not correspond, this "
+            "is wrong; if they do, slice the teacher's logits yourself to silence this.",
+            stacklevel=4,
+        )
+    return teacher.narrow(class_dim, 0, want)
+
+
+def check_num_items(num_items: float | Tensor | None, reduction: Reduction) -> None:
+    """Refuse a count that is not one, or that nothing would be divided by."""
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"num_items is what the mean divides by; with reduction={reduction!r} nothing is.")
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must be one number, got a tensor of shape {tuple(num_items.shape)}.")
+    elif not 0 < num_items < math.inf:
+        raise ValueError(f"num_items must be positive and finite, got {num_items}.")
+
+
 def valid_positions(targets: Tensor | None, logits: Tensor, class_dim: int, ignore_index: int | None) -> Tensor | None:
     """A boolean mask of the positions that count, or None where all do."""
     if targets is None:
@@ -134,7 +194,7 @@ def _count_word(number: int) -> str:
     return {1: "one", 2: "two", 3: "three"}[number]
 
 
-def _in_compute_dtype(temperature: Temperature, logits: Tensor) -> Temperature:
+def in_compute_dtype(temperature: Temperature, logits: Tensor) -> Temperature:
     """A bfloat16 T must not round T², nor a float64 one widen the loss; one element fits any layout as a 0-d tensor."""
     dtype = compute_dtype(logits)
 
@@ -149,24 +209,31 @@ def _in_compute_dtype(temperature: Temperature, logits: Tensor) -> Temperature:
     return Temperature(student, student if shared else convert(teacher), None if scale is None else convert(scale))
 
 
-def _loss_scale(temperature: Temperature, rule: Scale, class_dim: int) -> Tensor:
-    """The factor per position, class dimension of size 1, or one element."""
-    student, teacher, scale = temperature
-    if scale is None:
-        if rule == "none":
-            return torch.ones((), dtype=student.dtype, device=student.device)
+def loss_factor(
+    temperature: Temperature,
+    logits: Tensor,
+    rule: Scale,
+    class_dim: int,
+    valid: Tensor | None,
+    reduction: Reduction,
+    num_items: float | Tensor | None,
+) -> Tensor:
+    """Scale over count, per position (class dimension of size 1) or one element: what a row is multiplied by."""
+    student, teacher, factor = temperature
+    if factor is None and rule == "none":
+        factor = torch.ones((), dtype=student.dtype, device=student.device)
+    elif factor is None:
         left = teacher if rule == "teacher" else student
-        scale = left * (student if rule == "student" else teacher)
-    return scale.mean(class_dim, keepdim=True) if scale.dim() > 0 else scale
-
-
-def _count(logits: Tensor, class_dim: int, valid: Tensor | None, num_items: float | Tensor | None) -> float | Tensor:
-    """What the mean divides by."""
+        factor = left * (student if rule == "student" else teacher)
+    if factor.dim() > 0:
+        factor = factor.mean(class_dim, keepdim=True)
+    if reduction != "mean":
+        return factor
     if num_items is not None:
-        return num_items
+        return factor / num_items
     if valid is None:
-        return max(logits.numel() // logits.shape[class_dim], 1)
-    return valid.sum().clamp(min=1)
+        return factor / max(logits.numel() // logits.shape[class_dim], 1)
+    return factor / valid.sum().clamp(min=1)
 
 
 class _Rows(NamedTuple):
@@ -304,8 +371,10 @@ def _summed(g: Tensor, per_position: Tensor | None, to: Tensor) -> Tensor | None
 
 def _gradients_of_definition(ctx: Any, rows: _Rows, g: Tensor) -> list[Tensor | None]:
     """For double backward, and for a second backward through one graph, whose buffer the first has given away."""
+    divergence, class_dim, summed = ctx.equation
     with torch.enable_grad():
-        divergence, class_dim, summed = ctx.equation
+        # aliases: the factor was computed from the temperatures, and that path is not this function's to differentiate
+        rows = _Rows(*(x.view_as(x) if want else x for x, want in zip(rows, ctx.wanted, strict=True)))
         loss = _definition(divergence, class_dim, summed, rows)
     wanted = [x for x, want in zip(rows, ctx.wanted, strict=True) if want]
     found = iter(torch.autograd.grad(loss, wanted, g, create_graph=torch.is_grad_enabled()))

@@ -149,7 +149,7 @@ def as_temperature(temperature: float | Tensor | Temperature, logits: Tensor) ->
         shared = _check_temperature(temperature, logits, "temperature")
         return Temperature(shared, shared)
     if isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
-        if not (math.isfinite(temperature) and temperature > 0):
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be a positive, finite number, got {temperature}. {_USUAL}")
         shared = torch.full((), float(temperature), dtype=compute_dtype(logits), device=logits.device)
         return Temperature(shared, shared)

@@ -1,5 +1,31 @@
 """Distillation losses as modules: a constructor and one call into :mod:`kd_lightning.functional`."""
 
-from kd_lightning.losses.logits import KDLoss
+from kd_lightning.losses.logits import (
+    BernoulliKDLoss,
+    DISTLoss,
+    DKDLoss,
+    JSDLoss,
+    KDLoss,
+    LogitLoss,
+    MSELogitsLoss,
+    MultiTemperatureKDLoss,
+    NKDLoss,
+    ReverseKDLoss,
+    SoftCrossEntropyLoss,
+    TotalVariationLoss,
+)
 
-__all__ = ["KDLoss"]
+__all__ = [
+    "BernoulliKDLoss",
+    "DISTLoss",
+    "DKDLoss",
+    "JSDLoss",
+    "KDLoss",
+    "LogitLoss",
+    "MSELogitsLoss",
+    "MultiTemperatureKDLoss",
+    "NKDLoss",
+    "ReverseKDLoss",
+    "SoftCrossEntropyLoss",
+    "TotalVariationLoss",
+]
