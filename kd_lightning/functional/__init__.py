@@ -11,6 +11,7 @@ Notation used in all docstrings: ``s`` and ``t`` are student and teacher logits,
 temperatures, ``p_s = softmax(s / T_s)``, ``p_t = softmax(t / T_t)``, ``C`` the number of classes.
 """
 
+from kd_lightning.functional.fused_linear import fused_linear_kd_loss
 from kd_lightning.functional.logit_losses import (
     Convention,
     bernoulli_kd_loss,
@@ -43,6 +44,7 @@ __all__ = [
     "bernoulli_kd_loss",
     "dist_loss",
     "dkd_loss",
+    "fused_linear_kd_loss",
     "jsd_loss",
     "kd_loss",
     "mse_logits_loss",

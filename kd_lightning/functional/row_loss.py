@@ -31,6 +31,7 @@ __all__ = [
     "check_num_items",
     "check_option",
     "in_compute_dtype",
+    "known_to_be_one",
     "loss_factor",
     "row_loss",
     "valid_positions",
@@ -329,7 +330,7 @@ class _ClosedFormLoss(torch.autograd.Function):
         if torch.is_grad_enabled() or (ctx.wanted.student and d_student is None):
             return None, None, None, None, *_gradients_of_definition(ctx, everything, g)
         if d_student is not None:
-            if not _known_to_be_one(g):
+            if not known_to_be_one(g):
                 d_student.mul_(g)
             d_student = d_student.to(everything.student.dtype)
         return (
@@ -381,9 +382,9 @@ def _gradients_of_definition(ctx: Any, rows: _Rows, g: Tensor) -> list[Tensor | 
     return [next(found) if want else None for want in ctx.wanted]
 
 
-def _known_to_be_one(g: Tensor) -> bool:
+def known_to_be_one(g: Tensor) -> bool:
     """Whether the gradient from above is 1, where looking costs nothing: on an accelerator it would wait."""
-    return g.device.type == "cpu" and g.numel() == 1 and g.item() == 1
+    return g.device.type == "cpu" and not torch.compiler.is_compiling() and g.numel() == 1 and g.item() == 1
 
 
 def _take(x: Any, part: Any) -> Any:
