@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from kd_lightning.functional import Temperature, loss_scale
+from kd_lightning.functional import Scale, Temperature, loss_scale
 from kd_lightning.losses import CrossEntropyLoss, KDLoss
 from kd_lightning.teachers import FrozenTeacher, as_teacher, extract_logits
 from kd_lightning.temperature import Progress, Schedule, Signals, TemperaturePolicy, as_policy
@@ -43,7 +43,7 @@ class DistillationOutput:
     teacher_logits: Tensor
     kd_weight: float
     task_weight: float
-    scale_rule: str = "student_teacher"
+    scale_rule: Scale = "student_teacher"
 
     @property
     def temperatures(self) -> tuple[Temperature, ...]:

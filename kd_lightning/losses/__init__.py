@@ -1,6 +1,33 @@
 """Distillation losses as modules: a constructor and one call into :mod:`kd_lightning.functional`."""
 
-from kd_lightning.losses.logits import KDLoss
+from kd_lightning.losses.logits import (
+    BernoulliKDLoss,
+    DISTLoss,
+    DKDLoss,
+    JSDLoss,
+    KDLoss,
+    LogitLoss,
+    MSELogitsLoss,
+    MultiTemperatureKDLoss,
+    NKDLoss,
+    ReverseKDLoss,
+    SoftCrossEntropyLoss,
+    TotalVariationLoss,
+)
 from kd_lightning.losses.task import CrossEntropyLoss
 
-__all__ = ["CrossEntropyLoss", "KDLoss"]
+__all__ = [
+    "BernoulliKDLoss",
+    "CrossEntropyLoss",
+    "DISTLoss",
+    "DKDLoss",
+    "JSDLoss",
+    "KDLoss",
+    "LogitLoss",
+    "MSELogitsLoss",
+    "MultiTemperatureKDLoss",
+    "NKDLoss",
+    "ReverseKDLoss",
+    "SoftCrossEntropyLoss",
+    "TotalVariationLoss",
+]

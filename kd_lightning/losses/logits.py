@@ -1,23 +1,46 @@
-"""Losses between the logits of student and teacher: options in the constructor, one call into functional."""
+"""Losses between the logits of student and teacher: options in the constructor, one call into functional.
+
+They are all called with ``(student_logits, teacher_logits, temperature, targets)``, so that one stands in for another;
+equations, shapes and sources are those of the function of the same name in :mod:`kd_lightning.functional`.
+"""
 
 from __future__ import annotations
 
-from typing import get_args
+from collections.abc import Callable, Sequence
+from typing import ClassVar, get_args
 
 from torch import Tensor, nn
 
 from kd_lightning import functional
-from kd_lightning.functional import Reduction, Scale, Temperature
+from kd_lightning.functional import Convention, Reduction, Scale, Temperature
 
-__all__ = ["KDLoss"]
+__all__ = [
+    "BernoulliKDLoss",
+    "DISTLoss",
+    "DKDLoss",
+    "JSDLoss",
+    "KDLoss",
+    "LogitLoss",
+    "MSELogitsLoss",
+    "MultiTemperatureKDLoss",
+    "NKDLoss",
+    "ReverseKDLoss",
+    "SoftCrossEntropyLoss",
+    "TotalVariationLoss",
+]
 
 
-class KDLoss(nn.Module):
-    """The :func:`~kd_lightning.functional.kd_loss` with its options held: equation, shapes and source are there.
+class LogitLoss(nn.Module):
+    """What the losses between logits share. A loss of your own: set ``function``, and name its further ``options``.
+
+    Attributes:
+        function: The loss as a function.
+        options: Names of the function's own options, which are attributes of the module.
+        own_scale: The rule that holds where ``scale`` is None.
 
     Args:
         scale: The factor per sample: ``"student_teacher"`` (T_s·T_t, which is T² when shared), ``"student"`` (T_s²),
-            ``"teacher"`` (T_t²) or ``"none"``.
+            ``"teacher"`` (T_t²) or ``"none"``. None: that of the function.
         class_dim: The dimension of the classes; 1 for dense ``(N, C, H, W)``.
         ignore_index: Target value of the positions to leave out; None keeps all of them, so that samples without a
             label are distilled too.
@@ -28,19 +51,25 @@ class KDLoss(nn.Module):
 
     Example:
         >>> import torch
-        >>> loss = KDLoss(scale="student_teacher")
-        >>> loss(torch.zeros(2, 3), torch.zeros(2, 3), 4.0)
-        tensor(0.)
+        >>> class Doubled(LogitLoss):
+        ...     function = staticmethod(lambda *logits, **options: 2 * functional.kd_loss(*logits, **options))
+        >>> Doubled(reduction="sum")(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 2.0]]), 2.0)
+        tensor(0.2108)
     """
+
+    function: ClassVar[Callable[..., Tensor]]
+    options: ClassVar[tuple[str, ...]] = ()
+    own_scale: ClassVar[Scale] = "student_teacher"
 
     def __init__(
         self,
-        scale: Scale = "student_teacher",
+        scale: Scale | None = None,
         class_dim: int = -1,
         ignore_index: int | None = -100,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
+        scale = self.own_scale if scale is None else scale
         for name, value, allowed in (
             ("scale", scale, get_args(Scale)),
             ("reduction", reduction, get_args(Reduction)),
@@ -58,21 +87,247 @@ class KDLoss(nn.Module):
         teacher_logits: Tensor,
         temperature: float | Tensor | Temperature,
         targets: Tensor | None = None,
+        num_items: float | Tensor | None = None,
     ) -> Tensor:
-        """The loss; see :func:`~kd_lightning.functional.kd_loss`."""
-        return functional.kd_loss(
+        """The loss; see :func:`~kd_lightning.functional.kd_loss` for the arguments."""
+        return type(self).function(
             student_logits,
             teacher_logits,
             temperature,
             targets=targets,
+            num_items=num_items,
             scale=self.scale,
             class_dim=self.class_dim,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            **{name: getattr(self, name) for name in self.options},
         )
 
     def extra_repr(self) -> str:
-        """The options."""
-        return f"scale={self.scale!r}, class_dim={self.class_dim}, ignore_index={self.ignore_index}, " + (
-            f"reduction={self.reduction!r}"
-        )
+        """The options: its own first."""
+        names = (*self.options, "scale", "class_dim", "ignore_index", "reduction")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+class KDLoss(LogitLoss):
+    """Kullback-Leibler divergence from the teacher to the student: :func:`~kd_lightning.functional.kd_loss`.
+
+    Args:
+        scale: As in :class:`LogitLoss`, like ``class_dim``, ``ignore_index`` and ``reduction``.
+        class_dim: The dimension of the classes.
+        ignore_index: Target value of the positions to leave out.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        convention: What another library computes under this name: ``"hinton"``, ``"trl"``, ``"modelopt"``,
+            ``"torchdistill"`` or ``"textbrewer"``.
+        alpha: Weight of the cross-entropy in the convention ``"torchdistill"``.
+        beta: Weight of the divergence there.
+
+    Raises:
+        ValueError: An unknown option.
+
+    Example:
+        >>> import torch
+        >>> loss = KDLoss(scale="student_teacher")
+        >>> loss(torch.zeros(2, 3), torch.zeros(2, 3), 4.0)
+        tensor(0.)
+    """
+
+    function = staticmethod(functional.kd_loss)
+    options = ("convention", "alpha", "beta")
+
+    def __init__(
+        self,
+        scale: Scale | None = None,
+        class_dim: int = -1,
+        ignore_index: int | None = -100,
+        reduction: Reduction = "mean",
+        convention: Convention | None = None,
+        alpha: float | None = None,
+        beta: float | None = None,
+    ) -> None:
+        super().__init__(scale, class_dim, ignore_index, reduction)
+        if convention is not None and convention not in get_args(Convention):
+            raise ValueError(
+                f"convention must be one of {', '.join(map(repr, get_args(Convention)))}, got {convention!r}."
+            )
+        self.convention: Convention | None = convention
+        self.alpha = alpha
+        self.beta = beta
+
+    def extra_repr(self) -> str:
+        """The options; the convention's where there is one."""
+        shown = super().extra_repr()
+        return shown if self.convention else shown.replace("convention=None, alpha=None, beta=None, ", "")
+
+
+class ReverseKDLoss(LogitLoss):
+    """Divergence from the student to the teacher: :func:`~kd_lightning.functional.reverse_kd_loss`."""
+
+    function = staticmethod(functional.reverse_kd_loss)
+
+
+class JSDLoss(LogitLoss):
+    """Generalised Jensen-Shannon divergence: :func:`~kd_lightning.functional.jsd_loss`.
+
+    Args:
+        beta: Weight of the teacher, between 0 and 1.
+        scale: As in :class:`LogitLoss`, like all that follows.
+        class_dim: The dimension of the classes.
+        ignore_index: Target value of the positions to leave out.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+    """
+
+    function = staticmethod(functional.jsd_loss)
+    options = ("beta",)
+
+    def __init__(
+        self,
+        beta: float = 0.5,
+        scale: Scale | None = None,
+        class_dim: int = -1,
+        ignore_index: int | None = -100,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(scale, class_dim, ignore_index, reduction)
+        if not 0 < beta < 1:
+            raise ValueError(f"beta must lie between 0 and 1, got {beta}: at the ends take KDLoss or ReverseKDLoss.")
+        self.beta = beta
+
+
+class TotalVariationLoss(LogitLoss):
+    """Half the absolute difference of the probabilities: :func:`~kd_lightning.functional.total_variation_loss`.
+
+    Without T² unless asked for.
+    """
+
+    function = staticmethod(functional.total_variation_loss)
+    own_scale = "none"
+
+
+class SoftCrossEntropyLoss(LogitLoss):
+    """Cross-entropy with the teacher: :func:`~kd_lightning.functional.soft_cross_entropy_loss`."""
+
+    function = staticmethod(functional.soft_cross_entropy_loss)
+
+
+class MSELogitsLoss(LogitLoss):
+    """Mean squared difference of the logits: :func:`~kd_lightning.functional.mse_logits_loss`."""
+
+    function = staticmethod(functional.mse_logits_loss)
+
+
+class BernoulliKDLoss(LogitLoss):
+    """One yes-or-no per class, for multi-label tasks: :func:`~kd_lightning.functional.bernoulli_kd_loss`."""
+
+    function = staticmethod(functional.bernoulli_kd_loss)
+
+
+class DKDLoss(LogitLoss):
+    """Decoupled distillation: :func:`~kd_lightning.functional.dkd_loss`. Needs targets.
+
+    Args:
+        alpha: Weight of the target against the rest.
+        beta: Weight of the rest among themselves.
+        scale: As in :class:`LogitLoss`, like all that follows.
+        class_dim: The dimension of the classes.
+        ignore_index: Target value of the positions to leave out.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+    """
+
+    function = staticmethod(functional.dkd_loss)
+    options = ("alpha", "beta")
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        scale: Scale | None = None,
+        class_dim: int = -1,
+        ignore_index: int | None = -100,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(scale, class_dim, ignore_index, reduction)
+        self.alpha = alpha
+        self.beta = beta
+
+
+class NKDLoss(LogitLoss):
+    """Normalised distillation: :func:`~kd_lightning.functional.nkd_loss`. Needs targets.
+
+    Args:
+        gamma: Weight of the classes beside the target.
+        scale: As in :class:`LogitLoss`, like all that follows.
+        class_dim: The dimension of the classes.
+        ignore_index: Target value of the positions to leave out.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+    """
+
+    function = staticmethod(functional.nkd_loss)
+    options = ("gamma",)
+
+    def __init__(
+        self,
+        gamma: float = 1.5,
+        scale: Scale | None = None,
+        class_dim: int = -1,
+        ignore_index: int | None = -100,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(scale, class_dim, ignore_index, reduction)
+        self.gamma = gamma
+
+
+class DISTLoss(LogitLoss):
+    """Correlations along rows and columns: :func:`~kd_lightning.functional.dist_loss`. Without T² unless asked for.
+
+    Args:
+        beta: Weight of the correlation within a row.
+        gamma: Weight of the correlation within a class, over the batch.
+        scale: As in :class:`LogitLoss`, like all that follows.
+        class_dim: The dimension of the classes.
+        ignore_index: Target value of the positions to leave out.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+    """
+
+    function = staticmethod(functional.dist_loss)
+    options = ("beta", "gamma")
+    own_scale = "none"
+
+    def __init__(
+        self,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        scale: Scale | None = None,
+        class_dim: int = -1,
+        ignore_index: int | None = -100,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(scale, class_dim, ignore_index, reduction)
+        self.beta = beta
+        self.gamma = gamma
+
+
+class MultiTemperatureKDLoss(LogitLoss):
+    """Mean over several temperatures: :func:`~kd_lightning.functional.multi_temperature_kd_loss`.
+
+    Args:
+        factors: Multiples of the temperature.
+        scale: As in :class:`LogitLoss`, like all that follows.
+        class_dim: The dimension of the classes.
+        ignore_index: Target value of the positions to leave out.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+    """
+
+    function = staticmethod(functional.multi_temperature_kd_loss)
+    options = ("factors",)
+
+    def __init__(
+        self,
+        factors: Sequence[float] = (0.5, 0.75, 1.0, 1.25, 1.5),
+        scale: Scale | None = None,
+        class_dim: int = -1,
+        ignore_index: int | None = -100,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(scale, class_dim, ignore_index, reduction)
+        self.factors = tuple(factors)

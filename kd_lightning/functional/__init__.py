@@ -1,0 +1,61 @@
+"""Every equation of the library, in plain torch: no state, no Lightning.
+
+- :mod:`~kd_lightning.functional.temperature`: the :class:`Temperature` of a loss term; tempered distributions.
+- :mod:`~kd_lightning.functional.logit_losses`: the losses between logits, :func:`kd_loss` first.
+- :mod:`~kd_lightning.functional.divergences`: the equation of each on one row, and the closed form of its gradient.
+- :mod:`~kd_lightning.functional.row_loss`: how an equation on rows becomes a loss: layout, masks, scale, reduction,
+  and the fast path.
+- :mod:`~kd_lightning.functional.fused_linear`: the loss from hidden states and heads, without the logits.
+
+Notation used in all docstrings: ``s`` and ``t`` are student and teacher logits, ``T_s`` and ``T_t`` their
+temperatures, ``p_s = softmax(s / T_s)``, ``p_t = softmax(t / T_t)``, ``C`` the number of classes.
+"""
+
+from kd_lightning.functional.fused_linear import fused_linear_kd_loss
+from kd_lightning.functional.logit_losses import (
+    Convention,
+    bernoulli_kd_loss,
+    dist_loss,
+    dkd_loss,
+    jsd_loss,
+    kd_loss,
+    mse_logits_loss,
+    multi_temperature_kd_loss,
+    nkd_loss,
+    reverse_kd_loss,
+    soft_cross_entropy_loss,
+    total_variation_loss,
+)
+from kd_lightning.functional.row_loss import Reduction, Scale, loss_scale, without_padding
+from kd_lightning.functional.temperature import (
+    Temperature,
+    as_temperature,
+    predictive_entropy,
+    tempered_log_softmax,
+    tempered_softmax,
+)
+
+__all__ = [
+    "Convention",
+    "Reduction",
+    "Scale",
+    "Temperature",
+    "as_temperature",
+    "bernoulli_kd_loss",
+    "dist_loss",
+    "dkd_loss",
+    "fused_linear_kd_loss",
+    "jsd_loss",
+    "kd_loss",
+    "loss_scale",
+    "mse_logits_loss",
+    "multi_temperature_kd_loss",
+    "nkd_loss",
+    "predictive_entropy",
+    "reverse_kd_loss",
+    "soft_cross_entropy_loss",
+    "tempered_log_softmax",
+    "tempered_softmax",
+    "total_variation_loss",
+    "without_padding",
+]

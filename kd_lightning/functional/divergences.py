@@ -1,0 +1,372 @@
+r"""The divergence between two rows of tempered logits, one class per equation.
+
+Each class says the same thing twice. :meth:`~Divergence.definition` is the equation in plain differentiable torch: it
+serves double backward, ``torch.func`` and ``torch.compile``, which fuses it into one pass. ``closed_form`` returns the
+value together with its gradient, written out by hand: it serves the eager fast path, which never builds a graph. The
+tests hold the two to each other and to a third, independent formula.
+
+Here :math:`a = s / T_s` and :math:`b = t / T_t` are already divided, :math:`p = \mathrm{softmax}(a)` is the student and
+:math:`q = \mathrm{softmax}(b)` the teacher. A logit of −inf is probability 0 and contributes nothing where both sides
+have it: :math:`0 \cdot (−∞ − (−∞)) = 0`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import override
+
+__all__ = [
+    "BernoulliKL",
+    "ClosedForm",
+    "DecoupledKL",
+    "Divergence",
+    "ForwardKL",
+    "JensenShannon",
+    "NonTargetCrossEntropy",
+    "ReverseKL",
+    "SoftCrossEntropy",
+    "SquaredError",
+    "TargetCrossEntropy",
+    "TotalVariation",
+]
+
+
+class ClosedForm(NamedTuple):
+    """A divergence with its gradient.
+
+    Attributes:
+        value: Per row, class dimension kept with size 1.
+        student: Gradient with respect to ``a``.
+        teacher: Gradient with respect to ``b``; None unless asked for. NaN stands for 0 where ``b`` is −inf.
+    """
+
+    value: Tensor
+    student: Tensor
+    teacher: Tensor | None = None
+
+
+class Divergence(ABC):
+    """An equation on rows.
+
+    Attributes:
+        needs_labels: Whether it looks at the target class.
+        min_classes: The fewest classes for which it means something.
+    """
+
+    needs_labels: ClassVar[bool] = False
+    min_classes: ClassVar[int] = 2
+
+    @abstractmethod
+    def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
+        """The divergence per row, in differentiable torch.
+
+        Args:
+            a: Tempered student logits.
+            b: Tempered teacher logits, same shape.
+            dim: The class dimension.
+            labels: Class indices with the class dimension kept with size 1; None unless ``needs_labels``.
+
+        Returns:
+            The shape of the logits, class dimension 1.
+        """
+
+    @abstractmethod
+    def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
+        """Value and gradient. ``a`` and ``b`` are scratch: it may write over them.
+
+        Args:
+            a: Tempered student logits.
+            b: Tempered teacher logits.
+            dim: The class dimension.
+            labels: As in :meth:`definition`.
+            teacher: Whether the gradient with respect to ``b`` is wanted.
+        """
+
+
+@dataclass(frozen=True)
+class ForwardKL(Divergence):
+    r""":math:`\mathrm{KL}(q \| p) = \sum_k q_k (\log q_k - \log p_k)`, with gradient :math:`p - q`."""
+
+    @override
+    def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
+        """With the normalisers outside the sum autograd's gradient is p − q to the last bit: 0 for equal logits."""
+        log_z_a, log_z_b = a.logsumexp(dim, keepdim=True), b.logsumexp(dim, keepdim=True)
+        q = (b - log_z_b).exp()
+        return (q * _where_positive(q, b - a)).sum(dim, keepdim=True) - log_z_b + log_z_a
+
+    @override
+    def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
+        p, q = a.softmax(dim), b.softmax(dim)
+        log_z_ratio = _log_z_ratio(a, p, b, q, dim)
+        difference = b.sub_(a)
+        weighted = difference * q if teacher else difference.mul_(q)
+        mean = weighted.nansum(dim, keepdim=True)
+        teacher_gradient = weighted.sub_(q * mean) if teacher else None
+        return ClosedForm(mean + log_z_ratio, p.sub_(q), teacher_gradient)
+
+
+def _log_z_ratio(a: Tensor, p: Tensor, b: Tensor, q: Tensor, dim: int) -> Tensor:
+    """``log Σ exp(a) − log Σ exp(b)`` from the softmaxes: at its peak ``log p = a − log Z``. No second exponential."""
+    peaks = a.amax(dim, keepdim=True).sub_(b.amax(dim, keepdim=True))
+    return peaks.add_(q.amax(dim, keepdim=True).div_(p.amax(dim, keepdim=True)).log_())
+
+
+@dataclass(frozen=True)
+class ReverseKL(Divergence):
+    r""":math:`\mathrm{KL}(p \| q) = \sum_k p_k x_k`, :math:`x = \log p - \log q`; gradient :math:`p (x - KL)`."""
+
+    @override
+    def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
+        log_z_a, log_z_b = a.logsumexp(dim, keepdim=True), b.logsumexp(dim, keepdim=True)
+        p = (a - log_z_a).exp()
+        return (p * _where_positive(p, a - b)).sum(dim, keepdim=True) - log_z_a + log_z_b
+
+    @override
+    def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
+        p, q = a.softmax(dim), b.softmax(dim)
+        log_z_ratio = _log_z_ratio(a, p, b, q, dim)
+        weighted = a.sub_(b).mul_(p)
+        mean = weighted.nansum(dim, keepdim=True)
+        gradient = _nan_to_zero(weighted).sub_(p * mean)
+        return ClosedForm(mean - log_z_ratio, gradient, q.sub_(p) if teacher else None)
+
+
+@dataclass(frozen=True)
+class JensenShannon(Divergence):
+    r""":math:`\beta \mathrm{KL}(q \| m) + (1 - \beta) \mathrm{KL}(p \| m)` with :math:`m = \beta q + (1 - \beta) p`.
+
+    With :math:`x = \log q - \log p` and :math:`l = \log(1 + \beta (e^x - 1))` the two logarithms are
+    :math:`\log p/m = -l` and :math:`\log q/m = x - l`: exactly 0 where the sides
+    agree, and precise where they almost do.
+    """
+
+    beta: float = 0.5
+
+    @override
+    def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
+        log_p, log_q = a.log_softmax(dim), b.log_softmax(dim)
+        p, q = log_p.exp(), log_q.exp()
+        x = torch.where((p > 0) | (q > 0), log_q - log_p, 0.0).clamp(-_FAR, _FAR)
+        log_p_over_m = -torch.log1p(self.beta * torch.expm1(x))
+        of_p, of_q = p * log_p_over_m, q * (x + log_p_over_m)
+        return ((1 - self.beta) * of_p + self.beta * of_q).sum(dim, keepdim=True)
+
+    @override
+    def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
+        p, q = a.softmax(dim), b.softmax(dim)
+        log_z_ratio = _log_z_ratio(a, p, b, q, dim)
+        x = b.sub_(a).add_(log_z_ratio).nan_to_num_(0.0, _FAR, -_FAR).clamp_(-_FAR, _FAR)
+        log_p_over_m = torch.expm1(x, out=a).mul_(self.beta).log1p_().neg_()
+        log_q_over_m = x.add_(log_p_over_m)
+        kl_p = (p * log_p_over_m).sum(dim, keepdim=True)
+        kl_q = (q * log_q_over_m).sum(dim, keepdim=True)
+        return ClosedForm(
+            (1 - self.beta) * kl_p + self.beta * kl_q,
+            log_p_over_m.sub_(kl_p).mul_(p).mul_(1 - self.beta),
+            log_q_over_m.sub_(kl_q).mul_(q).mul_(self.beta) if teacher else None,
+        )
+
+
+_FAR = 80.0
+"""Two probabilities further apart than e^80 differ by all there is: the smaller one no longer counts in float32."""
+
+
+@dataclass(frozen=True)
+class TotalVariation(Divergence):
+    r""":math:`\tfrac{1}{2} \sum_k |q_k - p_k|`: between 0 and 1, and bounded where KL is not."""
+
+    @override
+    def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
+        return (a.softmax(dim) - b.softmax(dim)).abs().sum(dim, keepdim=True) / 2
+
+    @override
+    def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
+        p, q = a.softmax(dim), b.softmax(dim)
+        difference = torch.sub(p, q, out=a)
+        value = difference.abs().sum(dim, keepdim=True) / 2
+        half_sign = difference.sign_().div_(2)
+        teacher_gradient = None
+        if teacher:
+            weighted = q * half_sign
+            teacher_gradient = (q * weighted.sum(dim, keepdim=True)).sub_(weighted)
+        weighted = half_sign.mul_(p)
+        return ClosedForm(value, weighted.sub_(p.mul_(weighted.sum(dim, keepdim=True))), teacher_gradient)
+
+
+@dataclass(frozen=True)
+class SoftCrossEntropy(Divergence):
+    r""":math:`-\sum_k q_k \log p_k = \mathrm{KL}(q \| p) + H(q)`, with the gradient of KL, :math:`p - q`."""
+
+    @override
+    def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
+        q = b.softmax(dim)
+        return a.logsumexp(dim, keepdim=True) - (q * _where_positive(q, a)).sum(dim, keepdim=True)
+
+    @override
+    def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
+        p, q = a.softmax(dim), b.softmax(dim)
+        log_z = a.amax(dim, keepdim=True).sub_(p.amax(dim, keepdim=True).log_())
+        weighted = a.mul_(q)
+        mean = weighted.nansum(dim, keepdim=True)
+        teacher_gradient = (q * mean).sub_(weighted) if teacher else None
+        return ClosedForm(log_z - mean, p.sub_(q), teacher_gradient)
+
+
+@dataclass(frozen=True)
+class SquaredError(Divergence):
+    r""":math:`\tfrac{1}{C} \sum_k (a_k - b_k)^2`: between logits, not distributions; it sees a shift."""
+
+    @override
+    def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
+        both_masked = (a == -math.inf) & (b == -math.inf)
+        return (a.masked_fill(both_masked, 0.0) - b.masked_fill(both_masked, 0.0)).square().mean(dim, keepdim=True)
+
+    @override
+    def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
+        both_masked = (a == -math.inf).logical_and_(b == -math.inf)
+        difference = a.sub_(b).masked_fill_(both_masked, 0.0)
+        value = difference.square().mean(dim, keepdim=True)
+        gradient = difference.mul_(2 / a.shape[dim])
+        return ClosedForm(value, gradient, -gradient if teacher else None)
+
+
+@dataclass(frozen=True)
+class BernoulliKL(Divergence):
+    r"""One yes-or-no per class, for multi-label tasks: :math:`\sum_k \mathrm{KL}(\sigma(b_k) \| \sigma(a_k))`.
+
+    The gradient is :math:`\sigma(a) - \sigma(b)`.
+    """
+
+    min_classes: ClassVar[int] = 1
+
+    @override
+    def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
+        q = b.sigmoid()
+        cross = q * _where_positive(q, b - a)
+        return (cross + F.logsigmoid(-b) - F.logsigmoid(-a)).sum(dim, keepdim=True)
+
+    @override
+    def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
+        p, q = a.sigmoid(), b.sigmoid()
+        normaliser = F.logsigmoid(-b).sub_(F.logsigmoid(-a))
+        cross = _nan_to_zero(b.sub_(a).mul_(q))
+        value = normaliser.add_(cross).sum(dim, keepdim=True)
+        teacher_gradient = cross.mul_(1 - q) if teacher else None
+        return ClosedForm(value, p.sub_(q), teacher_gradient)
+
+
+@dataclass(frozen=True)
+class DecoupledKL(Divergence):
+    r"""DKD: :math:`\alpha \, \mathrm{KL}(q_y \| p_y) + \beta \, \mathrm{KL}(\hat q \| \hat p)`.
+
+    The first term is between two-point distributions, target :math:`y` against the rest; the second between the
+    distributions over the rest, the target's column dropped. The log-odds of the target, :math:`z = a_y - \log
+    \sum_{k \ne y} e^{a_k}`, carry the first term alone.
+    """
+
+    alpha: float = 1.0
+    beta: float = 8.0
+    needs_labels: ClassVar[bool] = True
+    min_classes: ClassVar[int] = 3
+
+    @override
+    def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
+        assert labels is not None
+        a_y, b_y = a.gather(dim, labels), b.gather(dim, labels)
+        a, b = a.scatter(dim, labels, -math.inf), b.scatter(dim, labels, -math.inf)
+        log_z_a, log_z_b = a.logsumexp(dim, keepdim=True), b.logsumexp(dim, keepdim=True)
+        q = (b - log_z_b).exp()
+        non_target = (q * _where_positive(q, b - a)).sum(dim, keepdim=True) - log_z_b + log_z_a
+        return self.alpha * _two_point_kl(b_y - log_z_b, a_y - log_z_a) + self.beta * non_target
+
+    @override
+    def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
+        assert labels is not None
+        a_y, b_y = a.gather(dim, labels), b.gather(dim, labels)
+        a.scatter_(dim, labels, -math.inf)
+        b.scatter_(dim, labels, -math.inf)
+        p, q = a.softmax(dim), b.softmax(dim)  # 0 at the target
+        log_z_a = a.amax(dim, keepdim=True).sub_(p.amax(dim, keepdim=True).log_())
+        log_z_b = b.amax(dim, keepdim=True).sub_(q.amax(dim, keepdim=True).log_())
+        odds_a, odds_b = a_y.sub_(log_z_a), b_y.sub_(log_z_b)
+        weighted = b.sub_(a).mul_(q)
+        mean = weighted.nansum(dim, keepdim=True)
+        value = self.alpha * _two_point_kl(odds_b, odds_a) + self.beta * (mean - log_z_b + log_z_a)
+
+        to_target = self.alpha * (odds_a.sigmoid() - odds_b.sigmoid())  # by the odds; the rest loses it as p has it
+        teacher_gradient = None
+        if teacher:
+            of_odds = self.alpha * odds_b.sigmoid() * (-odds_b).sigmoid() * (odds_b - odds_a)
+            teacher_gradient = weighted.mul_(self.beta).sub_(q * (self.beta * mean + of_odds))
+            teacher_gradient.scatter_(dim, labels, of_odds)
+        gradient = torch.mul(p, self.beta - to_target, out=p).sub_(q.mul_(self.beta))
+        return ClosedForm(value, gradient.scatter_(dim, labels, to_target), teacher_gradient)
+
+
+@dataclass(frozen=True)
+class NonTargetCrossEntropy(Divergence):
+    r""":math:`-\sum_{k \ne y} \hat q_k \log \hat p_k` over the rest without the target: NKD's second term."""
+
+    needs_labels: ClassVar[bool] = True
+    min_classes: ClassVar[int] = 3
+
+    @override
+    def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
+        assert labels is not None
+        a, b = a.scatter(dim, labels, -math.inf), b.scatter(dim, labels, -math.inf)
+        return SoftCrossEntropy().definition(a, b, dim, None)
+
+    @override
+    def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
+        assert labels is not None
+        a.scatter_(dim, labels, -math.inf)
+        b.scatter_(dim, labels, -math.inf)
+        return SoftCrossEntropy().closed_form(a, b, dim, None, teacher)
+
+
+@dataclass(frozen=True)
+class TargetCrossEntropy(Divergence):
+    r""":math:`-q_y \log p_y`, the teacher's confidence in the target as a constant weight: NKD's first term."""
+
+    needs_labels: ClassVar[bool] = True
+
+    @override
+    def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
+        assert labels is not None
+        return (a.logsumexp(dim, keepdim=True) - a.gather(dim, labels)) * _confidence(b, dim, labels)
+
+    @override
+    def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
+        assert labels is not None
+        q_y = _confidence(b, dim, labels)
+        value = (a.logsumexp(dim, keepdim=True) - a.gather(dim, labels)).mul_(q_y)
+        gradient = a.softmax(dim).mul_(q_y).scatter_add_(dim, labels, -q_y)
+        return ClosedForm(value, gradient, torch.zeros_like(b) if teacher else None)
+
+
+def _confidence(b: Tensor, dim: int, labels: Tensor) -> Tensor:
+    return (b.gather(dim, labels) - b.logsumexp(dim, keepdim=True)).exp().detach()
+
+
+def _nan_to_zero(x: Tensor) -> Tensor:
+    """In place: NaN from 0 · ∞ becomes 0, and ∞ stays."""
+    return x.nan_to_num_(0.0, math.inf, -math.inf)
+
+
+def _where_positive(probability: Tensor, logits: Tensor) -> Tensor:
+    """0 where the probability is 0: 0 · (±∞) is 0 by continuity, and NaN in floating point."""
+    return torch.where(probability > 0, logits, 0.0)
+
+
+def _two_point_kl(teacher_odds: Tensor, student_odds: Tensor) -> Tensor:
+    """Between two yes-or-no distributions that are given by their log-odds."""
+    yes = F.logsigmoid(teacher_odds) - F.logsigmoid(student_odds)
+    no = F.logsigmoid(-teacher_odds) - F.logsigmoid(-student_odds)
+    return teacher_odds.sigmoid() * yes + (-teacher_odds).sigmoid() * no

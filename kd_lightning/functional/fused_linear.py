@@ -1,0 +1,362 @@
+"""The distillation loss from hidden states and output heads, without ever holding all the logits.
+
+With a vocabulary of 150 000 the logits are what fills the memory, not the model. Here a chunk of rows goes through both
+heads, the loss and the gradients of hidden states and head at once; then its logits are dropped. Memory grows with the
+chunk, not with the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_lightning.functional.divergences import ForwardKL
+from kd_lightning.functional.row_loss import (
+    Reduction,
+    Scale,
+    check_num_items,
+    check_option,
+    in_compute_dtype,
+    known_to_be_one,
+    loss_factor,
+    valid_positions,
+)
+from kd_lightning.functional.temperature import Temperature, as_temperature, compute_dtype, in_transform
+
+__all__ = ["fused_linear_kd_loss"]
+
+
+def fused_linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    temperature: float | Tensor | Temperature,
+    *,
+    teacher_logits: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    targets: Tensor | None = None,
+    kd_weight: float = 1.0,
+    task_weight: float = 0.0,
+    scale: Scale = "student_teacher",
+    ignore_index: int | None = -100,
+    reduction: Reduction = "mean",
+    num_items: float | Tensor | None = None,
+    chunk_size: int = 256,
+) -> Tensor:
+    r"""The :func:`kd_loss` of ``hidden @ weight.T``, and the cross-entropy if asked for, a chunk of rows at a time.
+
+    .. math::
+        L = w_{kd} \, \mathrm{kd\_loss}(h_s W_s^\top, h_t W_t^\top, T) + w_{task} \, \mathrm{CE}(h_s W_s^\top, y)
+
+    Gradients flow to the student's hidden states, weight and bias and to the temperature; the teacher is a constant.
+    They are computed in the forward, so that no logits wait for the backward. A second derivative, or a second backward
+    through one graph, is computed from the whole logits.
+
+    Args:
+        student_hidden: ``(N, H)`` or ``(B, L, H)``: what goes into the student's output layer.
+        student_weight: ``(V, H)``: that layer's weight.
+        teacher_hidden: ``(N, H_t)`` or ``(B, L, H_t)``; None with ``teacher_logits``.
+        teacher_weight: ``(V, H_t)``, or more rows than the student's: padding of the vocabulary, which is cut.
+        temperature: As in :func:`kd_loss`, in the layout of the logits ``(…, V)``; a class-wise one without gradient.
+        teacher_logits: ``(…, V)`` in place of hidden states and weight, such as stored ones.
+        student_bias: ``(V,)``.
+        teacher_bias: ``(V,)``.
+        targets: Class indices, ``(N,)`` or ``(B, L)``; the cross-entropy needs them.
+        kd_weight: Factor of the divergence.
+        task_weight: Factor of the cross-entropy.
+        scale: As in :func:`kd_loss`.
+        ignore_index: Target value of the positions to leave out, of both terms.
+        reduction: ``"mean"`` over the valid positions or ``"sum"``.
+        num_items: What the mean divides by; see :func:`kd_loss`.
+        chunk_size: Rows at a time. Four chunks of logits in float32 are held: with 256 rows and 150 000 classes 600 MB.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: Shapes that do not belong together; a teacher that is given twice or not at all; a teacher that
+            requires gradients; a cross-entropy without targets; an unknown option.
+
+    Source: the chunked losses of P. Hsu et al., "Liger Kernel", 2024, arXiv 2410.10989, in closed form.
+
+    Example:
+        >>> import torch
+        >>> hidden, weight = torch.eye(2, requires_grad=True), torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+        >>> teacher = torch.tensor([[3.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+        >>> fused_linear_kd_loss(hidden, weight, None, None, 2.0, teacher_logits=teacher, chunk_size=1)
+        tensor(0.2902, grad_fn=...)
+    """
+    check_option("scale", scale, get_args(Scale))
+    check_option("reduction", reduction, ("mean", "sum"))
+    check_num_items(num_items, reduction)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    heads = _Heads(
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, teacher_logits
+    )
+    heads.check()
+    heads = heads.in_one_dtype().without_padding()
+
+    shape = (*student_hidden.shape[:-1], student_weight.shape[0])
+    logits_like = student_hidden.new_empty(()).expand(shape)  # a shape and a dtype, no memory
+    temp = in_compute_dtype(as_temperature(temperature, logits_like), logits_like)
+    valid = valid_positions(targets, logits_like, -1, ignore_index)
+    if task_weight and (targets is None or targets.is_floating_point()):
+        raise ValueError("task_weight adds a cross-entropy: it needs targets that are class indices, got none.")
+    valid = None if valid is None else valid.unsqueeze(-1)
+    factor = loss_factor(temp, logits_like, scale, -1, valid, reduction, num_items) * kd_weight
+    one = Temperature(*(torch.ones_like(factor.detach()) for _ in range(2)))
+    task_factor = loss_factor(one, logits_like, "none", -1, valid, reduction, num_items) * task_weight
+    labels = None
+    if task_weight and targets is not None:
+        labels = targets.unsqueeze(-1)
+        labels = labels if valid is None else torch.where(valid, labels, 0)
+
+    rows = _Flat(*(_flat(x, shape) for x in (temp.student, temp.teacher, factor, task_factor, valid, labels)))
+    tensors = (*heads.flattened(), *rows)
+    if in_transform():
+        return _definition(*tensors)
+    wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors)
+    return _FusedLinear.apply(chunk_size, wanted, *tensors)  # pyright: ignore[reportReturnType]
+
+
+class _Heads(NamedTuple):
+    """Hidden states and output layers."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    teacher_hidden: Tensor | None
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    teacher_logits: Tensor | None
+
+    def check(self) -> None:
+        """Refuse what does not belong together."""
+        hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, teacher_logits = self
+        by_head = teacher_hidden is not None and teacher_weight is not None
+        if by_head == (teacher_logits is not None) or (teacher_hidden is None) != (teacher_weight is None):
+            raise ValueError("give the teacher as teacher_hidden with teacher_weight, or as teacher_logits.")
+        pairs = [("student", hidden, weight, bias)]
+        if teacher_hidden is not None and teacher_weight is not None:
+            pairs.append(("teacher", teacher_hidden, teacher_weight, teacher_bias))
+        for name, h, w, b in pairs:
+            if w.dim() != 2 or h.dim() < 2 or h.shape[-1] != w.shape[1] or (b is not None and b.shape != w.shape[:1]):
+                raise ValueError(
+                    f"{name} hidden states (…, H), weight (V, H) and bias (V,) do not fit together, got "
+                    f"{tuple(h.shape)}, {tuple(w.shape)} and {None if b is None else tuple(b.shape)}."
+                )
+        theirs = teacher_hidden if teacher_logits is None else teacher_logits
+        classes = teacher_logits.shape[-1] if teacher_weight is None else teacher_weight.shape[0]  # pyright: ignore
+        if theirs is None or theirs.shape[:-1] != hidden.shape[:-1] or classes < weight.shape[0]:
+            raise ValueError(
+                f"the teacher must cover the student's {tuple(hidden.shape[:-1])} positions and {weight.shape[0]} "
+                f"classes, got {None if theirs is None else tuple(theirs.shape[:-1])} and {classes}."
+            )
+        if any(x is not None and x.requires_grad for x in self[3:]) and torch.is_grad_enabled():
+            raise ValueError("the teacher is a constant here, but requires gradients: detach it, or use kd_loss.")
+
+    def without_padding(self) -> _Heads:
+        """Surplus rows of the teacher's head pad its vocabulary."""
+        classes = self.weight.shape[0]
+        return self._replace(
+            teacher_weight=None if self.teacher_weight is None else self.teacher_weight[:classes],
+            teacher_bias=None if self.teacher_bias is None else self.teacher_bias[:classes],
+            teacher_logits=None if self.teacher_logits is None else self.teacher_logits[..., :classes],
+        )
+
+    def in_one_dtype(self) -> _Heads:
+        """What a linear layer would do under autocast."""
+        device = self.hidden.device.type
+        if not torch.is_autocast_enabled(device):
+            return self
+        dtype = torch.get_autocast_dtype(device)
+        return _Heads(*(None if x is None else x.to(dtype) for x in self))  # pyright: ignore[reportArgumentType]
+
+    def flattened(self) -> _Heads:
+        """One row per position."""
+        return _Heads(
+            *(x if x is None or x.dim() < 2 else x.reshape(-1, x.shape[-1]) for x in self)  # pyright: ignore
+        )
+
+
+class _Flat(NamedTuple):
+    """What belongs to the rows: ``(N, 1)``, ``(1, V)``, ``(N, V)`` or one element."""
+
+    student_temperature: Any
+    teacher_temperature: Any
+    factor: Any
+    task_factor: Any
+    valid: Any
+    labels: Any
+
+    def of(self, part: slice) -> _Flat:
+        """What belongs to some of the rows."""
+        return _Flat(*(x if x is None or x.dim() == 0 or x.shape[0] == 1 else x[part] for x in self))
+
+
+def _flat(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """From the layout of the logits to ``(N, V)``, keeping a dimension that is 1 throughout."""
+    if x is None or x.dim() == 0:
+        return x
+    if all(size == 1 for size in x.shape[:-1]):
+        return x.reshape(1, x.shape[-1])
+    return x.expand(*shape[:-1], x.shape[-1]).reshape(-1, x.shape[-1])
+
+
+def _definition(*tensors: Any) -> Tensor:
+    """The same from the whole logits, in differentiable torch."""
+    heads, rows = _Heads(*tensors[:7]), _Flat(*tensors[7:])
+    s = F.linear(heads.hidden, heads.weight, heads.bias)
+    t = heads.teacher_logits
+    if heads.teacher_hidden is not None and heads.teacher_weight is not None:
+        t = F.linear(heads.teacher_hidden, heads.teacher_weight, heads.teacher_bias)
+    assert t is not None
+    s, t = s.to(compute_dtype(s)), t.to(compute_dtype(t))
+    if rows.valid is not None:
+        s, t = s.masked_fill(~rows.valid, 0.0), t.masked_fill(~rows.valid, 0.0)
+    a, b = s / rows.student_temperature, t / rows.teacher_temperature
+    loss = ForwardKL().definition(a, b, -1, None) * rows.factor
+    if rows.labels is not None:
+        loss = loss + (s.logsumexp(-1, keepdim=True) - s.gather(-1, rows.labels)) * rows.task_factor
+    return (loss if rows.valid is None else torch.where(rows.valid, loss, 0.0)).sum()
+
+
+class _FusedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, chunk_size: int, wanted: tuple[bool, ...], *tensors: Any
+    ) -> Tensor:
+        heads, rows = _Heads(*tensors[:7]), _Flat(*tensors[7:])
+        want_hidden, want_weight, want_bias = wanted[:3]
+        want_t_s, want_t_t, want_factor = wanted[7:10]
+        hidden, weight = heads.hidden, heads.weight
+        dtype = compute_dtype(hidden)
+        total = torch.zeros((), dtype=dtype, device=hidden.device)
+        d_hidden = torch.empty_like(hidden, dtype=_kept(hidden)) if want_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=dtype) if want_weight else None
+        d_bias = torch.zeros_like(weight[:, 0], dtype=dtype) if want_bias else None
+        per_row: list[tuple[Tensor | None, ...]] = []
+
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, hidden.shape[0], chunk_size):
+                part = slice(start, start + chunk_size)
+                t_s, t_t, c, task_c, ok, labels = rows.of(part)
+                s = F.linear(hidden[part], weight, heads.bias).to(dtype)
+                t = _teacher_logits(heads, part, dtype)
+                task_value, task_gradient = _cross_entropy(s, labels, task_c)
+                d_t_s = d_t_t = None
+                s, t = s.div_(t_s), t.div_(t_t)
+                kept_s = s.clone() if want_t_s else None
+                kept_t = t.clone() if want_t_t else None
+                form = ForwardKL().closed_form(s, t, -1, None, want_t_t)
+                del s, t
+                if kept_s is not None:
+                    d_t_s = (form.student * kept_s).nansum(-1, keepdim=True) * (-c / t_s)
+                if kept_t is not None and form.teacher is not None:
+                    d_t_t = (form.teacher * kept_t).nansum(-1, keepdim=True) * (-c / t_t)
+                value, d_t_s, d_t_t, task_value = (
+                    x if x is None or ok is None else torch.where(ok, x, 0.0)
+                    for x in (form.value, d_t_s, d_t_t, task_value)
+                )
+                assert value is not None
+                total += (value * c).sum() if task_value is None else (value * c + task_value).sum()
+                per_row.append((value, d_t_s, d_t_t))
+                if want_hidden or want_weight or want_bias:
+                    gradient = form.student.mul_(c / t_s)
+                    if task_gradient is not None:
+                        gradient += task_gradient
+                    if ok is not None:
+                        gradient.masked_fill_(~ok, 0.0)
+                    _through_linear(gradient, hidden[part], weight, part, d_hidden, d_weight, d_bias)
+
+        value, d_t_s, d_t_t = (
+            torch.cat([x for x in column if x is not None]) if want and per_row else None
+            for column, want in zip(
+                zip(*per_row, strict=True) if per_row else [()] * 3, (want_factor, want_t_s, want_t_t), strict=True
+            )
+        )
+        ctx.wanted, ctx.gradients = wanted, (d_hidden, d_weight, d_bias)
+        ctx.save_for_backward(*tensors, value, d_t_s, d_t_t)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        (g,) = upstream
+        *tensors, value, d_t_s, d_t_t = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None
+        if torch.is_grad_enabled() or gradients is None:
+            with torch.enable_grad():
+                aliases = [x.view_as(x) if want else x for x, want in zip(tensors, ctx.wanted, strict=True)]
+                loss = _definition(*aliases)
+            wanted = [x for x, want in zip(aliases, ctx.wanted, strict=True) if want]
+            found = iter(torch.autograd.grad(loss, wanted, g, create_graph=torch.is_grad_enabled()))
+            return None, None, *(next(found) if want else None for want in ctx.wanted)
+        if not known_to_be_one(g):
+            for x in gradients:
+                if x is not None:
+                    x.mul_(g)
+        student = (None if x is None else x.to(like.dtype) for x, like in zip(gradients, tensors[:3], strict=True))
+        rows = _Flat(*tensors[7:])
+        temperatures = (
+            None if x is None else (g * x).sum_to_size(to.shape)
+            for x, to in (
+                (d_t_s, rows.student_temperature),
+                (d_t_t, rows.teacher_temperature),
+                (value, rows.factor),
+            )
+        )  # fmt: skip
+        return None, None, *student, None, None, None, None, *temperatures, None, None, None
+
+
+def _kept(x: Tensor) -> torch.dtype:
+    """Float16 would underflow before a gradient scaler's factor comes in backward."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+def _teacher_logits(heads: _Heads, part: slice, dtype: torch.dtype) -> Tensor:
+    """A fresh tensor, in the dtype to compute in."""
+    if heads.teacher_logits is not None:
+        return heads.teacher_logits[part].to(dtype, copy=True)
+    assert heads.teacher_hidden is not None
+    assert heads.teacher_weight is not None
+    return F.linear(heads.teacher_hidden[part], heads.teacher_weight, heads.teacher_bias).to(dtype)
+
+
+def _cross_entropy(s: Tensor, labels: Tensor | None, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Value per row and gradient, both times the factor."""
+    if labels is None:
+        return None, None
+    p = s.softmax(-1)
+    log_z = s.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+    value = (log_z - s.gather(-1, labels)) * factor
+    return value, p.scatter_add_(-1, labels, -torch.ones_like(value)).mul_(factor)
+
+
+def _through_linear(
+    gradient: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    part: slice,
+    d_hidden: Tensor | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+) -> None:
+    """Backward of the output layer for one chunk, added to what the others gave."""
+    if d_bias is not None:
+        d_bias += gradient.sum(0)
+    if weight.dtype == torch.float16:
+        hidden, weight = hidden.float(), weight.float()
+    gradient = gradient.to(weight.dtype)
+    if d_hidden is not None:
+        torch.mm(gradient, weight, out=d_hidden[part])
+    if d_weight is not None:
+        if d_weight.dtype == weight.dtype:
+            d_weight.addmm_(gradient.t(), hidden)
+        else:
+            d_weight += gradient.t() @ hidden

@@ -1,0 +1,440 @@
+"""From an equation on rows to a loss: layout, masks, scale and reduction in one place, and the fast path.
+
+The fast path is one :class:`torch.autograd.Function`. It walks over the rows in chunks that stay in the cache, and
+writes the gradient straight into the buffer that backward returns: beside the logits it holds one copy of them, where
+autograd over softmax and log-softmax holds five. Half-precision logits are widened one chunk at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.functional.divergences import Divergence
+from kd_lightning.functional.temperature import (
+    Temperature,
+    as_temperature,
+    compute_dtype,
+    in_transform,
+    widened_over,
+)
+
+__all__ = [
+    "Reduction",
+    "Scale",
+    "check_logits",
+    "check_num_items",
+    "check_option",
+    "in_compute_dtype",
+    "known_to_be_one",
+    "loss_factor",
+    "loss_scale",
+    "row_loss",
+    "valid_positions",
+    "without_padding",
+]
+
+Scale = Literal["student_teacher", "student", "teacher", "none"]
+Reduction = Literal["mean", "sum", "none"]
+SCALES: tuple[Scale, ...] = get_args(Scale)
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+
+CHUNK_CPU = 2**17
+"""Elements of logits per chunk. On the CPU the five chunks in use (2.5 MB) stay in the cache; half of it loses to the
+overhead of calls, twice as much to cache misses (``benchmarks/loss.py --chunks``)."""
+CHUNK_ACCELERATOR = 2**22
+"""On an accelerator a kernel must be large enough to fill the device: 64 MB of float32 scratch."""
+
+
+def row_loss(
+    divergence: Divergence,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float | Tensor | Temperature,
+    *,
+    targets: Tensor | None,
+    scale: Scale,
+    class_dim: int,
+    ignore_index: int | None,
+    reduction: Reduction,
+    num_items: float | Tensor | None = None,
+) -> Tensor:
+    """Apply a divergence to every row and reduce. The arguments are those of :func:`kd_loss`, all given."""
+    check_option("scale", scale, SCALES)
+    check_option("reduction", reduction, REDUCTIONS)
+    check_num_items(num_items, reduction)
+    teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
+    check_logits(student_logits, teacher_logits, class_dim, divergence.min_classes)
+    class_dim %= student_logits.dim()
+    temp = in_compute_dtype(as_temperature(temperature, student_logits), student_logits)
+    valid = valid_positions(targets, student_logits, class_dim, ignore_index)
+    if valid is not None:
+        valid = valid.unsqueeze(class_dim)
+    factor = loss_factor(temp, student_logits, scale, class_dim, valid, reduction, num_items)
+    labels = _labels(targets, valid, class_dim) if divergence.needs_labels else None
+
+    rows = _Rows(student_logits, teacher_logits, temp.student, temp.teacher, factor, valid, labels)
+    fast = not torch.compiler.is_compiling() and _closed_form_applies(rows, class_dim)
+    loss = (_closed_form if fast else _definition)(divergence, class_dim, reduction != "none", rows)
+    return loss.squeeze(class_dim) if reduction == "none" else loss
+
+
+def check_option(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that is not among the allowed ones."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def check_logits(student: Tensor, teacher: Tensor, class_dim: int, min_classes: int = 2) -> None:
+    """Refuse logits that do not belong together."""
+    if student.dim() == 0 or not -student.dim() <= class_dim < student.dim():
+        raise ValueError(f"class_dim={class_dim} is not a dimension of student logits of shape {tuple(student.shape)}.")
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student and teacher logits must have the same shape, got {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}."
+            + (
+                f" Their class counts differ ({student.shape[class_dim]} and {teacher.shape[class_dim]}): "
+                "give both models the same classes."
+                if student.dim() == teacher.dim() and student.shape[class_dim] != teacher.shape[class_dim]
+                else ""
+            )
+        )
+    if student.shape[class_dim] < min_classes:
+        raise ValueError(
+            f"this loss needs at least {_count_word(min_classes)} classes, got logits of shape {tuple(student.shape)} "
+            f"with class_dim={class_dim}"
+            + (
+                ": a softmax over one class is always 1. For one binary logit z use the two logits (0, z)."
+                if student.shape[class_dim] < 2
+                else ": without its target, a row of two classes is one class, and its softmax is always 1."
+            )
+        )
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if not logits.is_floating_point():
+            raise ValueError(f"{name} logits must be floating point, got {logits.dtype}.")
+
+
+def without_padding(student: Tensor, teacher: Tensor, class_dim: int = -1) -> Tensor:
+    """Cut the teacher's surplus columns, and say so: vocabularies are padded to different multiples.
+
+    The softmax over what is left is the teacher's distribution renormalised.
+
+    Args:
+        student: Student logits.
+        teacher: Teacher logits, of the same shape or with more classes.
+        class_dim: The dimension of the classes.
+
+    Returns:
+        The teacher's logits, as many classes as the student has.
+
+    Example:
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
+        ...     without_padding(torch.zeros(2, 5), torch.zeros(2, 8)).shape
+        torch.Size([2, 5])
+    """
+    if teacher.shape == student.shape or student.dim() != teacher.dim() or student.dim() == 0:
+        return teacher
+    if not -student.dim() <= class_dim < student.dim():
+        return teacher
+    have, want = teacher.shape[class_dim], student.shape[class_dim]
+    if have <= want:
+        return teacher
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"the teacher has {have} classes, the student {want}: the last {have - want} of the teacher are cut, as "
+            "padding of the vocabulary, and its distribution is renormalised. If the classes do not correspond, this "
+            "is wrong; if they do, slice the teacher's logits yourself to silence this.",
+            stacklevel=4,
+        )
+    return teacher.narrow(class_dim, 0, want)
+
+
+def check_num_items(num_items: float | Tensor | None, reduction: Reduction) -> None:
+    """Refuse a count that is not one, or that nothing would be divided by."""
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"num_items is what the mean divides by; with reduction={reduction!r} nothing is.")
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must be one number, got a tensor of shape {tuple(num_items.shape)}.")
+    elif not 0 < num_items < math.inf:
+        raise ValueError(f"num_items must be positive and finite, got {num_items}.")
+
+
+def valid_positions(targets: Tensor | None, logits: Tensor, class_dim: int, ignore_index: int | None) -> Tensor | None:
+    """A boolean mask of the positions that count, or None where all do."""
+    if targets is None:
+        return None
+    if targets.is_floating_point() and targets.shape == logits.shape:
+        return None
+    positions = list(logits.shape)
+    del positions[class_dim]
+    if list(targets.shape) != positions:
+        raise ValueError(
+            f"targets must have the logits' shape without the class dimension, {tuple(positions)}, got "
+            f"{tuple(targets.shape)} for logits of shape {tuple(logits.shape)} with class_dim={class_dim}."
+        )
+    return None if ignore_index is None else targets != ignore_index
+
+
+def _labels(targets: Tensor | None, valid: Tensor | None, class_dim: int) -> Tensor:
+    """Class indices with the class dimension kept with size 1; 0 where the position does not count."""
+    assert targets is not None
+    labels = targets.unsqueeze(class_dim)
+    return labels if valid is None else torch.where(valid, labels, 0)
+
+
+def _count_word(number: int) -> str:
+    return {1: "one", 2: "two", 3: "three"}[number]
+
+
+def in_compute_dtype(temperature: Temperature, logits: Tensor) -> Temperature:
+    """A bfloat16 T must not round T², nor a float64 one widen the loss; one element fits any layout as a 0-d tensor."""
+    dtype = compute_dtype(logits)
+
+    def convert(value: Tensor) -> Tensor:
+        if value.dim() > 0 and value.numel() == 1:
+            value = value.reshape(())
+        return value if value.dtype == dtype else value.to(dtype)
+
+    student, teacher, scale = temperature
+    shared = teacher is student
+    student = convert(student)
+    return Temperature(student, student if shared else convert(teacher), None if scale is None else convert(scale))
+
+
+def loss_scale(temperature: Temperature, rule: Scale, class_dim: int = -1) -> Tensor:
+    """The factor of the loss per position, see ``scale`` in :func:`kd_loss`.
+
+    Args:
+        temperature: One whose fields are all of one layout.
+        rule: What to take where ``temperature.scale`` is not set.
+        class_dim: The dimension of the classes, over which a class-wise factor is averaged.
+
+    Returns:
+        A tensor with one element, or in the shape of the temperatures with one class.
+
+    Example:
+        >>> loss_scale(Temperature(torch.tensor(2.0), torch.tensor(4.0)), "student_teacher")
+        tensor(8.)
+    """
+    student, teacher, factor = temperature
+    if factor is None and rule == "none":
+        factor = torch.ones((), dtype=student.dtype, device=student.device)
+    elif factor is None:
+        left = teacher if rule == "teacher" else student
+        factor = left * (student if rule == "student" else teacher)
+    return factor.mean(class_dim, keepdim=True) if factor.dim() > 0 else factor
+
+
+def loss_factor(
+    temperature: Temperature,
+    logits: Tensor,
+    rule: Scale,
+    class_dim: int,
+    valid: Tensor | None,
+    reduction: Reduction,
+    num_items: float | Tensor | None,
+) -> Tensor:
+    """Scale over count, per position (class dimension of size 1) or one element: what a row is multiplied by."""
+    factor = loss_scale(temperature, rule, class_dim)
+    if reduction != "mean":
+        return factor
+    if num_items is not None:
+        return factor / num_items
+    if valid is None:
+        return factor / max(logits.numel() // logits.shape[class_dim], 1)
+    return factor / valid.sum().clamp(min=1)
+
+
+class _Rows(NamedTuple):
+    """What a loss is computed from, class dimension kept: the order of the fast path's arguments and gradients."""
+
+    student: Any
+    teacher: Any
+    student_temperature: Any
+    teacher_temperature: Any
+    factor: Any
+    """Scale over count, per position or one element: the gradient needs it before the sum is there."""
+    valid: Any
+    labels: Any
+
+
+def _definition(divergence: Divergence, class_dim: int, summed: bool, rows: _Rows) -> Tensor:
+    """The loss per position, or its sum, by autograd: the readable form."""
+    student, teacher, valid = rows.student, rows.teacher, rows.valid
+    if valid is not None:  # a row that is left out may hold anything, NaN included
+        student, teacher = student.masked_fill(~valid, 0.0), teacher.masked_fill(~valid, 0.0)
+    a, b = widened_over(student, rows.student_temperature), widened_over(teacher, rows.teacher_temperature)
+    value = divergence.definition(a, b, class_dim, rows.labels)
+    loss = (value if valid is None else torch.where(valid, value, 0.0)) * rows.factor
+    return loss.sum() if summed else loss
+
+
+def _closed_form_applies(rows: _Rows, class_dim: int) -> bool:
+    """Whether the fast path knows every gradient that is asked for."""
+    if in_transform():
+        return False
+    if type(rows.student) not in (Tensor, nn.Parameter):  # a DTensor, say
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not rows.teacher.requires_grad and not any(
+        t.requires_grad and t.dim() > 0 and t.shape[class_dim] > 1
+        for t in (rows.student_temperature, rows.teacher_temperature)
+    )
+
+
+def _closed_form(divergence: Divergence, class_dim: int, summed: bool, rows: _Rows) -> Tensor:
+    """The loss per position, or its sum, its gradient computed on the way: the fast path."""
+    enabled = torch.is_grad_enabled()
+    wanted = [enabled and x is not None and x.requires_grad for x in rows]
+    return _ClosedFormLoss.apply(divergence, class_dim, summed, _Rows(*wanted), *rows)  # pyright: ignore
+
+
+class _ClosedFormLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, divergence: Divergence, class_dim: int, summed: bool, wanted: _Rows, *tensors: Any
+    ) -> Tensor:
+        everything = _Rows(*tensors)
+        student, valid = everything.student, everything.valid
+        parts = list(_chunks(student, class_dim))
+        d_student = None
+        if wanted.student and len(parts) > 1:
+            d_student = torch.empty_like(student, dtype=_buffer_dtype(student))
+        per_position: list[tuple[Tensor | None, ...]] = []
+        for part in parts:
+            s, t, t_s, t_t, c, ok, labels = everything if part is ... else (_take(x, part) for x in everything)
+            form = divergence.closed_form(
+                widened_over(s, t_s), widened_over(t, t_t), class_dim, labels, wanted.teacher_temperature
+            )
+            d_t_s = d_t_t = None
+            if wanted.student_temperature:
+                d_t_s = (form.student * s).nansum(class_dim, keepdim=True) * (-c / (t_s * t_s))
+            if wanted.teacher_temperature:
+                d_t_t = (form.teacher * t).nansum(class_dim, keepdim=True) * (-c / (t_t * t_t))
+            per_position.append((form.value, d_t_s, d_t_t))
+            if wanted.student:
+                if ok is not None:  # 0 · NaN is NaN
+                    form.student.masked_fill_(~ok, 0.0)
+                if d_student is None:
+                    d_student = form.student.mul_(c / t_s).to(_buffer_dtype(student))
+                else:
+                    torch.mul(form.student, c / t_s, out=d_student[part])
+
+        value, d_t_s, d_t_t = (_joined(student, class_dim, parts, list(x)) for x in zip(*per_position, strict=True))
+        if valid is not None:
+            value, d_t_s, d_t_t = (None if x is None else torch.where(valid, x, 0.0) for x in (value, d_t_s, d_t_t))
+        ctx.equation, ctx.wanted, ctx.d_student = (divergence, class_dim, summed), wanted, d_student
+        ctx.save_for_backward(*everything, value if wanted.factor else None, d_t_s, d_t_t)
+        loss = value * everything.factor  # pyright: ignore[reportOptionalOperand]
+        return loss.sum() if summed else loss
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        (g,) = upstream
+        *tensors, value, d_t_s, d_t_t = ctx.saved_tensors
+        everything = _Rows(*tensors)
+        d_student, ctx.d_student = ctx.d_student, None
+        if torch.is_grad_enabled() or (ctx.wanted.student and d_student is None):
+            return None, None, None, None, *_gradients_of_definition(ctx, everything, g)
+        if d_student is not None:
+            if not known_to_be_one(g):
+                d_student.mul_(g)
+            d_student = d_student.to(everything.student.dtype)
+        return (
+            None,
+            None,
+            None,
+            None,
+            *_Rows(
+                student=d_student,
+                teacher=None,
+                student_temperature=_summed(g, d_t_s, everything.student_temperature),
+                teacher_temperature=_summed(g, d_t_t, everything.teacher_temperature),
+                factor=_summed(g, value, everything.factor),
+                valid=None,
+                labels=None,
+            ),
+        )
+
+
+def _buffer_dtype(logits: Tensor) -> torch.dtype:
+    """That of the logits, but float16 would underflow before a gradient scaler's factor comes in backward."""
+    return torch.float32 if logits.dtype == torch.float16 else logits.dtype
+
+
+def _joined(logits: Tensor, class_dim: int, parts: list[Any], values: list[Any]) -> Tensor | None:
+    """What was computed for the parts, as one tensor over all positions."""
+    if len(parts) == 1 or values[0] is None:
+        return values[0]
+    whole = values[0].new_empty([1 if dim == class_dim else size for dim, size in enumerate(logits.shape)])
+    for part, value in zip(parts, values, strict=True):
+        whole[part] = value
+    return whole
+
+
+def _summed(g: Tensor, per_position: Tensor | None, to: Tensor) -> Tensor | None:
+    """The gradient of an input that was broadcast over the positions."""
+    return None if per_position is None else (g * per_position).sum_to_size(to.shape)
+
+
+def _gradients_of_definition(ctx: Any, rows: _Rows, g: Tensor) -> list[Tensor | None]:
+    """For double backward, and for a second backward through one graph, whose buffer the first has given away."""
+    divergence, class_dim, summed = ctx.equation
+    with torch.enable_grad():
+        # aliases: the factor was computed from the temperatures, and that path is not this function's to differentiate
+        rows = _Rows(*(x.view_as(x) if want else x for x, want in zip(rows, ctx.wanted, strict=True)))
+        loss = _definition(divergence, class_dim, summed, rows)
+    wanted = [x for x, want in zip(rows, ctx.wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(loss, wanted, g, create_graph=torch.is_grad_enabled()))
+    return [next(found) if want else None for want in ctx.wanted]
+
+
+def known_to_be_one(g: Tensor) -> bool:
+    """Whether the gradient from above is 1, where looking costs nothing: on an accelerator it would wait."""
+    return g.device.type == "cpu" and not torch.compiler.is_compiling() and g.numel() == 1 and g.item() == 1
+
+
+def _take(x: Any, part: Any) -> Any:
+    """What belongs to this part of the rows, of a tensor whose dimensions are full or 1."""
+    if x is None or x.dim() == 0:
+        return x
+    return x[tuple(along if size > 1 else slice(None) for along, size in zip(part, x.shape, strict=True))]
+
+
+def _chunks(logits: Tensor, class_dim: int) -> Iterator[Any]:
+    """Indices that cut the logits into parts of whole rows, each about as large as the device likes."""
+    size = CHUNK_CPU if logits.device.type == "cpu" else CHUNK_ACCELERATOR
+    if logits.numel() <= size:
+        yield ...
+        return
+
+    def walk(dim: int, elements: int) -> Iterator[tuple[slice, ...]]:
+        if dim == logits.dim():
+            yield ()
+        elif dim == class_dim:
+            for rest in walk(dim + 1, elements):
+                yield (slice(None), *rest)
+        else:
+            elements //= logits.shape[dim]  # of one index along this dimension
+            if elements > size:
+                for i in range(logits.shape[dim]):
+                    for rest in walk(dim + 1, elements):
+                        yield (slice(i, i + 1), *rest)
+            else:
+                whole = (slice(None),) * (logits.dim() - dim - 1)
+                count = math.ceil(logits.shape[dim] * elements / size)
+                for i in range(0, logits.shape[dim], step := math.ceil(logits.shape[dim] / count)):
+                    yield (slice(i, i + step), *whole)
+
+    yield from walk(0, logits.numel())

@@ -1,0 +1,174 @@
+"""fused_linear_kd_loss is kd_loss of the two linear layers, plus the cross-entropy."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from torch import Tensor
+from torch.testing import assert_close
+
+from kd_lightning.functional import Temperature, fused_linear_kd_loss, kd_loss
+
+
+def setting(*positions: int, dtype: torch.dtype = torch.float64, classes: int = 11, width: int = 6) -> Any:
+    student = torch.randn(*positions, width, dtype=torch.float64), torch.randn(classes, width, dtype=torch.float64)
+    teacher = torch.randn(*positions, 4, dtype=torch.float64), torch.randn(classes, 4, dtype=torch.float64)
+    inputs = [x.to(dtype) for x in (*student, *teacher)]
+    return inputs[0].requires_grad_(), inputs[1].requires_grad_(), inputs[2], inputs[3]
+
+
+def composed(
+    h: Tensor, w: Tensor, ht: Tensor, wt: Tensor, temperature: Any, bias: Any = None, **options: Any
+) -> Tensor:
+    """The plain way."""
+    task_weight, kd_weight = options.pop("task_weight", 0.0), options.pop("kd_weight", 1.0)
+    s, t = F.linear(h, w, bias), F.linear(ht, wt)[..., : len(w)]
+    loss = kd_weight * kd_loss(s, t, temperature, **options)
+    if task_weight:
+        targets, mean = options["targets"], options.get("reduction", "mean") == "mean"
+        total = F.cross_entropy(s.flatten(0, -2), targets.flatten(), reduction="sum")
+        loss = loss + task_weight * (total / (targets != -100).sum().clamp(min=1) if mean else total)
+    return loss
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    positions=st.sampled_from([(7,), (2, 5)]),
+    chunk_size=st.sampled_from([1, 3, 100]),
+    kind=st.sampled_from(["number", "learnt", "per position", "per class"]),
+    masked=st.sampled_from([0.0, 0.4, 1.0]),
+    task_weight=st.sampled_from([0.0, 0.3]),
+    reduction=st.sampled_from(["mean", "sum"]),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_is_the_composition(positions, chunk_size, kind, masked, task_weight, reduction, with_bias, seed):
+    torch.manual_seed(seed)
+    h, w, ht, wt = setting(*positions)
+    targets = torch.randint(11, positions)
+    targets[torch.rand(positions) < masked] = -100
+    wanted = [h, w]
+    bias = torch.randn(11, dtype=torch.float64, requires_grad=True) if with_bias else None
+    if bias is not None:
+        wanted.append(bias)
+    temperature: Any = 2.5
+    if kind != "number":
+        shape = {"learnt": (1,), "per position": (*positions, 1), "per class": (1,) * len(positions) + (11,)}[kind]
+        temperature = Temperature(*(torch.rand(shape, dtype=torch.float64) * 3 + 0.5 for _ in range(2)))
+        if kind != "per class":
+            wanted += [x.requires_grad_() for x in temperature[:2]]
+    options: Any = {
+        "targets": targets, "reduction": reduction, "task_weight": task_weight, "kd_weight": 0.7
+    }  # fmt: skip
+
+    expected = composed(h, w, ht, wt, temperature, bias, **options)
+    expected = (expected.detach(), *torch.autograd.grad(expected, wanted))
+    loss = fused_linear_kd_loss(h, w, ht, wt, temperature, student_bias=bias, chunk_size=chunk_size, **options)
+    got = (loss.detach(), *torch.autograd.grad(loss, wanted, retain_graph=True))
+    assert_close(got, expected, rtol=1e-10, atol=1e-11)
+    again = (loss.detach(), *torch.autograd.grad(loss, wanted))
+    assert_close(again, expected, rtol=1e-10, atol=1e-11)
+
+
+def test_teacher_logits_in_place_of_its_head():
+    h, w, ht, wt = setting(7)
+    before = (logits := F.linear(ht, wt)).clone()
+    loss = fused_linear_kd_loss(h, w, None, None, 2.0, teacher_logits=logits, chunk_size=3)
+    assert_close(loss, composed(h, w, ht, wt, 2.0))
+    assert_close(logits, before, rtol=0, atol=0)
+
+
+def test_padded_vocabulary_of_the_teacher():
+    h, w, ht, wt = setting(7)
+    assert_close(fused_linear_kd_loss(h, w[:9], ht, wt, 2.0), composed(h, w[:9], ht, wt, 2.0))
+
+
+def test_num_items():
+    h, w, ht, wt = setting(7)
+    assert_close(fused_linear_kd_loss(h, w, ht, wt, 2.0, num_items=14), composed(h, w, ht, wt, 2.0) / 2)
+
+
+def test_derivatives():
+    h, w, ht, wt = setting(3, classes=4, width=2)
+    temperature = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, -100, 3])
+
+    def loss(h: Tensor, w: Tensor, temperature: Tensor) -> Tensor:
+        return fused_linear_kd_loss(h, w, ht, wt[:4], temperature, targets=labels, task_weight=0.5, chunk_size=2)
+
+    assert torch.autograd.gradcheck(loss, (h, w, temperature), nondet_tol=1e-12)
+    assert torch.autograd.gradgradcheck(loss, (h, w, temperature), nondet_tol=1e-12)
+    (expected,) = torch.autograd.grad(loss(h, w, temperature), h)
+    assert_close(torch.func.grad(loss)(h, w, temperature), expected)
+
+
+def test_without_rows():
+    h, w, ht, wt = setting(0)
+    loss = fused_linear_kd_loss(h, w, ht, wt, 2.0)
+    gradients = torch.autograd.grad(loss, (h, w))
+    assert loss == 0
+    assert gradients[1].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    h, w, ht, wt = setting(32, dtype=dtype, classes=50, width=16)
+    got = torch.autograd.grad(fused_linear_kd_loss(h, w, ht, wt, 4.0, chunk_size=8) * 64, (h, w))
+    wide = [x.detach().double().requires_grad_() for x in (h, w)]
+    # the logits are rounded once, as a linear layer in this dtype rounds them
+    expected = torch.autograd.grad(composed(wide[0], wide[1], ht.double(), wt.double(), 4.0) * 64, wide)
+    for mine, exact in zip(got, expected, strict=True):
+        assert mine.dtype == dtype
+        assert (mine - exact).norm() <= (2e-2 if dtype == torch.bfloat16 else 3e-3) * exact.norm()
+
+
+def test_under_autocast():
+    h, w, ht, wt = setting(32, dtype=torch.float32, classes=50, width=16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = fused_linear_kd_loss(h, w, ht, wt, 4.0)
+        expected = composed(h, w, ht, wt, 4.0)
+    assert_close(loss, expected, rtol=1e-2, atol=1e-3)
+    for mine, theirs in zip(torch.autograd.grad(loss, (h, w)), torch.autograd.grad(expected, (h, w)), strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - theirs).norm() <= 2e-2 * theirs.norm()
+
+
+def test_memory_grows_with_the_chunk_not_with_the_rows():
+    def peak(rows: int, chunk_size: int) -> int:
+        h, w, ht, wt = setting(rows, dtype=torch.float32, classes=5000, width=8)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            fused_linear_kd_loss(h, w, ht, wt, 2.0, chunk_size=chunk_size).backward()
+        recorded: Any = profiler.profiler
+        changes = [event.nbytes() for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+        return max(itertools.accumulate(changes))
+
+    logits = 4 * 5000
+    assert peak(512, 32) <= 1.1 * peak(128, 32)
+    assert peak(512, 32) <= 5 * 32 * logits + 1.3 * 5000 * 8 * 4
+    assert peak(512, 128) >= 2 * peak(512, 32)
+
+
+def test_errors():
+    h, w, ht, wt = setting(7)
+    with pytest.raises(ValueError, match="do not fit together"):
+        fused_linear_kd_loss(h, w.t(), ht, wt, 2.0)
+    with pytest.raises(ValueError, match="or as teacher_logits"):
+        fused_linear_kd_loss(h, w, None, None, 2.0)
+    with pytest.raises(ValueError, match="or as teacher_logits"):
+        fused_linear_kd_loss(h, w, ht, wt, 2.0, teacher_logits=torch.zeros(7, 11))
+    with pytest.raises(ValueError, match=r"positions and 11 classes, got \(3,\)"):
+        fused_linear_kd_loss(h, w, ht[:3], wt, 2.0)
+    with pytest.raises(ValueError, match=r"11 classes, got .* and 9"):
+        fused_linear_kd_loss(h, w, ht, wt[:9], 2.0)
+    with pytest.raises(ValueError, match="the teacher is a constant"):
+        fused_linear_kd_loss(h, w, ht.requires_grad_(), wt, 2.0)
+    with pytest.raises(ValueError, match="needs targets"):
+        fused_linear_kd_loss(h, w, ht.detach(), wt, 2.0, task_weight=0.5)
+    with pytest.raises(ValueError, match="chunk_size must be at least 1"):
+        fused_linear_kd_loss(h, w, ht.detach(), wt, 2.0, chunk_size=0)
