@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import yaml
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
@@ -94,6 +95,23 @@ class KDLightningCLI(LightningCLI):
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         return super().init_parser(**{"allow_abbrev": False, **kwargs})
+
+    @override
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_default_arguments_to_parser(parser)
+        parser.add_argument(
+            "--num_threads",
+            type=Optional[PositiveInt],  # noqa: UP045  # pyright: ignore[reportArgumentType]  (made at run time)
+            default=None,
+            help="CPU threads of one operation; default torch's, one per core. Small networks are faster with 1, much "
+            "so where other work has the cores.",
+        )
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        num_threads = self._get(self.config, "num_threads")
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
