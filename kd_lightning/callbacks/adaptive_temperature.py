@@ -415,6 +415,10 @@ class AdaptiveTemperature(Callback):
                 f"degraded for {count_checks(low_checks)})"
             )
 
+    def replicated_state(self) -> dict[str, Any]:
+        """What must be the same on every rank."""
+        return vars(self.rule.state)
+
     def _bounds(self, policy: TemperaturePolicy) -> tuple[float, float]:
         return (
             max(policy.min_temperature, self.min_temperature or 0.0),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from kd_lightning import DistillationModule, FrozenTeacher
+from kd_lightning import DistillationModule, Distiller, FrozenTeacher
 from kd_lightning.datamodules import DigitsDataModule
 from kd_lightning.models import DigitsCNN
 
@@ -34,8 +34,13 @@ class Script(Callback):
             pl_module.log(self.name, value + self.by_rank * trainer.global_rank)
 
 
+def distiller_of(module: LightningModule) -> Distiller:
+    assert isinstance(module, DistillationModule)
+    return module.distiller
+
+
 def multiplier_of(module: LightningModule) -> float:
-    return module.distiller.temperature.multiplier.item()  # pyright: ignore
+    return distiller_of(module).temperature.multiplier.item()
 
 
 def digits(lr: float, maximize: bool = False, **options: Any) -> tuple[DistillationModule, DigitsDataModule]:
