@@ -15,6 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from typing_extensions import override
 
 # imported so that their short names work in YAML
+import kd_lightning.callbacks
 import kd_lightning.datamodules
 import kd_lightning.models
 import kd_lightning.temperature  # noqa: F401

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -16,7 +15,6 @@ from typing_extensions import override
 
 from kd_lightning.classification import SupervisedModule
 from kd_lightning.distiller import DistillationOutput, Distiller
-from kd_lightning.functional import predictive_entropy
 from kd_lightning.teachers import FrozenTeacher
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 
@@ -30,7 +28,8 @@ class DistillationModule(SupervisedModule):
 
     Logged: ``train_loss``, ``train_kd_loss``, ``train_task_loss``, ``temperature_student``, ``temperature_teacher``,
     ``effective_kd_weight`` (:math:`w_{kd} \cdot \text{scale}`, to be compared between runs), ``entropy_student``,
-    ``entropy_teacher`` (at their temperatures, in nats) when the logger writes; ``val_loss``, ``val_kd_loss``,
+    ``entropy_teacher`` (at their temperatures, in nats) when the logger writes (a
+    :class:`~kd_lightning.callbacks.TemperatureMonitor` takes over all but the losses); ``val_loss``, ``val_kd_loss``,
     ``val_task_loss``, ``val_acc``, ``val_acc_top5`` (more than five classes), ``val_calibration_error``,
     ``val_agreement`` and ``val_teacher_acc`` in validation, ``test_…`` in test. ``val_loss`` and ``val_kd_loss`` move
     with the temperature: choose models by ``val_acc`` or ``val_task_loss``.
@@ -168,20 +167,12 @@ class DistillationModule(SupervisedModule):
         self._update_metrics(stage, logits, targets, teacher_logits, dataloader_idx)
 
     def _log_step(self, out: DistillationOutput, student_logits: Tensor) -> None:
-        class_dim = self.class_dim
-        first = out.temperatures[0]
-        values = {
-            "train_kd_loss": out.kd_loss,
-            "train_task_loss": out.task_loss,
-            "temperature_student": torch.stack([t.student.detach().mean() for t in out.temperatures]).mean(),
-            "temperature_teacher": torch.stack([t.teacher.detach().mean() for t in out.temperatures]).mean(),
-            "effective_kd_weight": out.effective_kd_weight,
-            "entropy_student": predictive_entropy(student_logits.detach().movedim(class_dim, -1), first.student).mean(),
-            "entropy_teacher": predictive_entropy(out.teacher_logits.movedim(class_dim, -1), first.teacher).mean(),
-        }
+        values = {"train_kd_loss": out.kd_loss.detach(), "train_task_loss": out.task_loss.detach()}
+        if not any(getattr(callback, "logs_temperature", False) for callback in self._callbacks):
+            values |= out.readings()
         size = len(student_logits)
         self.log("train_loss", out.loss.detach(), prog_bar=True, batch_size=size)
-        self.log_dict({name: value.detach().float() for name, value in values.items()}, batch_size=size)
+        self.log_dict({name: value.float() for name, value in values.items()}, batch_size=size)
 
     # ---- the teacher ----------------------------------------------------------------------------------------------
 
@@ -234,6 +225,7 @@ class DistillationModule(SupervisedModule):
                 f"{teacher.fingerprint()[:8]}. Resume with the same teacher, or start a new run from the student's "
                 "weights."
             )
+        self._warn_of_changes()
 
     @override
     def on_fit_end(self) -> None:
@@ -273,7 +265,11 @@ class DistillationModule(SupervisedModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         teacher = self.teacher
-        saved: dict[str, Any] = {"progress": vars(self.progress), "configuration": self._configuration()}
+        saved: dict[str, Any] = {
+            "progress": vars(self.progress),
+            "configuration": self._configuration(),
+            "kd_enabled": self.distiller.kd_enabled,
+        }
         if teacher is not None and teacher.loaded:
             saved["teacher"] = {"fingerprint": teacher.fingerprint(), "description": repr(teacher)}
         elif "teacher" in self._restored:
@@ -292,8 +288,13 @@ class DistillationModule(SupervisedModule):
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         if fitting and "teacher" in self._restored:
             self._restored["resumed_teacher"] = self._restored["teacher"]
+        self.distiller.kd_enabled = self._restored.get("kd_enabled", True)
+        if not fitting:  # else at the start of training: a callback may put back what it had set
+            self._warn_of_changes()
+
+    def _warn_of_changes(self) -> None:
         now = self._configuration()
-        for name, before in self._restored.get("configuration", {}).items():
+        for name, before in self._restored.pop("configuration", {}).items():
             if now.get(name) != before:
                 rank_zero_warn(
                     f"the checkpoint was trained with {name}={before}, but this module has {name}={now.get(name)}, "
@@ -327,9 +328,12 @@ class DistillationModule(SupervisedModule):
 
     @property
     def _weights_are_averaged(self) -> bool:
-        trainer = self.trainer
-        callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
-        return trainer.state.fn == TrainerFn.FITTING and any(isinstance(c, WeightAveraging) for c in callbacks)
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        return fitting and any(isinstance(callback, WeightAveraging) for callback in self._callbacks)
+
+    @property
+    def _callbacks(self) -> list[Callback]:
+        return self.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
 
     @override
     def on_validation_start(self) -> None:

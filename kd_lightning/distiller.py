@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from kd_lightning.functional import Scale, Temperature, loss_scale
+from kd_lightning.functional import Scale, Temperature, loss_scale, predictive_entropy
 from kd_lightning.losses import CrossEntropyLoss, KDLoss
 from kd_lightning.teachers import FrozenTeacher, as_teacher, extract_logits
 from kd_lightning.temperature import Progress, Schedule, Signals, TemperaturePolicy, as_policy
@@ -30,20 +30,24 @@ class DistillationOutput:
         kd_loss: The distillation term, unweighted.
         task_loss: The task term, unweighted; 0 without targets.
         temperature: The temperatures of this batch, class dimension last; a tuple for a policy that gives several.
+        student_logits: As they were given.
         teacher_logits: In the student's layout, without gradient.
         kd_weight: The weight of the distillation term in this step.
         task_weight: The weight of the task term.
         scale_rule: The loss's rule for the factor ``scale`` where the temperature does not set it.
+        class_dim: The class dimension of the logits.
     """
 
     loss: Tensor
     kd_loss: Tensor
     task_loss: Tensor
     temperature: Temperatures
+    student_logits: Tensor
     teacher_logits: Tensor
     kd_weight: float
     task_weight: float
     scale_rule: Scale = "student_teacher"
+    class_dim: int = -1
 
     @property
     def temperatures(self) -> tuple[Temperature, ...]:
@@ -55,6 +59,25 @@ class DistillationOutput:
         """``kd_weight · scale``, averaged over the batch: the figure to compare between runs of different T."""
         scales = [loss_scale(temperature, self.scale_rule).detach().mean() for temperature in self.temperatures]
         return self.kd_weight * torch.stack(scales).mean()
+
+    def readings(self) -> dict[str, Tensor]:
+        """What is logged of the temperature, as float32 scalars on the logits' device: nothing waits for the device.
+
+        ``temperature_student`` and ``temperature_teacher`` (means over the batch, and over the terms where a policy
+        gives several), ``effective_kd_weight``, ``entropy_student`` and ``entropy_teacher`` (in nats, at the first
+        term's temperatures).
+        """
+        first = self.temperatures[0]
+        student_logits = self.student_logits.detach().movedim(self.class_dim, -1)
+        teacher_logits = self.teacher_logits.movedim(self.class_dim, -1)
+        values = {
+            "temperature_student": torch.stack([t.student.detach().mean() for t in self.temperatures]).mean(),
+            "temperature_teacher": torch.stack([t.teacher.detach().mean() for t in self.temperatures]).mean(),
+            "effective_kd_weight": self.effective_kd_weight,
+            "entropy_student": predictive_entropy(student_logits, first.student.detach()).mean(),
+            "entropy_teacher": predictive_entropy(teacher_logits, first.teacher.detach()).mean(),
+        }
+        return {name: value.float() for name, value in values.items()}
 
 
 class Distiller(nn.Module):
@@ -77,7 +100,7 @@ class Distiller(nn.Module):
             out and which targets do not count.
         task_loss: ``(student_logits, targets) -> scalar``, cross-entropy by default; logits of more than two dimensions
             are given with the class dimension second, as torch's losses take them.
-        kd_weight: Number or schedule; not negative.
+        kd_weight: Number or schedule; not negative. Counts as 0 while the attribute ``kd_enabled`` is False.
         task_weight: Number or schedule; not negative.
 
     Raises:
@@ -111,6 +134,7 @@ class Distiller(nn.Module):
         self.kd_loss = KDLoss() if kd_loss is None else kd_loss
         self.task_loss = CrossEntropyLoss(ignore_index=self.task_ignore_index) if task_loss is None else task_loss
         self.kd_weight = as_schedule(kd_weight)
+        self.kd_enabled = True
         self.task_weight = as_schedule(task_weight)
 
     @property
@@ -150,7 +174,7 @@ class Distiller(nn.Module):
         progress = progress or Progress()
         if teacher_logits is None:
             teacher_logits = self.teacher_logits(inputs)
-        kd_weight = _weight_at(self.kd_weight, progress, "kd_weight")
+        kd_weight = _weight_at(self.kd_weight, progress, "kd_weight") if self.kd_enabled else 0.0
         task_weight = _weight_at(self.task_weight, progress, "task_weight")
         kd_loss, temperature = self._distil(student_logits, teacher_logits, targets, progress)
         if targets is not None:
@@ -167,10 +191,12 @@ class Distiller(nn.Module):
             kd_loss=kd_loss,
             task_loss=task_loss,
             temperature=temperature,
+            student_logits=student_logits,
             teacher_logits=teacher_logits,
             kd_weight=kd_weight,
             task_weight=task_weight,
             scale_rule=getattr(self.kd_loss, "scale", "student_teacher"),
+            class_dim=self.class_dim,
         )
 
     def teacher_logits(self, inputs: Any) -> Tensor:
@@ -218,7 +244,8 @@ class Distiller(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        return f"teacher={self.teacher!r}, kd_weight={self.kd_weight}, task_weight={self.task_weight}"
+        off = "" if self.kd_enabled else " (off)"
+        return f"teacher={self.teacher!r}, kd_weight={self.kd_weight}{off}, task_weight={self.task_weight}"
 
 
 def _weight_at(schedule: Callable[[Progress], float], progress: Progress, name: str) -> float:

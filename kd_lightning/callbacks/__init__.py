@@ -1,0 +1,7 @@
+"""Callbacks that move, watch, search and check the temperature of a run."""
+
+from kd_lightning.callbacks.adaptive_temperature import AdaptiveTemperature
+from kd_lightning.callbacks.early_stop_distillation import EarlyStopDistillation
+from kd_lightning.callbacks.replica_consistency import ReplicaConsistency
+
+__all__ = ["AdaptiveTemperature", "EarlyStopDistillation", "ReplicaConsistency"]

@@ -1,0 +1,100 @@
+"""What the callbacks share: where the Distiller is, what the metric says, and what the other ranks say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+
+from kd_lightning.distiller import DistillationOutput, Distiller
+
+__all__ = [
+    "DistillationHolder",
+    "Mode",
+    "find_holder",
+    "gather",
+    "is_validation_check",
+    "mean_over_ranks",
+    "read_metric",
+]
+
+Mode = Literal["min", "max"]
+_T = TypeVar("_T")
+
+
+class DistillationHolder(Protocol):
+    """What has the Distiller of a run."""
+
+    distiller: Distiller
+    last_output: DistillationOutput | None
+    """Of the training batch at hand; there in callbacks' ``on_before_backward`` and ``on_train_batch_end``."""
+
+
+def find_holder(trainer: Trainer, pl_module: LightningModule) -> DistillationHolder:
+    """What has the Distiller of this run: the module, or else the first callback with an attribute ``distiller``.
+
+    Raises:
+        TypeError: Nothing has one.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
+    holder: Any
+    for holder in (pl_module, *callbacks):
+        if isinstance(getattr(holder, "distiller", None), Distiller):
+            return holder
+    raise TypeError(
+        f"found no Distiller in this run: neither {type(pl_module).__name__} nor a callback has an attribute "
+        "`distiller`. Train a DistillationModule, or give your LightningModule `self.distiller = Distiller(...)` and "
+        "`self.last_output`, the last training batch's output."
+    )
+
+
+def is_validation_check(trainer: Trainer) -> bool:
+    """Whether a validation that ends now belongs to training: no sanity check, no ``validate``."""
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+
+def read_metric(trainer: Trainer, monitor: str, owner: object) -> float:
+    """The monitored metric's last value on this rank; may be NaN.
+
+    Raises:
+        RuntimeError: Nobody logged it; names those there are.
+    """
+    metrics = trainer.callback_metrics
+    if monitor not in metrics:
+        raise RuntimeError(
+            f"{type(owner).__name__} follows the metric {monitor!r}, which was not logged. There are: "
+            f"{', '.join(sorted(metrics)) or 'none'}. Set monitor to one of them."
+        )
+    return metrics[monitor].squeeze().item()
+
+
+def gather(trainer: Trainer, value: _T) -> list[_T]:
+    """What each rank has, in the order of ranks. A collective: every rank must call it."""
+    if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def mean_over_ranks(values: Sequence[float]) -> float:
+    """The mean, whatever the order, and exactly the value where all are equal; NaN where one is not finite.
+
+    Example:
+        >>> mean_over_ranks([0.1, 0.1, 0.1]), mean_over_ranks([0.1, float("inf")])
+        (0.1, nan)
+    """
+    if not all(math.isfinite(value) for value in values):
+        return math.nan
+    mean = math.fsum(value / len(values) for value in values)
+    return min(max(mean, min(values)), max(values))
+
+
+def count_checks(count: int) -> str:
+    """``1 check``, ``2 checks``."""
+    return f"{count} check" if count == 1 else f"{count} checks"

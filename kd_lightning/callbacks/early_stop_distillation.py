@@ -1,0 +1,146 @@
+"""Distillation that ends when it stops helping, while training goes on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from kd_lightning.callbacks.common import (
+    Mode,
+    count_checks,
+    find_holder,
+    gather,
+    is_validation_check,
+    mean_over_ranks,
+    read_metric,
+)
+from kd_lightning.temperature import Progress
+
+__all__ = ["EarlyStopDistillation"]
+
+
+class EarlyStopDistillation(Callback):
+    """Turns the distillation term off when a validation metric stops improving; the task loss trains on.
+
+    After ``patience`` validation checks without an improvement the Distiller's ``kd_enabled`` becomes False: from the
+    next step on ``kd_weight`` is 0, for good, also after resuming and in the loaded checkpoint. A student that has
+    learned what its teacher can teach goes on with the labels, which a much stronger teacher would otherwise drown
+    (J. H. Cho, B. Hariharan, 2019, "On the efficacy of knowledge distillation").
+
+    The task term keeps its weight, so with ``task_weight=0.1`` the loss becomes a tenth of the task loss: with SGD mind
+    the learning rate. The teacher still runs, for the metrics that compare it with the student.
+
+    A check is a validation in ``fit``; the sanity check and ``validate`` do not count. All ranks take the same
+    decision, on the metric's mean over ranks. A metric that is not finite counts no check, and is warned of once.
+
+    Args:
+        monitor: A metric that is logged in validation. Do not take ``val_loss`` or ``val_kd_loss``, of which the
+            distillation term is a part.
+        patience: Checks without improvement.
+        mode: ``"max"`` if larger is better, ``"min"`` if smaller.
+        min_delta: An improvement is larger than this.
+        verbose: Tell also of improvements.
+
+    Raises:
+        ValueError: An argument outside its range.
+        RuntimeError: The metric was not logged; names those there are.
+        TypeError: No Distiller in this run.
+
+    State: the counters, per *monitor, mode*. That distillation is off is the module's state.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> callback = EarlyStopDistillation(monitor="val_acc", patience=5)
+        >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val_acc",
+        patience: int = 3,
+        mode: Mode = "max",
+        min_delta: float = 0.0,
+        verbose: bool = False,
+    ) -> None:
+        super().__init__()
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be one of 'min', 'max', got {mode!r}.")
+        if patience < 1:
+            raise ValueError(f"patience must be 1 or more, got {patience}.")
+        if not (math.isfinite(min_delta) and min_delta >= 0):
+            raise ValueError(f"min_delta must be finite and not negative, got {min_delta}.")
+        self.monitor = monitor
+        self.patience = patience
+        self.mode: Mode = mode
+        self.min_delta = min_delta
+        self.verbose = verbose
+        self.best: float | None = None
+        self.wait_count = 0
+        self.stopped_step: int | None = None
+        self._warned: set[str] = set()
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        holder = find_holder(trainer, pl_module)
+        if self.stopped_step is not None:  # resumed, and not every holder keeps it
+            holder.distiller.kd_enabled = False
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        holder = find_holder(trainer, pl_module)
+        if not is_validation_check(trainer) or not holder.distiller.kd_enabled:
+            return
+        value = mean_over_ranks(gather(trainer, read_metric(trainer, self.monitor, self)))
+        if math.isnan(value):
+            self._warn_once(f"{self.monitor} is not finite: EarlyStopDistillation counts no check while that is so.")
+            return
+        sign = 1.0 if self.mode == "max" else -1.0
+        if self.best is None or sign * value > sign * self.best + self.min_delta:
+            self.best, self.wait_count = value, 0
+            if self.verbose:
+                rank_zero_info(f"{self.monitor} improved to {value:.4g}: distillation goes on")
+            return
+        self.wait_count += 1
+        if self.wait_count < self.patience:
+            return
+        if holder.distiller.task_weight(getattr(pl_module, "progress", Progress())) == 0:
+            self._warn_once(
+                "EarlyStopDistillation leaves distillation on: task_weight is 0, so nothing would be left to learn."
+            )
+            return
+        holder.distiller.kd_enabled = False
+        self.stopped_step = trainer.global_step
+        relation = "above" if self.mode == "max" else "below"
+        rank_zero_info(
+            f"{self.monitor} {value:.4g} not {relation} {self.best:.4g} for {count_checks(self.wait_count)}: "
+            f"distillation off from step {self.stopped_step}, the task loss trains on"
+        )
+
+    def replicated_state(self) -> dict[str, Any]:
+        """What must be the same on every rank."""
+        return self.state_dict()
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            rank_zero_warn(message)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "wait_count": self.wait_count, "stopped_step": self.stopped_step}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict.get("best")
+        self.wait_count = state_dict.get("wait_count", 0)
+        self.stopped_step = state_dict.get("stopped_step")
