@@ -57,8 +57,7 @@ def dkd(s: Array, t: Array, ts: Any, tt: Any, y: int, alpha: float, beta: float)
 
 
 def bernoulli(s: Array, t: Array, ts: Any, tt: Any, y: int) -> Any:
-    p, q = sigmoid(s / ts), sigmoid(t / tt)
-    return kl(q, p) + kl(1 - q, 1 - p)
+    return kl(sigmoid(t / tt), sigmoid(s / ts)) + kl(sigmoid(-t / tt), sigmoid(-s / ts))
 
 
 def nkd_others(s: Array, t: Array, ts: Any, tt: Any, y: int) -> Any:
