@@ -16,6 +16,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from hypothesis import given, settings
 from torch import Tensor
 from torch.testing import assert_close
@@ -473,6 +474,17 @@ def test_autocast_changes_nothing(name):
         with torch.autocast("cpu", dtype=dtype), context:
             loss = module(s, t, 4.0, targets)
         assert_close(gradients(loss, s), expected)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_compiles_without_graph_break(name):
+    s, t, targets = draw(name, 4, 30, dtype=torch.float32)
+    temperature = torch.tensor(3.0, requires_grad=True)
+    torch._dynamo.reset()  # the losses share one forward, and with it the limit of its graphs
+    compiled: Any = torch.compile(SETTINGS[name].module, backend="aot_eager", fullgraph=True)
+    got = gradients(compiled(s, t, temperature, targets), s, temperature)
+    expected = gradients(SETTINGS[name].module(s, t, temperature, targets), s, temperature)
+    assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 # ---- the module ----
