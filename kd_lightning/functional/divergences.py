@@ -103,18 +103,29 @@ class ForwardKL(Divergence):
 
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
-        p, q = a.softmax(dim), b.softmax(dim)
-        log_z_ratio = _log_z_ratio(a, p, b, q, dim)
+        q = b.softmax(dim)
+        peaks = _peaks(a, b, dim)
         difference = b.sub_(a)
         weighted = difference * q if teacher else difference.mul_(q)
         mean = weighted.nansum(dim, keepdim=True)
         teacher_gradient = weighted.sub_(q * mean) if teacher else None
-        return ClosedForm(mean + log_z_ratio, p.sub_(q), teacher_gradient)
+        p = torch.softmax(a, dim, out=b)  # three copies of the chunk in all: this one decides the fused loss's memory
+        return ClosedForm(mean + _log_z_ratio(peaks, p, q, dim), p.sub_(q), teacher_gradient)
 
 
-def _log_z_ratio(a: Tensor, p: Tensor, b: Tensor, q: Tensor, dim: int) -> Tensor:
-    """``log Σ exp(a) − log Σ exp(b)`` from the softmaxes: at its peak ``log p = a − log Z``. No second exponential."""
-    peaks = a.amax(dim, keepdim=True).sub_(b.amax(dim, keepdim=True))
+def _peaks(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    return a.amax(dim, keepdim=True).sub_(b.amax(dim, keepdim=True))
+
+
+def _log_z_ratio(peaks: Tensor, p: Tensor, q: Tensor, dim: int) -> Tensor:
+    """``log Σ exp(a) − log Σ exp(b)`` from the softmaxes: at its peak ``log p = a − log Z``. No second exponential.
+
+    Args:
+        peaks: Difference of the largest ``a`` and the largest ``b``; written over.
+        p: Softmax of ``a``.
+        q: Softmax of ``b``.
+        dim: The class dimension.
+    """
     return peaks.add_(q.amax(dim, keepdim=True).div_(p.amax(dim, keepdim=True)).log_())
 
 
@@ -131,7 +142,7 @@ class ReverseKL(Divergence):
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
         p, q = a.softmax(dim), b.softmax(dim)
-        log_z_ratio = _log_z_ratio(a, p, b, q, dim)
+        log_z_ratio = _log_z_ratio(_peaks(a, b, dim), p, q, dim)
         weighted = a.sub_(b).mul_(p)
         mean = weighted.nansum(dim, keepdim=True)
         gradient = _nan_to_zero(weighted).sub_(p * mean)
@@ -161,7 +172,7 @@ class JensenShannon(Divergence):
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
         p, q = a.softmax(dim), b.softmax(dim)
-        log_z_ratio = _log_z_ratio(a, p, b, q, dim)
+        log_z_ratio = _log_z_ratio(_peaks(a, b, dim), p, q, dim)
         x = b.sub_(a).add_(log_z_ratio).nan_to_num_(0.0, _FAR, -_FAR).clamp_(-_FAR, _FAR)
         log_p_over_m = torch.expm1(x, out=a).mul_(self.beta).log1p_().neg_()
         log_q_over_m = x.add_(log_p_over_m)

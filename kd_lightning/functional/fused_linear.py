@@ -117,7 +117,8 @@ def fused_linear_kd_loss(
         labels = targets.unsqueeze(-1)
         labels = labels if valid is None else torch.where(valid, labels, 0)
 
-    rows = _Flat(*(_flat(x, shape) for x in (temp.student, temp.teacher, factor, task_factor, valid, labels)))
+    t_t = temp.teacher.view_as(temp.teacher)  # a shared T twice among the arguments would break the compiled graph
+    rows = _Flat(*(_flat(x, shape) for x in (temp.student, t_t, factor, task_factor, valid, labels)))
     tensors = (*heads.flattened(), *rows)
     if in_transform():
         return _definition(*tensors)

@@ -130,21 +130,13 @@ def kd_loss(
         >>> kd_loss(student, teacher, per_sample, reduction="none")
         tensor([1.2091, 0.9412], grad_fn=...)
     """
-    divergence, per_class, cross_entropy_weight, weight = ForwardKL(), False, 0.0, 1.0
-    if convention is None:
-        _check_only_torchdistill(convention, alpha, beta)
-    else:
-        check_option("convention", convention, get_args(Convention))
-        _check_only_torchdistill(convention, alpha, beta)
-        if scale != "student_teacher":
-            raise ValueError(f"convention={convention!r} fixes the scale: leave out scale={scale!r}.")
-        if convention == "torchdistill" and alpha and targets is not None:
-            if reduction != "mean":
-                raise ValueError(f"convention='torchdistill' is a mean, got reduction={reduction!r}.")
-            cross_entropy_weight, weight = alpha, 1 - alpha if beta is None else beta
-        divergence, scale, per_class = _CONVENTIONS[convention]
-        if convention == "torchdistill" and not cross_entropy_weight:
-            scale = "none"
+    _check_convention(convention, scale, alpha, beta)
+    divergence, scale, per_class = _CONVENTIONS[convention] if convention else _Convention(ForwardKL(), scale, False)
+    with_task = convention == "torchdistill" and bool(alpha) and targets is not None
+    if convention == "torchdistill" and not with_task:
+        scale = "none"
+    if with_task and reduction != "mean":
+        raise ValueError(f"convention='torchdistill' is a mean, got reduction={reduction!r}.")
     loss = row_loss(
         divergence,
         student_logits,
@@ -159,9 +151,9 @@ def kd_loss(
     )
     if per_class:
         loss = loss / student_logits.shape[class_dim]
-    if cross_entropy_weight and targets is not None:
+    if with_task and alpha is not None and targets is not None:
         task = _cross_entropy(student_logits, targets, class_dim, ignore_index, num_items)
-        loss = cross_entropy_weight * task + weight * loss
+        loss = alpha * task + (1 - alpha if beta is None else beta) * loss
     return loss
 
 
@@ -180,7 +172,11 @@ _CONVENTIONS: dict[Convention, _Convention] = {
 }
 
 
-def _check_only_torchdistill(convention: Convention | None, alpha: float | None, beta: float | None) -> None:
+def _check_convention(convention: Convention | None, scale: Scale, alpha: float | None, beta: float | None) -> None:
+    if convention is not None:
+        check_option("convention", convention, get_args(Convention))
+        if scale != "student_teacher":
+            raise ValueError(f"convention={convention!r} fixes the scale: leave out scale={scale!r}.")
     if convention != "torchdistill" and not (alpha is None and beta is None):
         raise ValueError(
             f"alpha and beta belong to convention='torchdistill', got convention={convention!r}. Weigh the loss where "

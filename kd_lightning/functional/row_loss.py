@@ -45,8 +45,8 @@ SCALES: tuple[Scale, ...] = get_args(Scale)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 CHUNK_CPU = 2**17
-"""Elements of logits per chunk. On the CPU the five chunks in use (2.5 MB) stay in the cache; half of it loses to the
-overhead of calls, twice as much to cache misses (``benchmarks/loss.py --chunks``)."""
+"""Elements of logits per chunk. On the CPU the three to six chunks in use (2 to 3 MB) stay near the core; chosen in the
+middle of a flat optimum (``benchmarks/loss.py --chunks``): the overhead of calls below it, memory and cache above."""
 CHUNK_ACCELERATOR = 2**22
 """On an accelerator a kernel must be large enough to fill the device: 64 MB of float32 scratch."""
 

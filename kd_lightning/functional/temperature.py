@@ -123,7 +123,8 @@ def as_temperature(temperature: float | Tensor | Temperature, logits: Tensor) ->
     """Bring a number, a tensor or a :class:`Temperature` to a checked :class:`Temperature` for these logits.
 
     Shapes are checked on the host. Values are checked on the host where that is free (numbers, CPU tensors) and by an
-    asynchronous device assertion elsewhere, so that no training step waits for the device.
+    asynchronous device assertion elsewhere, so that no training step waits for the device. Under ``torch.compile`` and
+    ``torch.func`` there are no values to check.
 
     Raises:
         ValueError: The rule that is broken, the value received and the way out.
@@ -197,9 +198,9 @@ def _check_temperature(value: Tensor, logits: Tensor, name: str, minimum_include
 
 def _check_range(value: Tensor, name: str, minimum_included: bool) -> None:
     rule = "finite and not negative" if minimum_included else "positive and finite"
-    if value.device.type == "meta" or in_transform():  # no values to look at
+    if torch.compiler.is_compiling() or value.device.type == "meta" or in_transform():  # no values to look at
         return
-    if value.device.type != "cpu" or torch.compiler.is_compiling():
+    if value.device.type != "cpu":
         value = value.detach()
         fits = (torch.isfinite(value) & (value >= 0 if minimum_included else value > 0)).all()
         torch._assert_async(fits, f"{name} must be {rule}")  # pyright: ignore[reportPrivateImportUsage]

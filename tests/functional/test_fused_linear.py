@@ -154,6 +154,13 @@ def test_memory_grows_with_the_chunk_not_with_the_rows():
     assert peak(512, 128) >= 2 * peak(512, 32)
 
 
+def test_compiles_without_graph_break():
+    h, w, ht, wt = setting(7, dtype=torch.float32)
+    compiled: Any = torch.compile(fused_linear_kd_loss, backend="aot_eager", fullgraph=True)
+    got = torch.autograd.grad(compiled(h, w, ht, wt, torch.tensor(2.0), chunk_size=3), (h, w))
+    assert_close(got, torch.autograd.grad(composed(h, w, ht, wt, 2.0), (h, w)), rtol=1e-4, atol=1e-6)
+
+
 def test_errors():
     h, w, ht, wt = setting(7)
     with pytest.raises(ValueError, match="do not fit together"):
