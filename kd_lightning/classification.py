@@ -198,6 +198,8 @@ class SupervisedModule(LightningModule):
             assert isinstance(metrics, ClassificationMetrics)
             for name, metric in metrics.items():
                 assert isinstance(metric, Metric)
+                if not metric.update_called:
+                    continue  # an epoch without optimisation, such as StochasticWeightAveraging adds
                 self.log(
                     f"{stage}_{name}{suffix}",
                     metric,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -80,6 +81,7 @@ class DistillationModule(SupervisedModule):
         self.student = student
         self.distiller = Distiller(teacher, temperature, kd_loss, task_loss, kd_weight, task_weight)
         self.last_output: DistillationOutput | None = None
+        self._last_targets: Tensor | None = None
         self._max_steps: int | None = None
         self._last_progress = Progress(max_steps=1, max_epochs=1)  # at the start of a run
         self._restored: dict[str, Any] = {}
@@ -126,14 +128,23 @@ class DistillationModule(SupervisedModule):
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # numbers that the graph reads from the trainer would be compiled into it, step by step
+    def _progress_outside_the_graph(self) -> Progress:
+        return self.progress
+
     @override
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
-        out, student_logits, targets = self._distil(batch)
-        self.last_output = out
-        self._update_metrics("train", student_logits, targets, out.teacher_logits)
-        if self._is_logging_step:
-            self._log_step(out, student_logits)
-        return out.loss
+        # no more than the computation, so that torch.compile(module) sees one graph; book-keeping comes after it
+        self.last_output, self._last_targets = self._distil(batch, self._progress_outside_the_graph())
+        return self.last_output.loss
+
+    @override
+    def on_before_backward(self, loss: Tensor) -> None:
+        out = self.last_output
+        if out is not None:
+            self._update_metrics("train", out.student_logits, self._last_targets, out.teacher_logits)
+            if self._is_logging_step:
+                self._log_step(out)
 
     @override
     def validation_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> None:
@@ -143,20 +154,19 @@ class DistillationModule(SupervisedModule):
     def test_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> None:
         self._evaluate("test", batch, dataloader_idx)
 
-    def _distil(self, batch: Any) -> tuple[DistillationOutput, Tensor, Tensor | None]:
+    def _distil(self, batch: Any, progress: Progress) -> tuple[DistillationOutput, Tensor | None]:
         inputs, targets = self.unpack_batch(batch)
         if self.teacher is None:
             raise ValueError(f"{type(self).__name__} has no teacher: give one to learn from.")
         student_logits = self(inputs)
         teacher_logits = self.extract_logits(self.teacher(inputs))
-        out = self.distiller(inputs, student_logits, targets, self.progress, teacher_logits=teacher_logits)
-        return out, student_logits, targets
+        return self.distiller(inputs, student_logits, targets, progress, teacher_logits=teacher_logits), targets
 
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:
         if self.teacher is not None and self.teacher.loaded:
-            out, logits, targets = self._distil(batch)
+            out, targets = self._distil(batch, self.progress)
             losses = {"loss": out.loss, "kd_loss": out.kd_loss, "task_loss": out.task_loss}
-            teacher_logits = out.teacher_logits
+            logits, teacher_logits = out.student_logits, out.teacher_logits
         else:
             inputs, targets = self.unpack_batch(batch)
             logits, teacher_logits = self(inputs), None
@@ -166,11 +176,11 @@ class DistillationModule(SupervisedModule):
         )
         self._update_metrics(stage, logits, targets, teacher_logits, dataloader_idx)
 
-    def _log_step(self, out: DistillationOutput, student_logits: Tensor) -> None:
+    def _log_step(self, out: DistillationOutput) -> None:
         values = {"train_kd_loss": out.kd_loss.detach(), "train_task_loss": out.task_loss.detach()}
         if not any(getattr(callback, "logs_temperature", False) for callback in self._callbacks):
             values |= out.readings()
-        size = len(student_logits)
+        size = len(out.student_logits)
         self.log("train_loss", out.loss.detach(), prog_bar=True, batch_size=size)
         self.log_dict({name: value.float() for name, value in values.items()}, batch_size=size)
 
@@ -238,7 +248,7 @@ class DistillationModule(SupervisedModule):
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.last_output = None  # callbacks, whose hooks run first, have seen it
+        self.last_output, self._last_targets = None, None  # callbacks, whose hooks run first, have seen it
 
     def _check_nothing_shared(self) -> None:
         if self.teacher is None:

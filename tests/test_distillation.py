@@ -444,6 +444,27 @@ def test_endless_training_has_no_fraction(make_module: Make, make_trainer: MakeT
     assert trainer.global_step == 4
 
 
+@pytest.mark.parametrize("temperature", [4.0, CosineSchedule(8, 2)])
+def test_the_whole_module_compiles_to_at_most_two_graphs(
+    temperature: Any, make_module: Make, make_trainer: MakeTrainer
+) -> None:
+    graphs: list[Any] = []
+
+    def count(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    student = make_network()
+    eager = make_module(student=copy.deepcopy(student), temperature=temperature)
+    compiled = make_module(student=copy.deepcopy(student), temperature=temperature)
+    for module in (eager, torch.compile(compiled, backend=count)):
+        make_trainer(max_epochs=5).fit(module, make_loader())
+    assert 1 <= len(graphs) <= 2
+    for one, two in zip(eager.student.parameters(), compiled.student.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
 def test_compiled_student(make_module: Make, make_trainer: MakeTrainer) -> None:
     module = make_module(temperature=CosineSchedule(8, 2))
     module.student.compile(backend="eager")
