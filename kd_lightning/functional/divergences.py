@@ -153,9 +153,8 @@ class ReverseKL(Divergence):
 class JensenShannon(Divergence):
     r""":math:`\beta \mathrm{KL}(q \| m) + (1 - \beta) \mathrm{KL}(p \| m)` with :math:`m = \beta q + (1 - \beta) p`.
 
-    With :math:`x = \log q - \log p` and :math:`l = \log(1 + \beta (e^x - 1))` the two logarithms are
-    :math:`\log p/m = -l` and :math:`\log q/m = x - l`: exactly 0 where the sides
-    agree, and precise where they almost do.
+    With the ratio :math:`r = q / p` the logarithms are :math:`\log p/m = -\log(1 + \beta (r - 1))` and
+    :math:`\log q/m = -\log(1 + (1 - \beta) (1/r - 1))`: exactly 0 where the sides agree.
     """
 
     beta: float = 0.5
@@ -164,24 +163,24 @@ class JensenShannon(Divergence):
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
         log_p, log_q = a.log_softmax(dim), b.log_softmax(dim)
         p, q = log_p.exp(), log_q.exp()
-        x = torch.where((p > 0) | (q > 0), log_q - log_p, 0.0).clamp(-_FAR, _FAR)
-        log_p_over_m = -torch.log1p(self.beta * torch.expm1(x))
-        of_p, of_q = p * log_p_over_m, q * (x + log_p_over_m)
+        log_r = torch.where((p > 0) | (q > 0), log_q - log_p, 0.0).clamp(-_FAR, _FAR)
+        log_p_over_m = -(1 + self.beta * (log_r.exp() - 1)).log()
+        of_p, of_q = p * log_p_over_m, q * (log_r + log_p_over_m)
         return ((1 - self.beta) * of_p + self.beta * of_q).sum(dim, keepdim=True)
 
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
+        one, least = a.new_ones(()), torch.finfo(a.dtype).tiny  # no ratio is infinite
         p, q = a.softmax(dim), b.softmax(dim)
-        log_z_ratio = _log_z_ratio(_peaks(a, b, dim), p, q, dim)
-        x = b.sub_(a).add_(log_z_ratio).nan_to_num_(0.0, _FAR, -_FAR).clamp_(-_FAR, _FAR)
-        log_p_over_m = torch.expm1(x, out=a).mul_(self.beta).log1p_().neg_()
-        log_q_over_m = x.add_(log_p_over_m)
-        kl_p = (p * log_p_over_m).sum(dim, keepdim=True)
-        kl_q = (q * log_q_over_m).sum(dim, keepdim=True)
+        at_least_p, at_least_q = torch.clamp(p, min=least, out=a), torch.clamp(q, min=least, out=b)
+        log_m_over_p = torch.lerp(one, at_least_q / at_least_p, self.beta).log_()
+        log_m_over_q = torch.lerp(one, at_least_p.div_(at_least_q), 1 - self.beta).log_()
+        kl_p = -torch.mul(p, log_m_over_p, out=a).sum(dim, keepdim=True)
+        kl_q = -torch.mul(q, log_m_over_q, out=b).sum(dim, keepdim=True)
         return ClosedForm(
             (1 - self.beta) * kl_p + self.beta * kl_q,
-            log_p_over_m.sub_(kl_p).mul_(p).mul_(1 - self.beta),
-            log_q_over_m.sub_(kl_q).mul_(q).mul_(self.beta) if teacher else None,
+            log_m_over_p.add_(kl_p).mul_(p).mul_(self.beta - 1),
+            log_m_over_q.add_(kl_q).mul_(q).mul_(-self.beta) if teacher else None,
         )
 
 
