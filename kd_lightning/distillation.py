@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -128,14 +128,10 @@ class DistillationModule(SupervisedModule):
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable  # numbers that the graph reads from the trainer would be compiled into it, step by step
-    def _progress_outside_the_graph(self) -> Progress:
-        return self.progress
-
     @override
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         # no more than the computation, so that torch.compile(module) sees one graph; book-keeping comes after it
-        self.last_output, self._last_targets = self._distil(batch, self._progress_outside_the_graph())
+        self.last_output, self._last_targets = self._distil(batch, _progress_outside_the_graph(self))
         return self.last_output.loss
 
     @override
@@ -365,3 +361,11 @@ class DistillationModule(SupervisedModule):
     def on_train_end(self) -> None:
         if self._weights_are_averaged:
             self._put_temperature_state_back()
+
+
+def _progress_of(module: DistillationModule) -> Progress:
+    return module.progress
+
+
+# numbers that a graph reads from the trainer would be compiled into it, step by step
+_progress_outside_the_graph = cast(Callable[[DistillationModule], Progress], torch.compiler.disable(_progress_of))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from kd_lightning.functional import Scale, Temperature, loss_scale, predictive_entropy
+from kd_lightning.functional import Scale, Temperature, loss_scale, predictive_entropy, without_padding
 from kd_lightning.losses import CrossEntropyLoss, KDLoss
 from kd_lightning.teachers import FrozenTeacher, as_teacher, extract_logits
 from kd_lightning.temperature import Progress, Schedule, Signals, TemperaturePolicy, as_policy
@@ -174,6 +174,7 @@ class Distiller(nn.Module):
         progress = progress or Progress()
         if teacher_logits is None:
             teacher_logits = self.teacher_logits(inputs)
+        teacher_logits = without_padding(student_logits, teacher_logits, self.class_dim)
         kd_weight = _weight_at(self.kd_weight, progress, "kd_weight") if self.kd_enabled else 0.0
         task_weight = _weight_at(self.task_weight, progress, "task_weight")
         kd_loss, temperature = self._distil(student_logits, teacher_logits, targets, progress)

@@ -4,7 +4,7 @@ import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -458,8 +458,8 @@ def test_the_whole_module_compiles_to_at_most_two_graphs(
     student = make_network()
     eager = make_module(student=copy.deepcopy(student), temperature=temperature)
     compiled = make_module(student=copy.deepcopy(student), temperature=temperature)
-    for module in (eager, torch.compile(compiled, backend=count)):
-        make_trainer(max_epochs=5).fit(module, make_loader())
+    make_trainer(max_epochs=5).fit(eager, make_loader())
+    make_trainer(max_epochs=5).fit(cast(LightningModule, torch.compile(compiled, backend=count)), make_loader())
     assert 1 <= len(graphs) <= 2
     for one, two in zip(eager.student.parameters(), compiled.student.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ from kd_lightning.losses import KDLoss
 from kd_lightning.temperature import (
     CosineSchedule,
     LinearSchedule,
+    LogitStdTemperature,
     Progress,
     Signals,
     Temperature,
@@ -107,6 +108,16 @@ def test_tokens(teacher: nn.Module) -> None:
         out.kd_loss, hinton(student[:, :4].flatten(0, 1), teacher_logits[:, :4].flatten(0, 1), 2)
     )
     torch.testing.assert_close(out.task_loss, F.cross_entropy(student[:, :4].flatten(0, 1), targets[:, :4].flatten()))
+
+
+def test_a_padded_vocabulary_of_the_teacher_is_cut() -> None:
+    student, teacher_logits = torch.randn(2, 7, 5), torch.randn(2, 7, 8)
+    distiller = Distiller(None, LogitStdTemperature(), task_weight=0)
+    with pytest.warns(UserWarning, match="the last 3 of the teacher are cut"):
+        out = distiller(None, student, teacher_logits=teacher_logits)
+    expected = distiller(None, student, teacher_logits=teacher_logits[..., :5])
+    assert torch.equal(out.loss, expected.loss)
+    assert out.teacher_logits.shape == (2, 7, 5)
 
 
 def test_samples_without_label_are_distilled_on_request(teacher: nn.Module) -> None:

@@ -82,8 +82,8 @@ def kd_loss(
     Args:
         student_logits: ``(N, C)``, ``(B, L, C)``, … or ``(N, C, H, W)`` with ``class_dim=1``.
         teacher_logits: The same shape. A class that both sides mask with −inf contributes nothing; a class that only
-            the student masks makes the divergence infinite, as it is. Surplus classes of the teacher are padding of
-            its vocabulary: they are cut, the rest is renormalised, and a warning says so.
+            the student masks makes the divergence infinite, as it is. In ``(B, L, V)`` surplus classes of the
+            teacher are padding of its vocabulary: they are cut, the rest is renormalised, and a warning says so.
         temperature: A number, a tensor or a :class:`Temperature`, in the layout of the logits; see there for shapes.
             Positive and finite. Gradients flow to it, through the factor ``c`` too.
         targets: Class indices in the shape of the logits without the class dimension. They only select the valid

@@ -100,7 +100,8 @@ def check_logits(student: Tensor, teacher: Tensor, class_dim: int, min_classes: 
             f"{tuple(teacher.shape)}."
             + (
                 f" Their class counts differ ({student.shape[class_dim]} and {teacher.shape[class_dim]}): "
-                "give both models the same classes."
+                "give both models the same classes. If the surplus is padding of a vocabulary, cut it: "
+                "teacher_logits[..., :num_classes]."
                 if student.dim() == teacher.dim() and student.shape[class_dim] != teacher.shape[class_dim]
                 else ""
             )
@@ -121,9 +122,10 @@ def check_logits(student: Tensor, teacher: Tensor, class_dim: int, min_classes: 
 
 
 def without_padding(student: Tensor, teacher: Tensor, class_dim: int = -1) -> Tensor:
-    """Cut the teacher's surplus columns, and say so: vocabularies are padded to different multiples.
+    """Cut the surplus columns of a token model's teacher, and say so: vocabularies are padded to different multiples.
 
-    The softmax over what is left is the teacher's distribution renormalised.
+    The softmax over what is left is the teacher's distribution renormalised. Only logits of three or more dimensions,
+    ``(B, L, V)``, are cut: in ``(N, C)`` a wider teacher is most likely a mistake, and stays one.
 
     Args:
         student: Student logits.
@@ -136,10 +138,10 @@ def without_padding(student: Tensor, teacher: Tensor, class_dim: int = -1) -> Te
     Example:
         >>> with warnings.catch_warnings():
         ...     warnings.simplefilter("ignore")
-        ...     without_padding(torch.zeros(2, 5), torch.zeros(2, 8)).shape
-        torch.Size([2, 5])
+        ...     without_padding(torch.zeros(1, 2, 5), torch.zeros(1, 2, 8)).shape
+        torch.Size([1, 2, 5])
     """
-    if teacher.shape == student.shape or student.dim() != teacher.dim() or student.dim() == 0:
+    if teacher.shape == student.shape or student.dim() != teacher.dim() or student.dim() < 3:
         return teacher
     if not -student.dim() <= class_dim < student.dim():
         return teacher

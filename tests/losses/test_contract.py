@@ -396,9 +396,12 @@ def test_padded_vocabulary_is_cut_and_said(name):
     s, t, targets = draw(name, 4, 6)
     wide = torch.cat([t, torch.randn(4, 2)], dim=-1)
     module = SETTINGS[name].module
+    tokens = [None if x is None else x.unflatten(0, (2, 2)) for x in (s, wide, t, targets)]
     with pytest.warns(UserWarning, match="the teacher has 8 classes, the student 6: the last 2"):
-        got = module(s, wide, 2.0, targets)
-    assert_close(got, module(s, t, 2.0, targets))
+        got = module(tokens[0], tokens[1], 2.0, tokens[3])
+    assert_close(got, module(tokens[0], tokens[2], 2.0, tokens[3]))
+    with pytest.raises(ValueError, match=r"class counts differ \(6 and 8\)"):  # of images: no padding, a mistake
+        module(s, wide, 2.0, targets)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
