@@ -123,6 +123,18 @@ class KDLightningCLI(LightningCLI):
         else:
             super().parse_arguments(parser, args)
 
+    def predict(self, **arguments: Any) -> None:
+        """Predict, and write what came out to ``predictions.pt`` in the log folder, one file for each process."""
+        batches = self.trainer.predict(**arguments)
+        if not batches:
+            return
+        joined = torch.cat(batches) if all(isinstance(batch, torch.Tensor) for batch in batches) else batches  # pyright: ignore
+        rank = f"-rank{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+        path = Path(self.trainer.log_dir or ".") / f"predictions{rank}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(joined, path)
+        print(path)
+
     @override
     def instantiate_classes(self) -> None:
         try:

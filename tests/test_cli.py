@@ -101,6 +101,16 @@ def test_validate_gives_the_same_accuracy(run_folder: Path, tmp_path: Path) -> N
     assert last_value(tmp_path / "digits" / "version_0", "val_acc") == pytest.approx(best, abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # another run goes on elsewhere
+def test_predict_writes_the_logits(run_folder: Path, tmp_path: Path) -> None:
+    run("predict", "--config", DIGITS, *small(tmp_path), "--ckpt_path", str(checkpoint_of(run_folder)))
+    logits = torch.load(tmp_path / "digits" / "version_0" / "predictions.pt", weights_only=True)
+    data = DigitsDataModule()
+    data.setup("test")
+    assert data.test_dataset is not None
+    assert logits.shape == (len(data.test_dataset), 10)
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks:UserWarning")  # none are given
 def test_validate_takes_the_model_from_the_checkpoint(run_folder: Path, tmp_path: Path) -> None:
     data = ["--data=DigitsDataModule", "--data.batch_size=22", "--data.train_fraction=0.05", "--data.in_memory=true"]
