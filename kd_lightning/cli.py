@@ -1,4 +1,4 @@
-"""``kd-lightning fit|validate|test|predict --config …``: LightningCLI over this library's modules and data."""
+"""``kd-lightning fit|validate|test|predict|find-temperature --config …``: LightningCLI over this library's parts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from typing_extensions import override
 
 # imported so that their short names work in YAML
-import kd_lightning.callbacks
 import kd_lightning.datamodules
 import kd_lightning.models
 import kd_lightning.temperature  # noqa: F401
 from kd_lightning import ClassificationModule, DistillationModule  # noqa: F401
+from kd_lightning.callbacks import TemperatureFinder
 
-__all__ = ["KDLightningCLI", "SaveRunConfig", "main"]
+__all__ = ["FindTemperatureCLI", "KDLightningCLI", "SaveRunConfig", "main"]
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -60,6 +60,29 @@ class KDLightningCLI(LightningCLI):
         """What the user typed stands: Lightning would put the checkpoint's hyper-parameters over it."""
 
 
+class FindTemperatureCLI(KDLightningCLI):
+    """``find-temperature``: a ``fit`` that ends after the search.
+
+    ``--finder.candidates`` and the like set it up, unless the configuration has a finder among its callbacks.
+    """
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(TemperatureFinder, "finder")
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        configured = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
+        finder = next((callback for callback in configured if isinstance(callback, TemperatureFinder)), None)
+        if finder is not None:
+            self._parser(self.subcommand).callback_keys.remove("finder")
+        else:
+            finder = self._get(self.config_init, "finder")
+        finder.find_only = True
+        finder.plot_path = finder.plot_path or "temperature_finder.png"
+        return super().instantiate_trainer(**kwargs)
+
+
 def _with_model_of_checkpoint(args: list[str], folder: Path) -> list[str]:
     """Where a checkpoint is named but no model and no configuration, take the model's from the checkpoint."""
     options = [arg.partition("=")[0] for arg in args]
@@ -88,7 +111,12 @@ def main(args: ArgsType = None) -> None:
         args: Command line arguments; None: those of the process.
     """
     options: dict[str, Any] = {"overwrite": False, "config_filename": "run_config.yaml"}
-    KDLightningCLI(
+    cli: type[KDLightningCLI] = KDLightningCLI
+    given = sys.argv[1:] if args is None else args
+    if isinstance(given, list) and given[:1] == ["find-temperature"]:
+        cli, args = FindTemperatureCLI, ["fit", *given[1:]]
+    cli(
+        parser_kwargs={"description": "Also: find-temperature --config …, which searches, and does not train further."},
         save_config_callback=SaveRunConfig,
         save_config_kwargs=options,
         seed_everything_default=42,
