@@ -64,11 +64,12 @@ def plot_temperature_history(
     sides = [(teacher, _TEACHER, "teacher", "--")] if differ else []
     for values, color, label, style in (*sides, (student, _STUDENT, "student" if differ else "both", "-")):
         mean, low, high = zip(*values, strict=True)
-        top.plot(steps, mean, style, color=color, linewidth=2, label=label, drawstyle="steps-post")
+        top.plot(steps, mean, style, color=color, linewidth=2, label=label)
         if low != high:
-            top.fill_between(steps, low, high, step="post", color=color, alpha=0.15, linewidth=0)
+            top.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
     spread = any(low != high for _, low, high in (*student, *teacher))
-    top.set_title("Temperature" + (": mean and range over samples" if spread else ""), fontsize=10, loc="left")
+    whose = "Temperature of student and teacher" if differ else "Temperature, teacher's and student's"
+    top.set_title(whose + (": mean and range" if spread else ""), fontsize=10, loc="left")
     top.set_ylabel("temperature T")
     top.margins(x=0.01, y=0.12)
     low, high = top.get_ylim()
@@ -82,6 +83,7 @@ def plot_temperature_history(
         bottom.set_ylabel(metric_name)
         bottom.margins(y=0.12)
     bottom.set_xlabel("training step")
+    figure.align_ylabels()
     for axes in figure.axes:
         _tidy(axes)
     return figure

@@ -241,10 +241,11 @@ class TemperatureFinder(Callback):
             rank_zero_warn(f"no candidate has a finite {self.monitor}: TemperatureFinder leaves the temperature alone.")
         else:
             self._set(self.best, holder, pl_module)
-        if self.plot_path is not None and trainer.is_global_zero:
-            path = Path(trainer.log_dir or trainer.default_root_dir) / self.plot_path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.plot().savefig(path, dpi=150)
+        if self.plot_path is not None:
+            path = Path(trainer.log_dir or trainer.default_root_dir) / self.plot_path  # a collective: for every rank
+            if trainer.is_global_zero:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.plot().savefig(path, dpi=150)
             rank_zero_info(f"Plot: {path}")
         if self.find_only:
             trainer.fit_loop.max_epochs = trainer.num_sanity_val_steps = 0

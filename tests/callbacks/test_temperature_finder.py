@@ -165,6 +165,13 @@ def test_a_run_after_the_finder_equals_one_started_with_the_suggestion(
     assert_equal(one, whole_run(make_trainer, started, tmp_path / "started"))
 
 
+class NothingLogged(Callback):
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert not trainer.callback_metrics
+        assert not trainer.logged_metrics
+        assert not trainer.progress_bar_metrics
+
+
 def test_a_trial_is_the_start_of_the_run(make_module: Make, make_trainer: MakeTrainer) -> None:
     """Loss for loss, so schedules of temperature and learning rate are those of the whole run."""
     recorded: list[float] = []
@@ -180,7 +187,8 @@ def test_a_trial_is_the_start_of_the_run(make_module: Make, make_trainer: MakeTr
     module = Recording(student=student(), teacher=teacher, temperature=CosineSchedule(8, 2), **OPTIONS)
     loader = DataLoader(make_data(64), batch_size=16, shuffle=True)
     finder = TemperatureFinder([1], steps=7, monitor="val_task_loss", mode="min", seeds=2)
-    make_trainer(max_epochs=4, callbacks=[finder]).fit(module, loader, make_loader(16))
+    trainer = make_trainer(max_epochs=4, callbacks=[finder, NothingLogged()], num_sanity_val_steps=0)
+    trainer.fit(module, loader, make_loader(16))
     trial, other, run = recorded[:7], recorded[7:14], recorded[14:]
     assert trial == run[:7]
     assert other != trial
