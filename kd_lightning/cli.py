@@ -1,4 +1,4 @@
-"""``kd-lightning fit|validate|test|predict --config …``: LightningCLI over this library's modules and data."""
+"""``kd-lightning fit|validate|test|predict|find-temperature --config …``: LightningCLI over this library's parts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from typing_extensions import override
 
 # imported so that their short names work in YAML
-import kd_lightning.callbacks
 import kd_lightning.datamodules
 import kd_lightning.models
 import kd_lightning.temperature  # noqa: F401
 from kd_lightning import ClassificationModule, DistillationModule  # noqa: F401
+from kd_lightning.callbacks import TemperatureFinder
 from kd_lightning.plotting import plot_schedule, plot_softening
 
 __all__ = ["CommandTrainer", "KDLightningCLI", "SaveRunConfig", "main"]
@@ -64,9 +64,21 @@ class CommandTrainer(Trainer):
             figure.savefig(path, dpi=150)
             print(path)
 
+    def find_temperature(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
+        """Search the temperature by short runs, print the table and draw it, and do not train further.
+
+        ``--finder.candidates`` and the like set the search up, unless the configuration has a finder of its own.
+
+        Args:
+            model: A DistillationModule.
+            datamodule: Its data; candidates are scored on the validation part.
+        """
+        self.fit(model, datamodule=datamodule)
+
 
 # a command's name is the name of a method of the Trainer
 setattr(CommandTrainer, "plot-temperature", CommandTrainer.plot_temperature)
+setattr(CommandTrainer, "find-temperature", CommandTrainer.find_temperature)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -91,7 +103,28 @@ class KDLightningCLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "plot-temperature": {"model", "datamodule"}}
+        own = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "plot-temperature": own, "find-temperature": own}
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "find-temperature":
+            parser.add_lightning_class_args(TemperatureFinder, "finder")
+        return parser
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        if self.subcommand == "find-temperature":
+            configured = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
+            finder = next((callback for callback in configured if isinstance(callback, TemperatureFinder)), None)
+            if finder is not None:
+                self._parser(self.subcommand).callback_keys.remove("finder")
+            else:
+                finder = self._get(self.config_init, "finder")
+            finder.find_only = True
+            finder.plot_path = finder.plot_path or "temperature_finder.png"
+        return super().instantiate_trainer(**kwargs)
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:

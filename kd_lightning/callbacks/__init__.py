@@ -3,5 +3,13 @@
 from kd_lightning.callbacks.adaptive_temperature import AdaptiveTemperature
 from kd_lightning.callbacks.early_stop_distillation import EarlyStopDistillation
 from kd_lightning.callbacks.replica_consistency import ReplicaConsistency
+from kd_lightning.callbacks.temperature_finder import TemperatureFinder
+from kd_lightning.callbacks.temperature_monitor import TemperatureMonitor
 
-__all__ = ["AdaptiveTemperature", "EarlyStopDistillation", "ReplicaConsistency"]
+__all__ = [
+    "AdaptiveTemperature",
+    "EarlyStopDistillation",
+    "ReplicaConsistency",
+    "TemperatureFinder",
+    "TemperatureMonitor",
+]

@@ -86,8 +86,8 @@ class AdaptiveRule:
     * :math:`v < \text{reference} - \delta(\text{reference})`, ``degrade_patience`` checks in a row: degradation.
     * :math:`v \ge \text{best} - \delta(\text{best})`, ``patience`` checks in a row: plateau.
 
-    The reference is the best value since the last move, that move's own value included (before the first move: the
-    best). A direction of ``"keep"``, or a bound that leaves no room, makes no move and so leaves the reference alone.
+    A move makes its value :math:`v` the reference, until there is a new best. A direction of ``"keep"``, or a bound
+    that leaves no room, makes no move and so leaves the reference alone.
 
     Args: as :class:`AdaptiveTemperature`, which checks them.
 
@@ -146,7 +146,6 @@ class AdaptiveRule:
             state.flat_checks = state.low_checks = 0
             state.cooldown_left = max(0, state.cooldown_left - 1)
             return None
-        state.reference = min(state.best, max(state.reference, now))
         if not counting or state.cooldown_left > 0:
             state.flat_checks = state.low_checks = 0
             state.cooldown_left = max(0, state.cooldown_left - 1)
@@ -223,8 +222,8 @@ class AdaptiveTemperature(Callback):
     *Plateau*: no improvement over the best by more than ``min_delta`` for ``patience`` validation checks, the metric
     staying within ``degrade_delta`` of the best: T × factor. *Degradation*: the metric falls below its reference by
     more than ``degrade_delta`` for ``degrade_patience`` checks: T ÷ factor. The reference is the best, and after a move
-    the best since then, that move's own value included: one drop gives one move, not one per check, and jitter under
-    the best is a plateau. :class:`AdaptiveRule` has it in symbols.
+    the value at that move, until there is a new best: one drop gives one move, not one per check, whatever the metric
+    does on its way back, and jitter under the best is a plateau. :class:`AdaptiveRule` has it in symbols.
 
     What is moved is the policy's ``multiplier``, so every policy follows, scheduled, per-sample and learned ones
     included. A check is a validation in ``fit``, several per epoch with ``val_check_interval``; the sanity check and

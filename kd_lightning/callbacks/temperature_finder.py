@@ -1,0 +1,391 @@
+"""A search for the temperature before training."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from tqdm.auto import tqdm
+from typing_extensions import override
+
+from kd_lightning.callbacks.common import DistillationHolder, Mode, find_holder, gather, mean_over_ranks, read_metric
+from kd_lightning.callbacks.snapshot import Snapshot
+from kd_lightning.temperature import ConstantTemperature
+from kd_lightning.temperature.schedules import as_schedule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["TemperatureFinder", "Trial"]
+
+_SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+
+
+@dataclass
+class Trial:
+    """What one candidate came to.
+
+    Attributes:
+        candidate: The temperature, or the multiplier of a policy that is not constant.
+        kd_weight: The weight it was tried with; None: the run's own.
+        temperature: The student's mean temperature in the last step.
+        scores: The monitored metric, one value per seed; NaN where training broke down.
+    """
+
+    candidate: float
+    kd_weight: float | None
+    temperature: float = math.nan
+    scores: list[float] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds; NaN if one is NaN."""
+        return math.fsum(self.scores) / len(self.scores)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over the seeds; NaN for a single one."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 and math.isfinite(self.mean) else math.nan
+
+
+class TemperatureFinder(Callback):
+    """Tries temperatures before training, on validation, and starts training with the best.
+
+    At the start of ``fit`` each candidate trains ``steps`` optimiser steps from the same weights, optimiser, data order
+    and random numbers, and is scored by ``monitor``. Then everything is put back to the last bit: weights, optimiser,
+    schedulers, random states, loaders, loggers, counters, callbacks, the policy's buffers, metrics. A run after the
+    finder equals a run that was started with the suggested temperature.
+
+    *Candidates* are temperatures for a :class:`ConstantTemperature` (``temperature: 4.0``), whose value is set. For any
+    other policy they are multipliers of the policy's own temperatures, 1 being the policy as it is, and the policy's
+    ``multiplier`` is set: give ``candidates=(0.25, 0.5, 1, 2, 4)``. Schedules run as in the whole run, of which the
+    first ``steps`` steps are seen.
+
+    *How noisy is the ranking?* Each candidate is trained once per seed: the first has the run's own random state, the
+    others draw other data orders and dropout masks, the same for all candidates. The table shows the spread, in how
+    many seeds each candidate was the best, and whether the lead over the second is more than noise. Weights start the
+    same in all of them. A short search favours what learns fast, which need not be what ends best.
+
+    What is not put back: attributes that hold objects of other classes than torch's and Lightning's, memory inside of
+    data sets and loader workers, what the module's hooks write to disk. Hooks of the other callbacks do not run in the
+    search. It takes the memory of a second copy of weights and optimiser state.
+
+    Args:
+        candidates: Temperatures, or multipliers, one or more.
+        steps: Optimiser steps per candidate and seed.
+        monitor: A metric that is logged in validation; not one of the test set, and not ``val_loss`` or
+            ``val_kd_loss``, which change with the temperature itself.
+        mode: ``"max"`` if larger is better, ``"min"`` if smaller.
+        kd_weights: Try each temperature with each of these weights too.
+        seeds: How many seeds each candidate is trained with. 1 says nothing about noise.
+        plot_path: Where to write the plot, beneath the run's log folder if relative. None: nowhere.
+        find_only: End after the search, without training.
+
+    Raises:
+        ValueError: An argument outside its range; a metric that cannot choose a temperature; at fit, candidates outside
+            of the policy's bounds, or validation data that is the test set.
+        RuntimeError: The metric was not logged; names those there are.
+        TypeError: No Distiller in this run.
+
+    State: the results. On resuming nothing is searched, and what was found is set again.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> finder = TemperatureFinder(candidates=(2, 4, 8), steps=100, monitor="val_acc", seeds=3)
+        >>> trainer = Trainer(callbacks=[finder], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        candidates: Sequence[float] = (1, 2, 4, 8, 16),
+        steps: int = 200,
+        monitor: str = "val_acc",
+        mode: Mode = "max",
+        kd_weights: Sequence[float] | None = None,
+        seeds: int = 3,
+        plot_path: str | None = None,
+        find_only: bool = False,
+    ) -> None:
+        super().__init__()
+        if not candidates or not all(0 < candidate < math.inf for candidate in candidates):
+            raise ValueError(f"candidates must be one or more positive, finite numbers, got {tuple(candidates)}.")
+        if kd_weights is not None and not (kd_weights and all(0 <= weight < math.inf for weight in kd_weights)):
+            raise ValueError(f"kd_weights must be one or more finite numbers from 0 up, got {tuple(kd_weights)}.")
+        for name, value in (("steps", steps), ("seeds", seeds)):
+            if value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}.")
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be one of 'min', 'max', got {mode!r}.")
+        if monitor.startswith("test"):
+            raise ValueError(
+                f"TemperatureFinder does not choose on the test set, got monitor={monitor!r}: what was chosen on it "
+                "can no longer be measured on it. Take the metric's validation twin."
+            )
+        if monitor in ("val_loss", "val_kd_loss"):
+            raise ValueError(
+                f"{monitor} changes with the temperature itself, so it cannot choose one. Take val_acc or "
+                "val_task_loss."
+            )
+        self.candidates = [float(candidate) for candidate in candidates]
+        self.steps = steps
+        self.monitor = monitor
+        self.mode: Mode = mode
+        self.kd_weights = None if kd_weights is None else [float(weight) for weight in kd_weights]
+        self.seeds = seeds
+        self.plot_path = plot_path
+        self.find_only = find_only
+        self.results: list[Trial] = []
+        self._unit = "temperature"
+
+    # ---- what was found ---------------------------------------------------------------------------------------------
+
+    @property
+    def ranking(self) -> list[Trial]:
+        """The trials whose scores are finite, the best first."""
+        sign = -1.0 if self.mode == "max" else 1.0
+        return sorted((t for t in self.results if math.isfinite(t.mean)), key=lambda trial: sign * trial.mean)
+
+    @property
+    def best(self) -> Trial | None:
+        """The trial with the best mean score; None before the search, or where no score was finite."""
+        return next(iter(self.ranking), None)
+
+    def suggestion(self) -> float | None:
+        """The best candidate: a temperature, or the multiplier of a policy that is not constant."""
+        return None if self.best is None else self.best.candidate
+
+    def plot(self) -> Figure:
+        """The scores over the candidates: each seed, the mean, the spread.
+
+        Raises:
+            RuntimeError: Nothing was searched yet.
+        """
+        from kd_lightning.plotting import plot_temperature_finder
+
+        if not self.results:
+            raise RuntimeError("there is nothing to plot before the search: run trainer.fit first.")
+        trials = [(trial.candidate, trial.kd_weight, trial.scores) for trial in self.results]
+        return plot_temperature_finder(trials, self.monitor, self.suggestion(), unit=self._unit)
+
+    def table(self) -> str:
+        """The results as text, with what they are worth."""
+        by_seed = list(zip(*(trial.scores for trial in self.results), strict=True))
+        choose = max if self.mode == "max" else min
+        tops = [choose((score for score in scores if math.isfinite(score)), default=None) for scores in by_seed]
+        rows = [[self._unit, "kd_weight", "T at the end", self.monitor, "std", "lowest", "highest", "best in"]]
+        for trial in self.results:
+            wins = sum(score == top for score, top in zip(trial.scores, tops, strict=True))
+            numbers = (trial.mean, trial.spread, min(trial.scores), max(trial.scores))
+            weight = "" if trial.kd_weight is None else f"{trial.kd_weight:g}"
+            row = [f"{trial.candidate:g}", weight, f"{trial.temperature:.4g}"]
+            rows.append([*row, *(f"{number:.4f}" for number in numbers), f"{wins} of {len(trial.scores)}"])
+        drop = [] if self.kd_weights else [1]
+        columns = [column for index, column in enumerate(zip(*rows, strict=True)) if index not in drop]
+        widths = [max(map(len, column)) for column in columns]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+                 for row in zip(*columns, strict=True)]  # fmt: skip
+        return "\n".join([*lines, self._verdict()])
+
+    def _verdict(self) -> str:
+        ranking = self.ranking
+        if not ranking:
+            return f"no candidate has a finite {self.monitor}: nothing is suggested"
+        best = ranking[0]
+        text = f"suggestion: {self._name(best)}"
+        if len(ranking) == 1:
+            return text
+        second = ranking[1]
+        text += f"; it leads {self._name(second)} by {abs(best.mean - second.mean):.4f}"
+        if len(best.scores) == 1:
+            return f"{text} on one seed: how noisy that is, seeds=3 shows"
+        pairs = [a - b for a, b in zip(best.scores, second.scores, strict=True)]
+        lead, error = abs(statistics.fmean(pairs)), statistics.stdev(pairs) / math.sqrt(len(pairs))
+        worth = "more than two standard errors" if lead > 2 * error else "within the noise: take either, or more seeds"
+        return f"{text} ± {error:.4f} over {len(pairs)} seeds, {worth}"
+
+    def _name(self, trial: Trial) -> str:
+        weight = "" if trial.kd_weight is None else f" with kd_weight {trial.kd_weight:g}"
+        return f"{self._unit} {trial.candidate:g}{weight}"
+
+    # ---- the search -------------------------------------------------------------------------------------------------
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        holder = find_holder(trainer, pl_module)
+        self._check(trainer, holder)
+        if trainer.ckpt_path is not None or trainer.global_step > 0:
+            if self.best is not None:
+                self._set(self.best, holder, pl_module, multiplier=False)  # that is in the checkpoint
+            rank_zero_info(
+                "TemperatureFinder searches nothing in a resumed run"
+                + ("." if self.best is None else f": {self._name(self.best)}, as found before.")
+            )
+            return
+        self.search(trainer, pl_module)
+        rank_zero_only(print)(self.table())
+        if self.best is None:
+            rank_zero_warn(f"no candidate has a finite {self.monitor}: TemperatureFinder leaves the temperature alone.")
+        else:
+            self._set(self.best, holder, pl_module)
+        if self.plot_path is not None:
+            path = Path(trainer.log_dir or trainer.default_root_dir) / self.plot_path  # a collective: for every rank
+            if trainer.is_global_zero:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.plot().savefig(path, dpi=150)
+            rank_zero_info(f"Plot: {path}")
+        if self.find_only:
+            trainer.fit_loop.max_epochs = trainer.num_sanity_val_steps = 0
+
+    def search(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Try all candidates, fill :attr:`results`, and leave everything as it was."""
+        holder = find_holder(trainer, pl_module)
+        weights = [None] if self.kd_weights is None else self.kd_weights
+        self.results = [Trial(candidate, weight) for weight in weights for candidate in self.candidates]
+        bar = tqdm(
+            total=len(self.results) * self.seeds * self.steps,
+            desc="Finding the temperature",
+            disable=trainer.progress_bar_callback is None or not trainer.is_global_zero,
+        )
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        loop = trainer.fit_loop
+        sources = [loop._data_source.instance, loop.epoch_loop.val_loop._data_source.instance]
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        others = [vars(holder)] if isinstance(holder, Callback) else []
+        kept = Snapshot(pl_module, trainer.optimizers, schedulers, scaler, sources, others, vars(holder.distiller))
+        with bar:
+            for trial in self.results:
+                for seed in range(self.seeds):
+                    stop = _StopAfter(self.steps, bar)
+                    try:
+                        with _aside(trainer, holder, stop), isolate_rng(), _seeded(seed):
+                            self._set(trial, holder, pl_module)
+                            trainer.fit_loop.run()
+                            score = read_metric(trainer, self.monitor, self)
+                            trainer.fit_loop.teardown()
+                    finally:
+                        kept.restore()
+                    trial.scores.append(mean_over_ranks(gather(trainer, score)))
+                    trial.temperature = mean_over_ranks(gather(trainer, stop.temperature))
+
+    def _check(self, trainer: Trainer, holder: DistillationHolder) -> None:
+        policy = holder.distiller.temperature
+        if isinstance(policy, ConstantTemperature):
+            outside = [c for c in self.candidates if not policy.min_temperature <= c <= policy.max_temperature]
+            if outside:
+                raise ValueError(
+                    f"candidates must lie within the policy's bounds [{policy.min_temperature:g}, "
+                    f"{policy.max_temperature:g}], got {', '.join(f'{c:g}' for c in outside)}."
+                )
+        else:
+            self._unit = "multiplier"
+        datamodule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
+        held = {} if datamodule is None else vars(datamodule)
+        tests = [value for name, value in held.items() if name.lstrip("_").startswith("test") and value is not None]
+        if any(value is test for name, value in held.items() if name.lstrip("_").startswith("val") for test in tests):
+            raise ValueError(
+                f"{type(datamodule).__name__} validates on its test set, and TemperatureFinder does not choose on "
+                "that. Take validation data out of the training part."
+            )
+
+    def _set(
+        self, trial: Trial, holder: DistillationHolder, pl_module: LightningModule, multiplier: bool = True
+    ) -> None:
+        distiller, policy = holder.distiller, holder.distiller.temperature
+        if isinstance(policy, ConstantTemperature):
+            policy.value = trial.candidate
+            if multiplier:
+                policy.multiplier.fill_(1.0)
+            _update_hparam(pl_module, "temperature", trial.candidate)
+        elif multiplier:
+            policy.multiplier.mul_(trial.candidate)
+        if trial.kd_weight is not None:
+            distiller.kd_weight = as_schedule(trial.kd_weight)
+            _update_hparam(pl_module, "kd_weight", trial.kd_weight)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"results": [asdict(trial) for trial in self.results]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.results = [Trial(**trial) for trial in state_dict.get("results", [])]
+
+
+class _StopAfter(Callback):
+    """Ends a trial, shows progress, and keeps the last temperature."""
+
+    def __init__(self, steps: int, bar: tqdm[Any]) -> None:
+        self.steps = steps
+        self.bar = bar
+        self.temperature = math.nan
+        self._done = 0
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        self.bar.update(trainer.global_step - self._done)
+        self._done = trainer.global_step
+        if trainer.global_step >= self.steps:
+            trainer.should_stop = True
+        if trainer.should_stop or trainer.is_last_batch:
+            output = find_holder(trainer, pl_module).last_output
+            if output is not None:
+                self.temperature = output.readings()["temperature_student"].item()
+
+
+@contextmanager
+def _aside(trainer: Trainer, holder: DistillationHolder, stop: _StopAfter) -> Iterator[None]:
+    """Loops, loggers and callbacks of their own, so that those of the run see nothing of a trial."""
+    kept, stage = dict(vars(trainer)), trainer.state.stage
+    run = trainer.fit_loop
+    loop = _FitLoop(trainer, min_epochs=0, max_epochs=run.max_epochs)
+    loop.epoch_loop = _TrainingEpochLoop(trainer, max_steps=run.max_steps)  # schedules are those of the whole run
+    loop._data_source = run._data_source
+    loop.epoch_loop.val_loop._data_source = run.epoch_loop.val_loop._data_source
+    trainer.fit_loop = loop
+    trainer.loggers = [DummyLogger()] if trainer.loggers else []
+    trainer._logger_connector = _LoggerConnector(trainer)
+    trainer.callbacks = [*([holder] if isinstance(holder, Callback) else []), stop]  # pyright: ignore
+    if trainer.check_val_every_n_epoch is not None:  # a trial ends with a validation, wherever it ends
+        trainer.check_val_every_n_epoch = 1
+    try:
+        yield
+    finally:
+        vars(trainer).clear()
+        vars(trainer).update(kept)
+        trainer.state.stage = stage
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Other random numbers, and another order of distributed samplers, for every seed but 0, the run's own."""
+    kept = {name: os.environ.get(name) for name in _SEED_VARIABLES}
+    if seed > 0:
+        seed_everything(seed, workers=bool(int(kept["PL_SEED_WORKERS"] or 0)), verbose=False)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _update_hparam(pl_module: LightningModule, name: str, value: float) -> None:
+    """A number among the hyper-parameters is what ``load_from_checkpoint`` would make the module of."""
+    if isinstance(pl_module.hparams.get(name), (int, float)):
+        pl_module.hparams[name] = value

@@ -1,0 +1,233 @@
+"""What the temperature does in a run, logged and drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from kd_lightning.callbacks.common import find_holder, is_validation_check
+from kd_lightning.distiller import DistillationOutput
+from kd_lightning.temperature import ConstantTemperature
+
+__all__ = ["TemperatureMonitor", "gradient_share"]
+
+
+class TemperatureMonitor(Callback):
+    r"""Logs and draws the temperature, as ``LearningRateMonitor`` does the learning rate.
+
+    To the trainer's loggers and ``callback_metrics`` go:
+
+    * ``temperature_student``, ``temperature_teacher``: means over batch and terms; with ``_min`` and ``_max`` where the
+      policy gives more than one number;
+    * ``temperature_multiplier``, which callbacks move;
+    * ``effective_kd_weight``, :math:`w_{kd} \cdot \text{scale}`, the figure to compare between runs;
+    * ``entropy_student``, ``entropy_teacher``: in nats, at their temperatures;
+    * ``kd_gradient_share``, on request: :math:`\|g_{kd}\| / (\|g_{kd}\| + \|g_{task}\|)` with the gradients of the two
+      weighted terms.
+
+    It takes over from the DistillationModule, which logs the same names by itself where there is no monitor. Nothing is
+    computed, and nobody waits for the device, but in the steps that are logged; there it is one transfer. With several
+    processes the values are rank 0's batch's.
+
+    Args:
+        logging_interval: ``"step"``: every ``log_every_n_steps`` of the trainer, and an epoch's last step; ``"epoch"``:
+            an epoch's last step; None: ``"epoch"`` for a constant temperature, which nothing but callbacks moves, else
+            ``"step"``.
+        histogram: Log the distribution of per-sample temperatures too, to loggers that draw them (TensorBoard's).
+        gradient_share_every_n_steps: How often to measure ``kd_gradient_share``. It takes two backward passes more, and
+            changes training by rounding only. None: never.
+        plot: Whether to write ``temperature.png`` into the log folder when training ends: T over the steps, with the
+            monitored metric beneath.
+        monitor: The metric to draw.
+
+    Raises:
+        ValueError: An argument outside its range.
+        MisconfigurationException: The trainer has no logger, and nothing is to be drawn.
+        ImportError: Matplotlib is not installed, and something is to be drawn: said before training.
+        TypeError: No Distiller in this run.
+
+    State: with ``plot``, what has been drawn so far, so that a resumed run's picture is whole.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> callback = TemperatureMonitor(logging_interval="step", gradient_share_every_n_steps=50, plot=True)
+        >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
+    """
+
+    logs_temperature = True
+    """Tells the DistillationModule to leave it to this callback."""
+
+    def __init__(
+        self,
+        logging_interval: Literal["step", "epoch"] | None = None,
+        histogram: bool = False,
+        gradient_share_every_n_steps: int | None = None,
+        plot: bool = False,
+        monitor: str = "val_acc",
+    ) -> None:
+        super().__init__()
+        if logging_interval not in ("step", "epoch", None):
+            raise ValueError(f"logging_interval must be 'step', 'epoch' or None, got {logging_interval!r}.")
+        if gradient_share_every_n_steps is not None and gradient_share_every_n_steps < 1:
+            raise ValueError(
+                f"gradient_share_every_n_steps must be 1 or more, or None, got {gradient_share_every_n_steps}."
+            )
+        self.logging_interval = logging_interval
+        self.histogram = histogram
+        self.gradient_share_every_n_steps = gradient_share_every_n_steps
+        self.plot = plot
+        self.monitor = monitor
+        self.history: list[list[float]] = []
+        """Rows of step, and the student's and the teacher's mean, smallest and largest temperature."""
+        self.metric_history: list[list[float]] = []
+        """Rows of step and monitored metric."""
+        self._share: Tensor | None = None
+        self._every_step = True
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        policy = find_holder(trainer, pl_module).distiller.temperature
+        self._every_step = (
+            not isinstance(policy, ConstantTemperature)
+            if self.logging_interval is None
+            else self.logging_interval == "step"
+        )
+        if self.plot:
+            import matplotlib  # noqa: F401  (its absence is to be known now, and not after training)
+        elif not trainer.loggers:
+            raise MisconfigurationException(
+                "TemperatureMonitor has nowhere to log to: the Trainer has no logger. Give it one, or set plot=True."
+            )
+        if self.histogram and not _histogram_writers(trainer):
+            rank_zero_warn("TemperatureMonitor(histogram=True): no logger here draws histograms. TensorBoard's does.")
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        every = self.gradient_share_every_n_steps
+        if every is not None and (trainer.global_step + 1) % every == 0:
+            output = find_holder(trainer, pl_module).last_output
+            if output is not None:
+                parameters = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
+                self._share = gradient_share(output, parameters)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        holder = find_holder(trainer, pl_module)
+        if holder.last_output is None or not self._is_due(trainer):
+            return
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # as the step's losses are logged
+        readings = holder.last_output.readings() | _ranges(holder.last_output)
+        readings["temperature_multiplier"] = holder.distiller.temperature.multiplier.detach().float().mean()
+        if self._share is not None:
+            readings["kd_gradient_share"], self._share = self._share, None
+        trainer.callback_metrics.update(readings)
+        values = dict(zip(readings, torch.stack(list(readings.values())).tolist(), strict=True))
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
+        if self.histogram:
+            self._log_histograms(trainer, holder.last_output, step)
+        if self.plot:
+            self.history.append([float(trainer.global_step), *_row(values, "student"), *_row(values, "teacher")])
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        if trainer.fit_loop._should_accumulate():
+            return False
+        return trainer.is_last_batch or (self._every_step and trainer._logger_connector.should_update_logs)
+
+    def _log_histograms(self, trainer: Trainer, output: DistillationOutput, step: int) -> None:
+        for side in ("student", "teacher"):
+            flat = torch.cat([getattr(term, side).detach().flatten() for term in output.temperatures])
+            for writer in _histogram_writers(trainer) if flat.numel() > 1 else ():
+                writer.add_histogram(f"temperature_{side}_histogram", flat, global_step=step)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.plot and is_validation_check(trainer) and self.monitor in trainer.callback_metrics:
+            self.metric_history.append([float(trainer.global_step), trainer.callback_metrics[self.monitor].item()])
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not (self.plot and self.history):
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective: not for rank 0 alone
+        if trainer.is_global_zero:
+            from kd_lightning.plotting import plot_temperature_history
+
+            folder.mkdir(parents=True, exist_ok=True)
+            figure = plot_temperature_history(
+                [row[0] for row in self.history],
+                [(row[1], row[2], row[3]) for row in self.history],
+                [(row[4], row[5], row[6]) for row in self.history],
+                metric=[(step, value) for step, value in self.metric_history],
+                metric_name=self.monitor,
+            )
+            figure.savefig(folder / "temperature.png", dpi=150)
+            rank_zero_info(f"Plot: {folder / 'temperature.png'}")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history, "metric_history": self.metric_history}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = state_dict.get("history", [])
+        self.metric_history = state_dict.get("metric_history", [])
+
+
+def gradient_share(output: DistillationOutput, parameters: Sequence[Tensor]) -> Tensor:
+    r"""The distillation term's share :math:`\|g_{kd}\| / (\|g_{kd}\| + \|g_{task}\|)` in the gradient norm.
+
+    Args:
+        output: Before its loss is differentiated; it can be afterwards.
+        parameters: Those to differentiate by. Their gradients are not touched.
+
+    Returns:
+        A float32 scalar in [0, 1]; NaN where both gradients are 0.
+
+    Example:
+        >>> from kd_lightning import Distiller
+        >>> weight = torch.eye(3, requires_grad=True)
+        >>> distiller = Distiller(None, temperature=1.0, kd_weight=1.0, task_weight=1.0)
+        >>> x, targets = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0])
+        >>> hard = torch.tensor([[99.0, 0.0, 0.0]])  # a teacher that says what the label says
+        >>> gradient_share(distiller(x, x @ weight, targets, teacher_logits=hard), [weight])
+        tensor(0.5000)
+    """
+    norms = []
+    for term in (output.kd_weight * output.kd_loss, output.task_weight * output.task_loss):
+        if not term.requires_grad:
+            norms.append(torch.zeros((), device=term.device))
+            continue
+        grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        norms.append(torch.stack([grad.float().square().sum() for grad in grads if grad is not None]).sum().sqrt())
+    return norms[0] / (norms[0] + norms[1])
+
+
+def _histogram_writers(trainer: Trainer) -> list[Any]:
+    experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+    return [experiment for experiment in experiments if hasattr(experiment, "add_histogram")]
+
+
+def _ranges(output: DistillationOutput) -> dict[str, Tensor]:
+    """Smallest and largest temperature, where there is more than one."""
+    ranges = {}
+    for side in ("student", "teacher"):
+        values = [getattr(term, side).detach() for term in output.temperatures]
+        if len(values) > 1 or values[0].numel() > 1:
+            ranges[f"temperature_{side}_min"] = torch.stack([value.min() for value in values]).min().float()
+            ranges[f"temperature_{side}_max"] = torch.stack([value.max() for value in values]).max().float()
+    return ranges
+
+
+def _row(values: dict[str, float], side: str) -> list[float]:
+    name = f"temperature_{side}"
+    return [values[name], values.get(f"{name}_min", values[name]), values.get(f"{name}_max", values[name])]
