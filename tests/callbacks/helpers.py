@@ -19,19 +19,21 @@ TEACHER = Path(__file__).parents[2] / "configs" / "digits_teacher.safetensors"
 class Script(Callback):
     """Logs, at each validation of a fit, the scripted value of the training step that it follows.
 
-    Without state, so that a resumed run reads on where it stands.
+    Without state, so that a resumed run reads on where it stands. Ranks but the first may have values of their own.
     """
 
-    def __init__(self, values: Sequence[float], steps_per_check: int, name: str = "scripted", by_rank: float = 0.0):
+    def __init__(
+        self, values: Sequence[float], steps_per_check: int, name: str = "scripted", others: Sequence[float] = ()
+    ) -> None:
         self.values = values
         self.steps_per_check = steps_per_check
         self.name = name
-        self.by_rank = by_rank
+        self.others = others
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            value = self.values[trainer.global_step // self.steps_per_check - 1]
-            pl_module.log(self.name, value + self.by_rank * trainer.global_rank)
+            values = self.others if self.others and trainer.global_rank > 0 else self.values
+            pl_module.log(self.name, values[trainer.global_step // self.steps_per_check - 1])
 
 
 def distiller_of(module: LightningModule) -> Distiller:

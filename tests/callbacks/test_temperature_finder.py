@@ -392,8 +392,29 @@ def test_two_ranks_find_the_same_and_train_as_if_started_with_it(
     assert_equal(zero["weights"], started["weights"])
 
 
-def test_digits_with_a_label_of_its_own_worth(make_trainer: MakeTrainer) -> None:
-    """With the gradient reversed the accuracy provably falls, and the faster the larger T·kd_weight is."""
+class NotSynchronised(DistillationModule):
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        self.log("own", self.distiller.temperature.multiplier.squeeze() * (-3.0 if self.global_rank else 1.0))
+
+
+@pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
+def test_two_ranks_decide_on_the_mean_of_their_scores(
+    make_module: Make, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """Rank 0 by itself would take 2, rank 1 would take 0.5."""
+    schedule = ScheduledTemperature(lambda _: 4.0)
+    module = NotSynchronised(student=make_network(), teacher=make_module().teacher, temperature=schedule)
+    finder = TemperatureFinder((0.5, 2), steps=1, monitor="own", seeds=1)
+    trainer = make_trainer(max_epochs=1, devices=2, strategy="ddp_fork", callbacks=[finder, Save(tmp_path, finder)])
+    trainer.fit(module, make_loader(), make_loader(16))
+    for rank in (0, 1):
+        results = torch.load(tmp_path / f"{rank}.pt", weights_only=True)["results"]["results"]
+        assert [trial["scores"] for trial in results] == [[-0.5], [-2.0]]
+
+
+def test_digits_whose_metric_falls(make_trainer: MakeTrainer) -> None:
+    """With the gradient reversed the accuracy provably falls, how far depends on the temperature."""
     module, data = digits(lr=3e-3, maximize=True, temperature=4.0)
     finder = TemperatureFinder((1, 16), steps=16, monitor="val_acc", seeds=1, find_only=True)
     make_trainer(max_epochs=8, callbacks=[finder]).fit(module, datamodule=data)
