@@ -47,8 +47,9 @@ SCALES: tuple[Scale, ...] = get_args(Scale)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 CHUNK_CPU = 2**17
-"""Elements of logits per chunk. On the CPU the three to six chunks in use (2 to 3 MB) stay near the core; chosen in the
-middle of a flat optimum (``benchmarks/loss.py --chunks``): the overhead of calls below it, memory and cache above."""
+"""Elements of logits per chunk; up to twice as many stay whole. The three to six chunks in use (1.5 to 3 MB in float32)
+stay near the core. ``benchmarks/loss.py --chunks``: with less a call takes 1.1 to 2.4 times as long; with 2 to 8 times
+as much up to 20 % less at tens of thousands of classes, for as many times the scratch."""
 CHUNK_ACCELERATOR = 2**22
 """On an accelerator a kernel must be large enough to fill the device: 64 MB of float32 scratch."""
 
@@ -70,10 +71,12 @@ def row_loss(
     check_option("scale", scale, SCALES)
     check_option("reduction", reduction, REDUCTIONS)
     check_num_items(num_items, reduction)
-    teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
+    if teacher_logits.shape != student_logits.shape:
+        teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
     check_logits(student_logits, teacher_logits, class_dim, divergence.min_classes)
     class_dim %= student_logits.dim()
-    temp = _with_plain_numbers(temperature, student_logits)
+    traced = torch.compiler.is_compiling() or in_transform()
+    temp = _with_plain_numbers(temperature, student_logits, traced)
     valid = valid_positions(targets, student_logits, class_dim, ignore_index)
     if valid is not None:
         valid = valid.unsqueeze(class_dim)
@@ -81,7 +84,7 @@ def row_loss(
     labels = _labels(targets, valid, class_dim) if divergence.needs_labels else None
 
     rows = _Rows(student_logits, teacher_logits, temp.student, temp.teacher, factor, valid, labels)
-    fast = not torch.compiler.is_compiling() and _closed_form_applies(rows, class_dim)
+    fast = not traced and _closed_form_applies(rows, class_dim)
     loss = (_closed_form if fast else _definition)(divergence, class_dim, reduction != "none", rows)
     return loss.squeeze(class_dim) if reduction == "none" else loss
 
@@ -215,13 +218,13 @@ def in_compute_dtype(temperature: Temperature, logits: Tensor) -> Temperature:
     return Temperature(student, student if shared else convert(teacher), None if scale is None else convert(scale))
 
 
-def _with_plain_numbers(temperature: float | Tensor | Temperature, logits: Tensor) -> Temperature:
+def _with_plain_numbers(temperature: float | Tensor | Temperature, logits: Tensor, traced: bool) -> Temperature:
     """As :func:`in_compute_dtype`, with a Python number in place of every constant of one element.
 
-    It spares the kernel calls on scalars, half of the time of a small batch. To look at a value costs nothing on the
-    CPU; elsewhere it would wait for the device, and under ``torch.compile`` each value would be a graph of its own.
+    It spares the kernel calls on scalars. To look at a value costs nothing on the CPU; elsewhere it would wait for the
+    device, and under ``torch.compile`` each value would be a graph of its own.
     """
-    if torch.compiler.is_compiling() or in_transform():
+    if traced:
         return in_compute_dtype(as_temperature(temperature, logits), logits)
     if isinstance(temperature, Tensor) and temperature.is_floating_point() and _is_plain(temperature, logits):
         temperature = temperature.item()
@@ -315,8 +318,6 @@ def _definition(divergence: Divergence, class_dim: int, summed: bool, rows: _Row
 
 def _closed_form_applies(rows: _Rows, class_dim: int) -> bool:
     """Whether the fast path knows every gradient that is asked for."""
-    if in_transform():
-        return False
     if type(rows.student) not in (Tensor, nn.Parameter):  # a DTensor, say
         return False
     if not torch.is_grad_enabled():
