@@ -130,7 +130,7 @@ def kd_loss(
         >>> kd_loss(student, teacher, per_sample, reduction="none")
         tensor([1.2091, 0.9412], grad_fn=...)
     """
-    _check_convention(convention, scale, alpha, beta)
+    check_convention(convention, scale, alpha, beta)
     divergence, scale, per_class = _CONVENTIONS[convention] if convention else _Convention(ForwardKL(), scale, False)
     with_task = convention == "torchdistill" and bool(alpha) and targets is not None
     if convention == "torchdistill" and not with_task:
@@ -172,7 +172,8 @@ _CONVENTIONS: dict[Convention, _Convention] = {
 }
 
 
-def _check_convention(convention: Convention | None, scale: Scale, alpha: float | None, beta: float | None) -> None:
+def check_convention(convention: Convention | None, scale: Scale, alpha: float | None, beta: float | None) -> None:
+    """Refuse a convention that is none, and an option that it leaves no room for."""
     if convention is not None:
         check_option("convention", convention, get_args(Convention))
         if scale != "student_teacher":

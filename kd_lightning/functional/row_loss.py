@@ -19,8 +19,10 @@ from kd_lightning.functional.divergences import Divergence
 from kd_lightning.functional.temperature import (
     Temperature,
     as_temperature,
+    checked_number,
     compute_dtype,
     in_transform,
+    is_number,
     widened_over,
 )
 
@@ -45,8 +47,9 @@ SCALES: tuple[Scale, ...] = get_args(Scale)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 CHUNK_CPU = 2**17
-"""Elements of logits per chunk. On the CPU the three to six chunks in use (2 to 3 MB) stay near the core; chosen in the
-middle of a flat optimum (``benchmarks/loss.py --chunks``): the overhead of calls below it, memory and cache above."""
+"""Elements of logits per chunk; up to twice as many stay whole. The three to six chunks in use (1.5 to 3 MB in float32)
+stay near the core. ``benchmarks/loss.py --chunks``: with less a call takes 1.1 to 2.4 times as long; with 2 to 8 times
+as much up to 20 % less at tens of thousands of classes, for as many times the scratch."""
 CHUNK_ACCELERATOR = 2**22
 """On an accelerator a kernel must be large enough to fill the device: 64 MB of float32 scratch."""
 
@@ -68,10 +71,12 @@ def row_loss(
     check_option("scale", scale, SCALES)
     check_option("reduction", reduction, REDUCTIONS)
     check_num_items(num_items, reduction)
-    teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
+    if teacher_logits.shape != student_logits.shape:
+        teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
     check_logits(student_logits, teacher_logits, class_dim, divergence.min_classes)
     class_dim %= student_logits.dim()
-    temp = in_compute_dtype(as_temperature(temperature, student_logits), student_logits)
+    traced = torch.compiler.is_compiling() or in_transform()
+    temp = _with_plain_numbers(temperature, student_logits, traced)
     valid = valid_positions(targets, student_logits, class_dim, ignore_index)
     if valid is not None:
         valid = valid.unsqueeze(class_dim)
@@ -79,7 +84,7 @@ def row_loss(
     labels = _labels(targets, valid, class_dim) if divergence.needs_labels else None
 
     rows = _Rows(student_logits, teacher_logits, temp.student, temp.teacher, factor, valid, labels)
-    fast = not torch.compiler.is_compiling() and _closed_form_applies(rows, class_dim)
+    fast = not traced and _closed_form_applies(rows, class_dim)
     loss = (_closed_form if fast else _definition)(divergence, class_dim, reduction != "none", rows)
     return loss.squeeze(class_dim) if reduction == "none" else loss
 
@@ -213,6 +218,30 @@ def in_compute_dtype(temperature: Temperature, logits: Tensor) -> Temperature:
     return Temperature(student, student if shared else convert(teacher), None if scale is None else convert(scale))
 
 
+def _with_plain_numbers(temperature: float | Tensor | Temperature, logits: Tensor, traced: bool) -> Temperature:
+    """As :func:`in_compute_dtype`, with a Python number in place of every constant of one element.
+
+    It spares the kernel calls on scalars. To look at a value costs nothing on the CPU; elsewhere it would wait for the
+    device, and under ``torch.compile`` each value would be a graph of its own.
+    """
+    if traced:
+        return in_compute_dtype(as_temperature(temperature, logits), logits)
+    if isinstance(temperature, Tensor) and temperature.is_floating_point() and _is_plain(temperature, logits):
+        temperature = temperature.item()
+    if is_number(temperature):
+        number: Any = checked_number(temperature)
+        return Temperature(number, number)
+    fields = in_compute_dtype(as_temperature(temperature, logits), logits)
+    plain: Any = [x.item() if x is not None and _is_plain(x, logits) else x for x in fields]
+    return Temperature(*plain)
+
+
+def _is_plain(value: Tensor, logits: Tensor) -> bool:
+    """Whether it is a constant of one element that can be looked at without a wait."""
+    one = value.numel() == 1 and value.is_cpu and logits.is_cpu
+    return one and not (value.requires_grad and torch.is_grad_enabled())
+
+
 def loss_scale(temperature: Temperature, rule: Scale, class_dim: int = -1) -> Tensor:
     """The factor of the loss per position, see ``scale`` in :func:`kd_loss`.
 
@@ -229,12 +258,13 @@ def loss_scale(temperature: Temperature, rule: Scale, class_dim: int = -1) -> Te
         tensor(8.)
     """
     student, teacher, factor = temperature
+    factor: Any
     if factor is None and rule == "none":
-        factor = torch.ones((), dtype=student.dtype, device=student.device)
+        factor = student.new_ones(()) if isinstance(student, Tensor) else 1.0
     elif factor is None:
         left = teacher if rule == "teacher" else student
         factor = left * (student if rule == "student" else teacher)
-    return factor.mean(class_dim, keepdim=True) if factor.dim() > 0 else factor
+    return factor.mean(class_dim, keepdim=True) if isinstance(factor, Tensor) and factor.dim() > 0 else factor
 
 
 def loss_factor(
@@ -250,15 +280,20 @@ def loss_factor(
     factor = loss_scale(temperature, rule, class_dim)
     if reduction != "mean":
         return factor
+    if isinstance(num_items, Tensor):
+        return factor / num_items.reshape(()).to(compute_dtype(logits))
     if num_items is not None:
         return factor / num_items
     if valid is None:
         return factor / max(logits.numel() // logits.shape[class_dim], 1)
-    return factor / valid.sum().clamp(min=1)
+    return factor / valid.sum().clamp(min=1).to(compute_dtype(logits))
 
 
 class _Rows(NamedTuple):
-    """What a loss is computed from, class dimension kept: the order of the fast path's arguments and gradients."""
+    """What a loss is computed from, class dimension kept: the order of the fast path's arguments and gradients.
+
+    Temperatures and factor are tensors, or numbers where they are constants.
+    """
 
     student: Any
     teacher: Any
@@ -283,22 +318,25 @@ def _definition(divergence: Divergence, class_dim: int, summed: bool, rows: _Row
 
 def _closed_form_applies(rows: _Rows, class_dim: int) -> bool:
     """Whether the fast path knows every gradient that is asked for."""
-    if in_transform():
-        return False
     if type(rows.student) not in (Tensor, nn.Parameter):  # a DTensor, say
         return False
     if not torch.is_grad_enabled():
         return True
-    return not rows.teacher.requires_grad and not any(
-        t.requires_grad and t.dim() > 0 and t.shape[class_dim] > 1
-        for t in (rows.student_temperature, rows.teacher_temperature)
+    return not (
+        rows.teacher.requires_grad
+        or _learnt_per_class(rows.student_temperature, class_dim)
+        or _learnt_per_class(rows.teacher_temperature, class_dim)
     )
+
+
+def _learnt_per_class(t: Any, class_dim: int) -> bool:
+    return isinstance(t, Tensor) and t.requires_grad and t.dim() > 0 and t.shape[class_dim] > 1
 
 
 def _closed_form(divergence: Divergence, class_dim: int, summed: bool, rows: _Rows) -> Tensor:
     """The loss per position, or its sum, its gradient computed on the way: the fast path."""
     enabled = torch.is_grad_enabled()
-    wanted = [enabled and x is not None and x.requires_grad for x in rows]
+    wanted = [enabled and isinstance(x, Tensor) and x.requires_grad for x in rows]
     return _ClosedFormLoss.apply(divergence, class_dim, summed, _Rows(*wanted), *rows)  # pyright: ignore
 
 
@@ -309,7 +347,7 @@ class _ClosedFormLoss(torch.autograd.Function):
     ) -> Tensor:
         everything = _Rows(*tensors)
         student, valid = everything.student, everything.valid
-        parts = list(_chunks(student, class_dim))
+        parts = _chunks(student, class_dim)
         d_student = None
         if wanted.student and len(parts) > 1:
             d_student = torch.empty_like(student, dtype=_buffer_dtype(student))
@@ -333,11 +371,15 @@ class _ClosedFormLoss(torch.autograd.Function):
                 else:
                     torch.mul(form.student, c / t_s, out=d_student[part])
 
-        value, d_t_s, d_t_t = (_joined(student, class_dim, parts, list(x)) for x in zip(*per_position, strict=True))
+        value, d_t_s, d_t_t = per_position[0]
+        if len(parts) > 1:
+            value, d_t_s, d_t_t = (_joined(student, class_dim, parts, x) for x in zip(*per_position, strict=True))
         if valid is not None:
             value, d_t_s, d_t_t = (None if x is None else torch.where(valid, x, 0.0) for x in (value, d_t_s, d_t_t))
         ctx.equation, ctx.wanted, ctx.d_student = (divergence, class_dim, summed), wanted, d_student
-        ctx.save_for_backward(*everything, value if wanted.factor else None, d_t_s, d_t_t)
+        ctx.constants = [None if isinstance(x, Tensor) else x for x in tensors]
+        saved = (x if isinstance(x, Tensor) else None for x in tensors)
+        ctx.save_for_backward(*saved, value if wanted.factor else None, d_t_s, d_t_t)
         loss = value * everything.factor  # pyright: ignore[reportOptionalOperand]
         return loss.sum() if summed else loss
 
@@ -353,21 +395,16 @@ class _ClosedFormLoss(torch.autograd.Function):
             if not known_to_be_one(g):
                 d_student.mul_(g)
             d_student = d_student.to(everything.student.dtype)
-        return (
-            None,
-            None,
-            None,
-            None,
-            *_Rows(
-                student=d_student,
-                teacher=None,
-                student_temperature=_summed(g, d_t_s, everything.student_temperature),
-                teacher_temperature=_summed(g, d_t_t, everything.teacher_temperature),
-                factor=_summed(g, value, everything.factor),
-                valid=None,
-                labels=None,
-            ),
+        gradients = _Rows(
+            student=d_student,
+            teacher=None,
+            student_temperature=_summed(g, d_t_s, everything.student_temperature),
+            teacher_temperature=_summed(g, d_t_t, everything.teacher_temperature),
+            factor=_summed(g, value, everything.factor),
+            valid=None,
+            labels=None,
         )
+        return None, None, None, None, *gradients
 
 
 def _buffer_dtype(logits: Tensor) -> torch.dtype:
@@ -375,17 +412,17 @@ def _buffer_dtype(logits: Tensor) -> torch.dtype:
     return torch.float32 if logits.dtype == torch.float16 else logits.dtype
 
 
-def _joined(logits: Tensor, class_dim: int, parts: list[Any], values: list[Any]) -> Tensor | None:
+def _joined(logits: Tensor, class_dim: int, parts: list[Any], values: tuple[Any, ...]) -> Tensor | None:
     """What was computed for the parts, as one tensor over all positions."""
-    if len(parts) == 1 or values[0] is None:
-        return values[0]
+    if values[0] is None:
+        return None
     whole = values[0].new_empty([1 if dim == class_dim else size for dim, size in enumerate(logits.shape)])
     for part, value in zip(parts, values, strict=True):
         whole[part] = value
     return whole
 
 
-def _summed(g: Tensor, per_position: Tensor | None, to: Tensor) -> Tensor | None:
+def _summed(g: Tensor, per_position: Tensor | None, to: Any) -> Tensor | None:
     """The gradient of an input that was broadcast over the positions."""
     return None if per_position is None else (g * per_position).sum_to_size(to.shape)
 
@@ -393,6 +430,7 @@ def _summed(g: Tensor, per_position: Tensor | None, to: Tensor) -> Tensor | None
 def _gradients_of_definition(ctx: Any, rows: _Rows, g: Tensor) -> list[Tensor | None]:
     """For double backward, and for a second backward through one graph, whose buffer the first has given away."""
     divergence, class_dim, summed = ctx.equation
+    rows = _Rows(*(constant if x is None else x for x, constant in zip(rows, ctx.constants, strict=True)))
     with torch.enable_grad():
         # aliases: the factor was computed from the temperatures, and that path is not this function's to differentiate
         rows = _Rows(*(x.view_as(x) if want else x for x, want in zip(rows, ctx.wanted, strict=True)))
@@ -404,39 +442,37 @@ def _gradients_of_definition(ctx: Any, rows: _Rows, g: Tensor) -> list[Tensor | 
 
 def known_to_be_one(g: Tensor) -> bool:
     """Whether the gradient from above is 1, where looking costs nothing: on an accelerator it would wait."""
-    return g.device.type == "cpu" and not torch.compiler.is_compiling() and g.numel() == 1 and g.item() == 1
+    return g.is_cpu and g.numel() == 1 and not torch.compiler.is_compiling() and g.item() == 1
 
 
 def _take(x: Any, part: Any) -> Any:
     """What belongs to this part of the rows, of a tensor whose dimensions are full or 1."""
-    if x is None or x.dim() == 0:
+    if not isinstance(x, Tensor) or x.dim() == 0:
         return x
     return x[tuple(along if size > 1 else slice(None) for along, size in zip(part, x.shape, strict=True))]
 
 
-def _chunks(logits: Tensor, class_dim: int) -> Iterator[Any]:
+def _chunks(logits: Tensor, class_dim: int) -> list[Any]:
     """Indices that cut the logits into parts of whole rows, each about as large as the device likes."""
-    size = CHUNK_CPU if logits.device.type == "cpu" else CHUNK_ACCELERATOR
-    if logits.numel() <= size:
-        yield ...
-        return
+    size = CHUNK_CPU if logits.is_cpu else CHUNK_ACCELERATOR
+    return [...] if logits.numel() <= 2 * size else list(_cuts(logits.shape, class_dim, 0, logits.numel(), size))
 
-    def walk(dim: int, elements: int) -> Iterator[tuple[slice, ...]]:
-        if dim == logits.dim():
-            yield ()
-        elif dim == class_dim:
-            for rest in walk(dim + 1, elements):
-                yield (slice(None), *rest)
+
+def _cuts(shape: torch.Size, class_dim: int, dim: int, elements: int, size: int) -> Iterator[tuple[slice, ...]]:
+    """The indices for the dimensions from ``dim`` on, which hold so many elements."""
+    if dim == len(shape):
+        yield ()
+    elif dim == class_dim:
+        for rest in _cuts(shape, class_dim, dim + 1, elements, size):
+            yield (slice(None), *rest)
+    else:
+        elements //= shape[dim]  # of one index along this dimension
+        if elements > size:
+            for i in range(shape[dim]):
+                for rest in _cuts(shape, class_dim, dim + 1, elements, size):
+                    yield (slice(i, i + 1), *rest)
         else:
-            elements //= logits.shape[dim]  # of one index along this dimension
-            if elements > size:
-                for i in range(logits.shape[dim]):
-                    for rest in walk(dim + 1, elements):
-                        yield (slice(i, i + 1), *rest)
-            else:
-                whole = (slice(None),) * (logits.dim() - dim - 1)
-                count = math.ceil(logits.shape[dim] * elements / size)
-                for i in range(0, logits.shape[dim], step := math.ceil(logits.shape[dim] / count)):
-                    yield (slice(i, i + step), *whole)
-
-    yield from walk(0, logits.numel())
+            whole = (slice(None),) * (len(shape) - dim - 1)
+            count = math.ceil(shape[dim] * elements / size)
+            for i in range(0, shape[dim], step := math.ceil(shape[dim] / count)):
+                yield (slice(i, i + step), *whole)

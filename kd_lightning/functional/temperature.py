@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from torch.autograd import forward_ad
 __all__ = [
     "Temperature",
     "as_temperature",
+    "checked_number",
     "class_last",
     "compute_dtype",
     "in_transform",
+    "is_number",
     "predictive_entropy",
     "tempered_log_softmax",
     "tempered_softmax",
@@ -149,15 +151,25 @@ def as_temperature(temperature: float | Tensor | Temperature, logits: Tensor) ->
     if isinstance(temperature, Tensor):
         shared = _check_temperature(temperature, logits, "temperature")
         return Temperature(shared, shared)
-    if isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be a positive, finite number, got {temperature}. {_USUAL}")
-        shared = torch.full((), float(temperature), dtype=compute_dtype(logits), device=logits.device)
+    if is_number(temperature):
+        shared = torch.full((), checked_number(temperature), dtype=compute_dtype(logits), device=logits.device)
         return Temperature(shared, shared)
     raise TypeError(
         f"temperature must be a number, a tensor or a Temperature, got {type(temperature).__name__}. A schedule or "
         "policy is called first: policy(Signals(...))."
     )
+
+
+def is_number(temperature: object) -> TypeGuard[float]:
+    """Whether it is a Python number; ``True`` is none."""
+    return isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+
+
+def checked_number(temperature: float) -> float:
+    """The temperature, refused where it is not positive and finite."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a positive, finite number, got {temperature}. {_USUAL}")
+    return float(temperature)
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
@@ -169,7 +181,7 @@ def widened_over(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """``logits / T``, the logits widened first. A logit of −inf stays and passes no NaN to the temperature."""
     if logits.dtype != (dtype := compute_dtype(logits)):
         logits = logits.to(dtype)
-    if not isinstance(temperature, Tensor) or not temperature.requires_grad:
+    if not isinstance(temperature, Tensor) or not (temperature.requires_grad and torch.is_grad_enabled()):
         return logits / temperature
     masked = logits == -math.inf  # −inf · 0 in the temperature's gradient would be NaN
     return (logits.masked_fill(masked, 0.0) / temperature).masked_fill(masked, -math.inf)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kd_lightning import functional
 from kd_lightning.functional import Convention, Reduction, Scale, Temperature
+from kd_lightning.functional.logit_losses import check_convention
 
 __all__ = [
     "BernoulliKDLoss",
@@ -119,11 +120,11 @@ class KDLoss(LogitLoss):
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         convention: What another library computes under this name: ``"hinton"``, ``"trl"``, ``"modelopt"``,
             ``"torchdistill"`` or ``"textbrewer"``.
-        alpha: Weight of the cross-entropy in the convention ``"torchdistill"``.
+        alpha: Weight of the cross-entropy in the convention ``"torchdistill"``; an error elsewhere.
         beta: Weight of the divergence there.
 
     Raises:
-        ValueError: An unknown option.
+        ValueError: An unknown option, or one that the convention leaves no room for.
 
     Example:
         >>> import torch
@@ -146,10 +147,7 @@ class KDLoss(LogitLoss):
         beta: float | None = None,
     ) -> None:
         super().__init__(scale, class_dim, ignore_index, reduction)
-        if convention is not None and convention not in get_args(Convention):
-            raise ValueError(
-                f"convention must be one of {', '.join(map(repr, get_args(Convention)))}, got {convention!r}."
-            )
+        check_convention(convention, self.scale, alpha, beta)
         self.convention: Convention | None = convention
         self.alpha = alpha
         self.beta = beta

@@ -103,6 +103,12 @@ def test_errors(batch):
         kd_loss(student, teacher, 4.0, convention="trl", scale="student")
     with pytest.raises(ValueError, match="alpha and beta belong to convention='torchdistill'"):
         kd_loss(student, teacher, 4.0, alpha=0.5)
+    refused: list[Any] = [{"alpha": 0.5}, {"beta": 0.5}, {"alpha": 0.0, "convention": "hinton"}]
+    for options in refused:
+        with pytest.raises(ValueError, match="alpha and beta belong to convention='torchdistill'"):
+            KDLoss(**options)
+    with pytest.raises(ValueError, match="fixes the scale"):
+        KDLoss(scale="student", convention="trl")
     with pytest.raises(ValueError, match="is a mean"):
         kd_loss(student, teacher, 4.0, targets=targets, convention="torchdistill", alpha=0.5, reduction="sum")
     assert not math.isnan(kd_loss(student, teacher, 4.0, convention="hinton").item())

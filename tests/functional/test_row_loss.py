@@ -73,6 +73,35 @@ def test_gradient_of_a_learnt_temperature_survives_a_second_backward():
     assert_close(torch.autograd.grad(3 * loss, (s, raw)), tuple(3 * g for g in first))
 
 
+class TestConstantTemperature:
+    """A constant of one element is computed with as a Python number: the same loss, in the same precision."""
+
+    @pytest.mark.parametrize("targets", [None, torch.tensor([1, -100, 2])], ids=["all", "masked"])
+    @pytest.mark.parametrize("num_items", [None, 7, torch.tensor([7])])
+    @pytest.mark.parametrize("chunk", [2, 100])
+    def test_is_the_loss_of_a_learnt_one(self, targets, num_items, chunk):
+        s, t = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.randn(3, 5, dtype=torch.float64)
+        one = torch.tensor([2.5], dtype=torch.float64)
+        with mock.patch.object(row_loss, "CHUNK_CPU", chunk):
+            expected, *others = (
+                kd_loss(s, t, temperature, targets=targets, num_items=num_items)
+                for temperature in (one.clone().requires_grad_(), one, one[0], 2.5, Temperature(one, one, one * one))
+            )
+            (gradient,) = torch.autograd.grad(expected, s)
+            for loss in others:
+                assert loss.dtype == torch.float64
+                assert_close(loss, expected, rtol=1e-14, atol=0)
+                assert_close(torch.autograd.grad(loss, s, create_graph=True)[0], gradient, rtol=1e-12, atol=1e-15)
+
+    def test_runs_no_kernel_for_its_scalars(self):
+        s, t = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
+        for temperature in (4.0, torch.tensor([4.0])):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+                kd_loss(s, t, temperature).backward()
+            names = {event.key for event in profiler.key_averages()}
+            assert not names & {"aten::full", "aten::where", "aten::masked_fill", "aten::aminmax", "aten::reshape"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_is_one_copy_of_the_logits(dtype):
     s, t = torch.randn(64, 2**16).to(dtype).requires_grad_(), torch.randn(64, 2**16).to(dtype)
