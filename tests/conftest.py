@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning import DistillationModule
+from kd_lightning.temperature import Signals, Temperature, TemperaturePolicy
 
 torch.set_num_threads(1)  # forked processes hang where the parent has used OpenMP threads; and CI has two cores
 
@@ -23,6 +24,18 @@ NUM_CLASSES, NUM_FEATURES = 6, 8
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+class LearnedTemperature(TemperaturePolicy):
+    """A minimal policy with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.zeros(1))
+
+    def compute(self, signals: Signals) -> Temperature:
+        t = 1 + 8 * torch.sigmoid(self.raw)
+        return Temperature(t, t)
 
 
 def make_network(hidden: int = 16, norm: bool = True, num_classes: int = NUM_CLASSES) -> nn.Sequential:

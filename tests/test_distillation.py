@@ -27,26 +27,11 @@ from kd_lightning.temperature import (
     CosineSchedule,
     ExponentialSchedule,
     LinearSchedule,
-    Signals,
-    Temperature,
-    TemperaturePolicy,
 )
-from tests.conftest import NUM_CLASSES, NUM_FEATURES, make_data, make_loader, make_network
+from tests.conftest import NUM_CLASSES, NUM_FEATURES, LearnedTemperature, make_data, make_loader, make_network
 
 Make = Callable[..., DistillationModule]
 MakeTrainer = Callable[..., Trainer]
-
-
-class LearnedTemperature(TemperaturePolicy):
-    """A minimal policy with a parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.raw = nn.Parameter(torch.zeros(1))
-
-    def compute(self, signals: Signals) -> Temperature:
-        t = 1 + 8 * torch.sigmoid(self.raw)
-        return Temperature(t, t)
 
 
 class MoveTemperature(Callback):

@@ -10,26 +10,15 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader, DistributedSampler
 
 from kd_lightning import DistillationModule
-from kd_lightning.temperature import CosineSchedule, Signals, Temperature, TemperaturePolicy
-from tests.conftest import make_data, make_loader, make_network
+from kd_lightning.temperature import CosineSchedule
+from tests.conftest import LearnedTemperature, make_data, make_loader, make_network
 
 Make = Callable[..., DistillationModule]
 MakeTrainer = Callable[..., Trainer]
-
-
-class LearnedTemperature(TemperaturePolicy):
-    def __init__(self) -> None:
-        super().__init__()
-        self.raw = nn.Parameter(torch.zeros(1))
-
-    def compute(self, signals: Signals) -> Temperature:
-        t = 1 + 8 * torch.sigmoid(self.raw)
-        return Temperature(t, t)
 
 
 class Report(Callback):
