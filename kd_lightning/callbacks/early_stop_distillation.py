@@ -14,12 +14,12 @@ from kd_lightning.callbacks.common import (
     Mode,
     count_checks,
     find_holder,
-    gather,
     is_validation_check,
     mean_over_ranks,
     read_metric,
 )
 from kd_lightning.temperature import Progress
+from kd_lightning.training import gather
 
 __all__ = ["EarlyStopDistillation"]
 

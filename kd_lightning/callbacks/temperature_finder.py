@@ -22,10 +22,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from kd_lightning.callbacks.common import DistillationHolder, Mode, find_holder, gather, mean_over_ranks, read_metric
+from kd_lightning.callbacks.common import DistillationHolder, Mode, find_holder, mean_over_ranks, read_metric
 from kd_lightning.callbacks.snapshot import Snapshot
 from kd_lightning.temperature import ConstantTemperature
 from kd_lightning.temperature.schedules import as_schedule
+from kd_lightning.training import gather
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
