@@ -45,8 +45,8 @@ def find_holder(trainer: Trainer, pl_module: LightningModule) -> DistillationHol
             return holder
     raise TypeError(
         f"found no Distiller in this run: neither {type(pl_module).__name__} nor a callback has an attribute "
-        "`distiller`. Train a DistillationModule, or give your LightningModule `self.distiller = Distiller(...)` and "
-        "`self.last_output`, the last training batch's output."
+        "`distiller`. Train a DistillationModule, add a DistillationCallback, or give your LightningModule "
+        "`self.distiller = Distiller(...)` and `self.last_output`, the last training batch's output."
     )
 
 

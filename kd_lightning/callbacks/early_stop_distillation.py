@@ -113,7 +113,7 @@ class EarlyStopDistillation(Callback):
         self.wait_count += 1
         if self.wait_count < self.patience:
             return
-        if holder.distiller.task_weight(getattr(pl_module, "progress", Progress())) == 0:
+        if holder.distiller.task_weight(getattr(holder, "progress", Progress())) == 0:
             self._warn_once(
                 "EarlyStopDistillation leaves distillation on: task_weight is 0, so nothing would be left to learn."
             )
