@@ -3,8 +3,18 @@
 from kd_lightning.classification import ClassificationModule
 from kd_lightning.distillation import DistillationModule
 from kd_lightning.distiller import DistillationOutput, Distiller
+from kd_lightning.feature_extractor import FeatureExtractor
+from kd_lightning.layers import LayerTerm
 from kd_lightning.teachers import FrozenTeacher
 
 __version__ = "0.1.0"
 
-__all__ = ["ClassificationModule", "DistillationModule", "DistillationOutput", "Distiller", "FrozenTeacher"]
+__all__ = [
+    "ClassificationModule",
+    "DistillationModule",
+    "DistillationOutput",
+    "Distiller",
+    "FeatureExtractor",
+    "FrozenTeacher",
+    "LayerTerm",
+]

@@ -18,7 +18,7 @@ from typing_extensions import override
 import kd_lightning.datamodules
 import kd_lightning.models
 import kd_lightning.temperature  # noqa: F401
-from kd_lightning import ClassificationModule, DistillationModule  # noqa: F401
+from kd_lightning import ClassificationModule, DistillationModule, LayerTerm  # noqa: F401
 from kd_lightning.callbacks import TemperatureFinder
 from kd_lightning.plotting import plot_schedule, plot_softening
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from kd_lightning.classification import SupervisedModule
 from kd_lightning.distiller import DistillationOutput, Distiller
+from kd_lightning.layers import LayerTerm
 from kd_lightning.teachers import FrozenTeacher
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 from kd_lightning.training import DistillationRun, is_logging_step, step_readings
@@ -33,7 +38,8 @@ class DistillationModule(SupervisedModule):
     :class:`~kd_lightning.callbacks.TemperatureMonitor` takes over all but the losses); ``val_loss``, ``val_kd_loss``,
     ``val_task_loss``, ``val_acc``, ``val_acc_top5`` (more than five classes), ``val_calibration_error``,
     ``val_agreement`` and ``val_teacher_acc`` in validation, ``test_…`` in test. ``val_loss`` and ``val_kd_loss`` move
-    with the temperature: choose models by ``val_acc`` or ``val_task_loss``.
+    with the temperature: choose models by ``val_acc`` or ``val_task_loss``. With ``layers`` there is
+    ``train_layer_loss/<layer>`` too, unweighted, and ``temperature_<layer>``; ``val_loss`` is without them.
 
     The teacher is read at the start of ``fit`` and never saved: not in checkpoints, not in the optimiser, out of
     callbacks' reach; resuming with another teacher is an error. ``validate`` and ``predict`` do without its file.
@@ -51,6 +57,10 @@ class DistillationModule(SupervisedModule):
             AdamW with a learning rate of 0.001. The policy's parameters are in a group without weight decay.
         lr_scheduler: A function from the optimiser to a scheduler.
         lr_scheduler_interval: Whether the scheduler steps each ``"epoch"`` or each ``"step"``.
+        layers: Terms between layers of the student and the teacher, a :class:`~kd_lightning.LayerTerm` each. Hooks are
+            on both networks during ``fit``. Projectors are built before the optimiser is, from two training samples
+            that leave no trace in loader or random numbers (a loader that can only be iterated gives its first batch);
+            they have an optimiser group of their own and are in checkpoints, but not in ``student.state_dict()``.
 
     Raises:
         ValueError: Student and teacher share parameters; at fit, no teacher, or another one than the checkpoint's.
@@ -75,11 +85,12 @@ class DistillationModule(SupervisedModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
+        layers: Sequence[LayerTerm] | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, lr_scheduler_interval)
         self._save_plain_hyperparameters()
         self.student = student
-        self.distiller = Distiller(teacher, temperature, kd_loss, task_loss, kd_weight, task_weight)
+        self.distiller = Distiller(teacher, temperature, kd_loss, task_loss, kd_weight, task_weight, layers)
         self.last_output: DistillationOutput | None = None
         self._last_targets: Tensor | None = None
         self._run = DistillationRun(self.distiller, type(self).__name__)
@@ -174,6 +185,7 @@ class DistillationModule(SupervisedModule):
                     "DistillationModule(student=..., teacher=FrozenTeacher(network, checkpoint=...))."
                 )
             self._run.set_up(self.trainer)
+            self._watch_layers()
         elif stage in ("validate", "test") and teacher is not None and not teacher.loaded:
             if teacher.available():
                 teacher.load()
@@ -205,14 +217,44 @@ class DistillationModule(SupervisedModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.last_output, self._last_targets = None, None  # callbacks, whose hooks run first, have seen it
 
+    # ---- layers ---------------------------------------------------------------------------------------------------
+
+    def _watch_layers(self) -> None:
+        """Build the projectors that there are not yet, and put the hooks on."""
+        layers = self.distiller.layers
+        if not layers.built:
+            with isolate_rng():
+                self.distiller.build_projectors(self.student, self._first_inputs())
+            for callback in self._callbacks:
+                if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+                    callback.setup(self.trainer, self, "fit")  # it copied the module before there were projectors
+        self.distiller.attach(self.student)
+
+    def _first_inputs(self) -> Any:
+        source = self.trainer.fit_loop._data_source
+        batch = self._on_before_batch_transfer(_first_samples(source.dataloader()))
+        return self.unpack_batch(self._apply_batch_transfer_handler(batch))[0]
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        return [_DetachOnException()] if len(self.distiller.layers) else []
+
+    @override
+    def teardown(self, stage: str) -> None:
+        self.distiller.detach()
+
     # ---- optimiser ------------------------------------------------------------------------------------------------
 
     @override
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The student's (and the losses') parameters; the policy's in groups of their own, without weight decay."""
-        policy = {id(parameter) for parameter in self.distiller.temperature.parameters()}
-        trained = [p for p in self.parameters() if p.requires_grad and id(p) not in policy]
-        return [{"params": trained}, *self.distiller.temperature.param_groups()]
+        """The student's (and the losses') parameters; the projectors'; the policies', without weight decay."""
+        policies = list(dict.fromkeys(self.distiller.policies().values()))
+        projectors = [p for term in self.distiller.layers if term.projector for p in term.projector.parameters()]
+        apart = {id(p) for p in projectors} | {id(p) for policy in policies for p in policy.parameters()}
+        groups = [{"params": [p for p in self.parameters() if p.requires_grad and id(p) not in apart]}]
+        if projectors:
+            groups.append({"params": projectors})
+        return groups + [group for policy in policies for group in policy.param_groups()]
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -233,8 +275,11 @@ class DistillationModule(SupervisedModule):
     # ---- the temperature's state is no weight: WeightAveraging swaps all buffers, these hooks put ours back -------
 
     def _live_temperature_state(self) -> dict[str, Tensor]:
-        prefix = "distiller.temperature."
-        return {prefix + name: buffer.detach() for name, buffer in self.distiller.temperature.named_buffers()}
+        return {
+            f"distiller.{prefix}.{name}": buffer.detach()
+            for prefix, policy in self.distiller.policies().items()
+            for name, buffer in policy.named_buffers()
+        }
 
     def _keep_temperature_state(self) -> None:
         self._temperature_state = {name: value.clone() for name, value in self._live_temperature_state().items()}
@@ -281,3 +326,38 @@ def _progress_of(module: DistillationModule) -> Progress:
 
 # numbers that a graph reads from the trainer would be compiled into it, step by step
 _progress_outside_the_graph = cast(Callable[[DistillationModule], Progress], torch.compiler.disable(_progress_of))
+
+
+class _DetachOnException(Callback):
+    """Takes the hooks off where a fit ends without ``teardown``; only callbacks are told of an exception."""
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(pl_module, DistillationModule):
+            pl_module.distiller.detach()
+
+
+def _first_samples(loader: Any, count: int = 2) -> Any:
+    """A batch of a loader's first samples, in the structure of its batches.
+
+    Of a DataLoader only data set, sampler and ``collate_fn`` are used, so that no worker starts.
+    """
+    if isinstance(loader, CombinedLoader):
+        return _first_samples(loader.flattened[0] if loader._mode == "sequential" else loader.iterables, count)
+    if isinstance(loader, Mapping):
+        return {name: _first_samples(part, count) for name, part in loader.items()}
+    if isinstance(loader, (list, tuple)):
+        return [_first_samples(part, count) for part in loader]
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return next(iter(loader))
+    generators = {id(g): g for part in (loader, loader.sampler) if (g := getattr(part, "generator", None)) is not None}
+    kept = [(generator, generator.get_state()) for generator in generators.values()]
+    try:
+        if loader.batch_sampler is None:  # the data set itself gives batches
+            return loader.collate_fn(loader.dataset[next(iter(loader.sampler))])
+        indices = next(iter(loader.batch_sampler))[:count]
+        together = getattr(loader.dataset, "__getitems__", None)
+        return loader.collate_fn(together(indices) if together else [loader.dataset[index] for index in indices])
+    finally:
+        for generator, state in kept:
+            generator.set_state(state)

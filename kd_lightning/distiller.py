@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from kd_lightning.functional import Scale, Temperature, loss_scale, predictive_entropy, without_padding
+from kd_lightning.layers import LayerResult, LayerTerm, LayerTerms
 from kd_lightning.losses import CrossEntropyLoss, KDLoss
 from kd_lightning.teachers import FrozenTeacher, as_teacher, extract_logits
 from kd_lightning.temperature import Progress, Schedule, Signals, TemperaturePolicy, as_policy
 from kd_lightning.temperature.base import Temperatures
-from kd_lightning.temperature.schedules import as_schedule
+from kd_lightning.temperature.schedules import as_schedule, weight_at
 
 __all__ = ["DistillationOutput", "Distiller"]
 
@@ -26,7 +27,7 @@ class DistillationOutput:
     """What one call of a :class:`Distiller` computed.
 
     Attributes:
-        loss: ``kd_weight · kd_loss + task_weight · task_loss``; call ``backward()`` on it.
+        loss: ``kd_weight · kd_loss + task_weight · task_loss`` and the weighted ``layers``; call ``backward()`` on it.
         kd_loss: The distillation term, unweighted.
         task_loss: The task term, unweighted; 0 without targets.
         temperature: The temperatures of this batch, class dimension last; a tuple for a policy that gives several.
@@ -36,6 +37,7 @@ class DistillationOutput:
         task_weight: The weight of the task term.
         scale_rule: The loss's rule for the factor ``scale`` where the temperature does not set it.
         class_dim: The class dimension of the logits.
+        layers: What each :class:`LayerTerm` computed, by the student's layer; none in eval mode.
     """
 
     loss: Tensor
@@ -48,6 +50,12 @@ class DistillationOutput:
     task_weight: float
     scale_rule: Scale = "student_teacher"
     class_dim: int = -1
+    layers: dict[str, LayerResult] = field(default_factory=dict)
+
+    @property
+    def layer_losses(self) -> dict[str, Tensor]:
+        """The terms between layers, unweighted, by the student's layer."""
+        return {name: result.loss for name, result in self.layers.items()}
 
     @property
     def temperatures(self) -> tuple[Temperature, ...]:
@@ -65,7 +73,7 @@ class DistillationOutput:
 
         ``temperature_student`` and ``temperature_teacher`` (means over the batch, and over the terms where a policy
         gives several), ``effective_kd_weight``, ``entropy_student`` and ``entropy_teacher`` (in nats, at the first
-        term's temperatures).
+        term's temperatures), and ``temperature_<layer>`` for the terms between layers that have one.
         """
         first = self.temperatures[0]
         student_logits = self.student_logits.detach().movedim(self.class_dim, -1)
@@ -77,6 +85,9 @@ class DistillationOutput:
             "entropy_student": predictive_entropy(student_logits, first.student.detach()).mean(),
             "entropy_teacher": predictive_entropy(teacher_logits, first.teacher.detach()).mean(),
         }
+        for name, result in self.layers.items():
+            if (temperature := result.mean_temperature()) is not None:
+                values[f"temperature_{name}"] = temperature
         return {name: value.float() for name, value in values.items()}
 
 
@@ -87,6 +98,17 @@ class Distiller(nn.Module):
 
         student_logits = student(inputs)
         loss = distiller(inputs, student_logits, targets, progress).loss
+
+    With ``layers``, terms between layers of both networks are added. The loop then runs within
+    :meth:`attach`, and where a projector is needed it is built first:
+
+    .. code-block:: python
+
+        distiller.build_projectors(student, inputs)  # before the optimiser, which trains distiller.parameters() too
+        with distiller.attach(student):
+            ...
+
+    The terms between layers are for training: in eval mode (``distiller.eval()``) they are left out of the loss.
 
     The teacher is held outside the module tree (see :class:`FrozenTeacher`): ``state_dict``, ``parameters`` and
     ``modules`` know the policy and the losses only, while ``to``, ``cuda``, ``half`` and the like reach the teacher.
@@ -102,9 +124,12 @@ class Distiller(nn.Module):
             are given with the class dimension second, as torch's losses take them.
         kd_weight: Number or schedule; not negative. Counts as 0 while the attribute ``kd_enabled`` is False.
         task_weight: Number or schedule; not negative.
+        layers: Terms between layers of the student and the teacher, a :class:`LayerTerm` each. They count as 0 too
+            while ``kd_enabled`` is False.
 
     Raises:
         TypeError: An argument is none of these.
+        RuntimeError: On the call, layers that are not attached or not built, or a teacher that was not run.
         ValueError: A negative weight; and on the call whatever the losses and the policy object to, or a task weight
             without targets.
 
@@ -127,6 +152,7 @@ class Distiller(nn.Module):
         task_loss: nn.Module | None = None,
         kd_weight: float | Schedule | Callable[[Progress], float] = 0.9,
         task_weight: float | Schedule | Callable[[Progress], float] = 0.1,
+        layers: Sequence[LayerTerm] | None = None,
     ) -> None:
         super().__init__()
         self.teacher = as_teacher(teacher)
@@ -136,6 +162,7 @@ class Distiller(nn.Module):
         self.kd_weight = as_schedule(kd_weight)
         self.kd_enabled = True
         self.task_weight = as_schedule(task_weight)
+        self.layers = LayerTerms(layers or ())
 
     @property
     def class_dim(self) -> int:
@@ -178,8 +205,8 @@ class Distiller(nn.Module):
         if teacher_logits is None:
             teacher_logits = self.teacher_logits(inputs)
         teacher_logits = without_padding(student_logits, teacher_logits, self.class_dim)
-        kd_weight = _weight_at(self.kd_weight, progress, "kd_weight") if self.kd_enabled else 0.0
-        task_weight = _weight_at(self.task_weight, progress, "task_weight")
+        kd_weight = weight_at(self.kd_weight, progress, "kd_weight") if self.kd_enabled else 0.0
+        task_weight = weight_at(self.task_weight, progress, "task_weight")
         kd_loss, temperature = self._distil(student_logits, teacher_logits, targets, progress)
         if task_loss is None and targets is not None:
             task_loss = self.task_term(student_logits, targets)
@@ -190,8 +217,12 @@ class Distiller(nn.Module):
                 f"task_weight is {task_weight:g} but the batch has no targets. Give targets or a task_loss, or set "
                 "task_weight=0 to learn from the teacher alone."
             )
+        loss = kd_weight * kd_loss + task_weight * task_loss
+        layers = self._layer_terms(progress)
+        for term in layers.values():
+            loss = loss + term.weight * term.loss
         return DistillationOutput(
-            loss=kd_weight * kd_loss + task_weight * task_loss,
+            loss=loss,
             kd_loss=kd_loss,
             task_loss=task_loss,
             temperature=temperature,
@@ -201,7 +232,59 @@ class Distiller(nn.Module):
             task_weight=task_weight,
             scale_rule=getattr(self.kd_loss, "scale", "student_teacher"),
             class_dim=self.class_dim,
+            layers=layers,
         )
+
+    def _layer_terms(self, progress: Progress) -> dict[str, LayerResult]:
+        if self.training and len(self.layers):
+            return self.layers(progress, self.kd_enabled)
+        self.layers.clear()
+        return {}
+
+    def attach(self, student: nn.Module) -> ExitStack:
+        """Put hooks on the layers of student and teacher; the ``with`` statement, or :meth:`detach`, takes them off.
+
+        Raises:
+            ValueError: There is no teacher, or no layer of that name.
+        """
+        if len(self.layers):
+            self.layers.attach(student, self._required_teacher())
+        stack = ExitStack()
+        stack.callback(self.detach)
+        return stack
+
+    def detach(self) -> None:
+        """Take the hooks of :meth:`attach` off."""
+        self.layers.detach()
+
+    def build_projectors(self, student: nn.Module, inputs: Any) -> None:
+        """Make the projectors that ``layers`` need, if any, from the shapes that a first batch has.
+
+        Call it before the optimiser is made, which is to train ``distiller.parameters()`` too. One forward of each
+        network, in eval mode and without gradient; weights, buffers and random numbers are afterwards as they were.
+
+        Args:
+            student: The student.
+            inputs: Inputs of a batch; two samples will do.
+
+        Raises:
+            ValueError: There is no teacher, no layer of that name, or features that no projector joins.
+        """
+        if not self.layers.built:
+            self.layers.build(student, self._required_teacher(), inputs)
+
+    def policies(self) -> dict[str, TemperaturePolicy]:
+        """All temperature policies by their names as submodules: that of the logits, and those of the layers."""
+        named = {"temperature": self.temperature}
+        for index, term in enumerate(self.layers):
+            if term.temperature is not None:
+                named[f"layers.{index}.temperature"] = term.temperature
+        return named
+
+    def _required_teacher(self) -> FrozenTeacher:
+        if self.teacher is None:
+            raise ValueError("this Distiller has no teacher: layers need one that runs.")
+        return self.teacher
 
     def teacher_logits(self, inputs: Any) -> Tensor:
         """The teacher's logits for these inputs, without gradient.
@@ -250,13 +333,6 @@ class Distiller(nn.Module):
     def extra_repr(self) -> str:
         off = "" if self.kd_enabled else " (off)"
         return f"teacher={self.teacher!r}, kd_weight={self.kd_weight}{off}, task_weight={self.task_weight}"
-
-
-def _weight_at(schedule: Callable[[Progress], float], progress: Progress, name: str) -> float:
-    weight = schedule(progress)
-    if not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"{name} must be finite and not negative, but {schedule} gave {weight} at {progress}.")
-    return weight
 
 
 def _to_layout(temperature: Temperature, class_dim: int, rank: int) -> Temperature:

@@ -62,7 +62,8 @@ class DistillationRun:
     def set_up(self, trainer: Trainer) -> None:
         """Before a fit: the teacher's weights, and what the policy takes from the data."""
         self.teacher.load()
-        self.distiller.temperature.setup_data(getattr(trainer, "datamodule", None))
+        for policy in self.distiller.policies().values():
+            policy.setup_data(getattr(trainer, "datamodule", None))
         self._max_steps = None
         self._restored.pop("resumed_teacher", None)
         rank_zero_info(f"Teacher: {self.teacher!r}, fingerprint {self.teacher.fingerprint()[:8]}")
@@ -119,6 +120,7 @@ class DistillationRun:
             "progress": vars(self.progress(trainer)),
             "configuration": self._configuration(),
             "kd_enabled": self.distiller.kd_enabled,
+            "projectors": [term.shapes for term in self.distiller.layers],
         }
         if teacher is not None and teacher.loaded:
             saved["teacher"] = {"fingerprint": teacher.fingerprint(), "description": repr(teacher)}
@@ -134,6 +136,8 @@ class DistillationRun:
         if "teacher" in saved:
             self._restored["resumed_teacher"] = saved["teacher"]
         self.distiller.kd_enabled = saved.get("kd_enabled", True)
+        self.distiller.layers.rebuild(self._restored.pop("projectors", []))
+        self.distiller.layers.to(self.distiller.temperature.multiplier.device)
 
     def warn_of_changes(self) -> None:
         """Say, once, which settings are no longer those of the checkpoint."""
@@ -152,6 +156,7 @@ class DistillationRun:
             "kd_loss": distiller.kd_loss,
             "kd_weight": distiller.kd_weight,
             "task_weight": distiller.task_weight,
+            "layers": list(distiller.layers),
         }
         return {name: repr(part) for name, part in parts.items()}
 
@@ -181,6 +186,7 @@ def is_logging_step(trainer: Trainer) -> bool:
 def step_readings(trainer: Trainer, out: DistillationOutput) -> dict[str, Tensor]:
     """What a training step logs: both losses, and the temperature where no callback takes that over."""
     values = {"train_kd_loss": out.kd_loss.detach(), "train_task_loss": out.task_loss.detach()}
+    values |= {f"train_layer_loss/{name}": loss.detach() for name, loss in out.layer_losses.items()}
     callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
     if not any(getattr(callback, "logs_temperature", False) for callback in callbacks):
         values |= out.readings()

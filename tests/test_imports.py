@@ -13,6 +13,7 @@ ROOT = Path(kd_lightning.__file__).parent
 LAYERS = [
     {"functional"},
     {"temperature", "losses", "teachers", "feature_extractor", "models"},
+    {"layers"},
     {"distiller", "plotting"},
     {"metrics", "training"},
     {"distillation", "classification"},
@@ -21,7 +22,7 @@ LAYERS = [
 ]
 ALONE = {"datamodules"}
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-WITHOUT_LIGHTNING = LAYERS[0] | LAYERS[1] | LAYERS[2]
+WITHOUT_LIGHTNING = LAYERS[0] | LAYERS[1] | LAYERS[2] | LAYERS[3]
 
 
 def room_of(path: Path) -> str:

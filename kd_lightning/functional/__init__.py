@@ -5,12 +5,27 @@
 - :mod:`~kd_lightning.functional.divergences`: the equation of each on one row, and the closed form of its gradient.
 - :mod:`~kd_lightning.functional.row_loss`: how an equation on rows becomes a loss: layout, masks, scale, reduction,
   and the fast path.
+- :mod:`~kd_lightning.functional.feature_losses`: the losses between the features of a layer in each network.
 - :mod:`~kd_lightning.functional.fused_linear`: the loss from hidden states and heads, without the logits.
 
 Notation used in all docstrings: ``s`` and ``t`` are student and teacher logits, ``T_s`` and ``T_t`` their
 temperatures, ``p_s = softmax(s / T_s)``, ``p_t = softmax(t / T_t)``, ``C`` the number of classes.
 """
 
+from kd_lightning.functional.feature_losses import (
+    attention_kd_loss,
+    attention_logits,
+    attention_transfer_loss,
+    channel_logits,
+    channel_wise_kd_loss,
+    hint_loss,
+    info_nce_logits,
+    info_nce_loss,
+    relational_loss,
+    similarity_kd_loss,
+    similarity_logits,
+    similarity_preserving_loss,
+)
 from kd_lightning.functional.fused_linear import fused_linear_kd_loss
 from kd_lightning.functional.logit_losses import (
     Convention,
@@ -41,10 +56,18 @@ __all__ = [
     "Scale",
     "Temperature",
     "as_temperature",
+    "attention_kd_loss",
+    "attention_logits",
+    "attention_transfer_loss",
     "bernoulli_kd_loss",
+    "channel_logits",
+    "channel_wise_kd_loss",
     "dist_loss",
     "dkd_loss",
     "fused_linear_kd_loss",
+    "hint_loss",
+    "info_nce_logits",
+    "info_nce_loss",
     "jsd_loss",
     "kd_loss",
     "loss_scale",
@@ -52,7 +75,11 @@ __all__ = [
     "multi_temperature_kd_loss",
     "nkd_loss",
     "predictive_entropy",
+    "relational_loss",
     "reverse_kd_loss",
+    "similarity_kd_loss",
+    "similarity_logits",
+    "similarity_preserving_loss",
     "soft_cross_entropy_loss",
     "tempered_log_softmax",
     "tempered_softmax",

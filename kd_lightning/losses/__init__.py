@@ -1,5 +1,17 @@
 """Distillation losses as modules: a constructor and one call into :mod:`kd_lightning.functional`."""
 
+from kd_lightning.losses.features import (
+    AttentionKDLoss,
+    AttentionTransferLoss,
+    ChannelWiseKDLoss,
+    FeatureLoss,
+    HintLoss,
+    InfoNCELoss,
+    RelationalLoss,
+    SimilarityKDLoss,
+    SimilarityPreservingLoss,
+    SoftFeatureLoss,
+)
 from kd_lightning.losses.logits import (
     BernoulliKDLoss,
     DISTLoss,
@@ -17,17 +29,27 @@ from kd_lightning.losses.logits import (
 from kd_lightning.losses.task import CrossEntropyLoss
 
 __all__ = [
+    "AttentionKDLoss",
+    "AttentionTransferLoss",
     "BernoulliKDLoss",
+    "ChannelWiseKDLoss",
     "CrossEntropyLoss",
     "DISTLoss",
     "DKDLoss",
+    "FeatureLoss",
+    "HintLoss",
+    "InfoNCELoss",
     "JSDLoss",
     "KDLoss",
     "LogitLoss",
     "MSELogitsLoss",
     "MultiTemperatureKDLoss",
     "NKDLoss",
+    "RelationalLoss",
     "ReverseKDLoss",
+    "SimilarityKDLoss",
+    "SimilarityPreservingLoss",
     "SoftCrossEntropyLoss",
+    "SoftFeatureLoss",
     "TotalVariationLoss",
 ]

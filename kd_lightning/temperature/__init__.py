@@ -6,6 +6,7 @@ from kd_lightning.temperature.base import Signals, TemperatureLike, TemperatureP
 from kd_lightning.temperature.class_wise import ClassFrequencyTemperature, CorrectWrongTemperature
 from kd_lightning.temperature.combined import JoinedTemperature, MultiTemperature, ProductTemperature
 from kd_lightning.temperature.dynamic import CapacityTemperature, LossGapTemperature
+from kd_lightning.temperature.layer_wise import DepthTemperature
 from kd_lightning.temperature.learnable import InstanceTemperature, LearnableTemperature
 from kd_lightning.temperature.sample_wise import (
     ConfidenceTemperature,
@@ -40,6 +41,7 @@ __all__ = [
     "CorrectWrongTemperature",
     "CosineSchedule",
     "CyclicSchedule",
+    "DepthTemperature",
     "DisagreementTemperature",
     "EntropyTemperature",
     "ExponentialSchedule",

@@ -31,6 +31,8 @@ class Signals:
         targets: Class indices in the logits' shape without the last dimension; None where there are none.
         progress: Step and epoch.
         ignore_index: Target value of positions that do not count; None where all count.
+        depth: Where in the student the logits come from: 0 is its first layer with a loss, 1 the last; 1 for the
+            logits themselves.
 
     Example:
         >>> signals = Signals(torch.zeros(2, 3), torch.zeros(2, 3), targets=torch.tensor([1, -100]))
@@ -43,6 +45,7 @@ class Signals:
     targets: Tensor | None = None
     progress: Progress = field(default_factory=Progress)
     ignore_index: int | None = -100
+    depth: float = 1.0
 
     @property
     def class_targets(self) -> Tensor | None:

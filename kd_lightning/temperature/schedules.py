@@ -27,6 +27,7 @@ __all__ = [
     "StepSchedule",
     "Unit",
     "as_schedule",
+    "weight_at",
 ]
 
 Unit = Literal["epoch", "step"]
@@ -394,6 +395,18 @@ def as_schedule(value: float | Callable[[Progress], float]) -> Callable[[Progres
     if callable(value) and not isinstance(value, type):
         return value
     raise TypeError(f"expected a number or a schedule (Progress → number), got {value!r}.")
+
+
+def weight_at(schedule: Callable[[Progress], float], progress: Progress, name: str) -> float:
+    """A loss weight at this point of training.
+
+    Raises:
+        ValueError: The schedule gave a value that is negative or not finite.
+    """
+    weight = schedule(progress)
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"{name} must be finite and not negative, but {schedule} gave {weight} at {progress}.")
+    return weight
 
 
 def _check_values(schedule: object, *names: str, positive: bool = False) -> None:

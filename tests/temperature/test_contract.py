@@ -29,6 +29,7 @@ from kd_lightning.temperature import (
     CorrectWrongTemperature,
     CosineSchedule,
     CyclicSchedule,
+    DepthTemperature,
     DisagreementTemperature,
     EntropyTemperature,
     ExponentialSchedule,
@@ -76,6 +77,7 @@ POLICIES: dict[type[TemperaturePolicy], list[Case]] = {
     ],
     ConstantTemperature: [Case(lambda: ConstantTemperature(4.0))],
     CorrectWrongTemperature: [Case(CorrectWrongTemperature)],
+    DepthTemperature: [Case(DepthTemperature)],
     DisagreementTemperature: [
         Case(DisagreementTemperature),
         Case(lambda: DisagreementTemperature(beta=10.0, gamma=0.5, by="confidence")),
