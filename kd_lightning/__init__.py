@@ -3,8 +3,15 @@
 from kd_lightning.classification import ClassificationModule
 from kd_lightning.distillation import DistillationModule
 from kd_lightning.distiller import DistillationOutput, Distiller
-from kd_lightning.teachers import FrozenTeacher
+from kd_lightning.teachers import FrozenTeacher, TeacherEnsemble
 
 __version__ = "0.1.0"
 
-__all__ = ["ClassificationModule", "DistillationModule", "DistillationOutput", "Distiller", "FrozenTeacher"]
+__all__ = [
+    "ClassificationModule",
+    "DistillationModule",
+    "DistillationOutput",
+    "Distiller",
+    "FrozenTeacher",
+    "TeacherEnsemble",
+]

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from kd_lightning.classification import SupervisedModule
 from kd_lightning.distiller import DistillationOutput, Distiller
-from kd_lightning.teachers import FrozenTeacher
+from kd_lightning.teachers import FrozenTeacher, TeacherEnsemble
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 
 __all__ = ["DistillationModule"]
@@ -41,7 +41,8 @@ class DistillationModule(SupervisedModule):
     Args:
         student: The network to train. If it is a LightningModule and no optimiser is given, its own
             ``configure_optimizers`` is used.
-        teacher: A trained network or a :class:`FrozenTeacher`. None will do for everything but ``fit``.
+        teacher: A trained network, a :class:`FrozenTeacher` or a :class:`TeacherEnsemble`. None will do for everything
+            but ``fit``.
         temperature: A number, a schedule or a :class:`TemperaturePolicy`.
         kd_loss: See :class:`~kd_lightning.Distiller`.
         task_loss: See :class:`~kd_lightning.Distiller`.
@@ -129,6 +130,13 @@ class DistillationModule(SupervisedModule):
     # ---- steps ----------------------------------------------------------------------------------------------------
 
     @override
+    def forward(self, inputs: Any) -> Tensor:
+        """The student's logits."""
+        return super().forward(
+            self.teacher.without_routing(inputs) if isinstance(self.teacher, TeacherEnsemble) else inputs
+        )
+
+    @override
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         # no more than the computation, so that torch.compile(module) sees one graph; book-keeping comes after it
         self.last_output, self._last_targets = self._distil(batch, _progress_outside_the_graph(self))
@@ -155,7 +163,7 @@ class DistillationModule(SupervisedModule):
         if self.teacher is None:
             raise ValueError(f"{type(self).__name__} has no teacher: give one to learn from.")
         student_logits = self(inputs)
-        teacher_logits = self.extract_logits(self.teacher(inputs))
+        teacher_logits = self.teacher.logits(inputs, self.extract_logits)
         return self.distiller(inputs, student_logits, targets, progress, teacher_logits=teacher_logits), targets
 
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:
@@ -192,7 +200,8 @@ class DistillationModule(SupervisedModule):
                     "DistillationModule(student=..., teacher=FrozenTeacher(network, checkpoint=...))."
                 )
             teacher.load()
-            self.distiller.temperature.setup_data(getattr(self.trainer, "datamodule", None))
+            for policy in self.distiller.policies:
+                policy.setup_data(getattr(self.trainer, "datamodule", None))
             self._max_steps = None
             rank_zero_info(f"Teacher: {teacher!r}, fingerprint {teacher.fingerprint()[:8]}")
         elif stage in ("validate", "test") and teacher is not None and not teacher.loaded:
@@ -262,9 +271,10 @@ class DistillationModule(SupervisedModule):
     @override
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The student's (and the losses') parameters; the policy's in groups of their own, without weight decay."""
-        policy = {id(parameter) for parameter in self.distiller.temperature.parameters()}
-        trained = [p for p in self.parameters() if p.requires_grad and id(p) not in policy]
-        return [{"params": trained}, *self.distiller.temperature.param_groups()]
+        policies = self.distiller.policies
+        taken = {id(parameter) for policy in policies for parameter in policy.parameters()}
+        trained = [p for p in self.parameters() if p.requires_grad and id(p) not in taken]
+        return [{"params": trained}, *(group for policy in policies for group in policy.param_groups())]
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -316,13 +326,14 @@ class DistillationModule(SupervisedModule):
             "kd_weight": distiller.kd_weight,
             "task_weight": distiller.task_weight,
         }
-        return {name: repr(part) for name, part in parts.items()}
+        ensemble = {"teacher": self.teacher.settings} if isinstance(self.teacher, TeacherEnsemble) else {}
+        return {name: repr(part) for name, part in parts.items()} | ensemble
 
     # ---- the temperature's state is no weight: WeightAveraging swaps all buffers, these hooks put ours back -------
 
     def _live_temperature_state(self) -> dict[str, Tensor]:
-        prefix = "distiller.temperature."
-        return {prefix + name: buffer.detach() for name, buffer in self.distiller.temperature.named_buffers()}
+        prefixes = ("distiller.temperature.", "distiller.teacher_temperatures.")
+        return {name: buffer.detach() for name, buffer in self.named_buffers() if name.startswith(prefixes)}
 
     def _keep_temperature_state(self) -> None:
         self._temperature_state = {name: value.clone() for name, value in self._live_temperature_state().items()}
