@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from kd_lightning.functional import Scale, Temperature, loss_scale, predictive_entropy, without_padding
 from kd_lightning.losses import CrossEntropyLoss, KDLoss
-from kd_lightning.teachers import FrozenTeacher, as_teacher, extract_logits
+from kd_lightning.teachers import FrozenTeacher, as_teacher
 from kd_lightning.temperature import Progress, Schedule, Signals, TemperaturePolicy, as_policy
 from kd_lightning.temperature.base import Temperatures
 from kd_lightning.temperature.schedules import as_schedule
@@ -161,6 +161,7 @@ class Distiller(nn.Module):
         progress: Progress | None = None,
         *,
         teacher_logits: Tensor | None = None,
+        index: Tensor | None = None,
     ) -> DistillationOutput:
         """Run the teacher, set the temperature, and weigh both losses.
 
@@ -170,10 +171,11 @@ class Distiller(nn.Module):
             targets: What ``task_loss`` takes. None: no task loss, which asks for ``task_weight=0``.
             progress: Where training stands, for schedules.
             teacher_logits: Logits that are there already; the teacher is not run.
+            index: The samples' rows in the teacher's cache, as batches of ``teacher.index(dataset)`` carry them.
         """
         progress = progress or Progress()
         if teacher_logits is None:
-            teacher_logits = self.teacher_logits(inputs)
+            teacher_logits = self.teacher_logits(inputs, index)
         teacher_logits = without_padding(student_logits, teacher_logits, self.class_dim)
         kd_weight = _weight_at(self.kd_weight, progress, "kd_weight") if self.kd_enabled else 0.0
         task_weight = _weight_at(self.task_weight, progress, "task_weight")
@@ -200,15 +202,15 @@ class Distiller(nn.Module):
             class_dim=self.class_dim,
         )
 
-    def teacher_logits(self, inputs: Any) -> Tensor:
-        """The teacher's logits for these inputs, without gradient.
+    def teacher_logits(self, inputs: Any, index: Tensor | None = None) -> Tensor:
+        """The teacher's logits for these inputs, without gradient; with ``index`` from its cache, if it has one.
 
         Raises:
             ValueError: There is no teacher.
         """
         if self.teacher is None:
             raise ValueError("this Distiller has no teacher: give one, or pass teacher_logits with each call.")
-        return extract_logits(self.teacher(inputs))
+        return self.teacher.logits(inputs, index)
 
     def task_term(self, student_logits: Tensor, targets: Tensor) -> Tensor:
         """The task loss, unweighted."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.teachers.calls import call_model
+from kd_lightning.teachers.cache import TeacherCache
+from kd_lightning.teachers.calls import call_model, extract_logits
+from kd_lightning.teachers.indexed import IndexedDataset
 from kd_lightning.teachers.weights import fingerprint, load_weights, looks_untrained
 
 __all__ = ["FrozenTeacher", "as_teacher"]
@@ -32,6 +34,7 @@ class FrozenTeacher:
             distilled student that now teaches. Tensors and primitives only: read with ``weights_only=True``.
         prefix: What stands before the module's parameter names in the file, such as ``"student."``. None: found by
             itself.
+        cache: Where its logits are kept, by sample; see :meth:`logits` and :meth:`index`.
 
     Raises:
         TypeError: ``module`` is no ``nn.Module``.
@@ -49,7 +52,13 @@ class FrozenTeacher:
         False
     """
 
-    def __init__(self, module: nn.Module, checkpoint: str | Path | None = None, prefix: str | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        checkpoint: str | Path | None = None,
+        prefix: str | None = None,
+        cache: TeacherCache | None = None,
+    ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(
                 f"a teacher must be an nn.Module, got {type(module).__name__}."
@@ -58,6 +67,7 @@ class FrozenTeacher:
         self.module = module.requires_grad_(False).eval()
         self.checkpoint = None if checkpoint is None else str(checkpoint)
         self.prefix = prefix
+        self.cache = cache
         self._parts = tuple(module.modules())
         self._fingerprint: str | None = None
         self._loaded = checkpoint is None
@@ -102,6 +112,50 @@ class FrozenTeacher:
         with torch.no_grad():
             return call_model(self.module, inputs)
 
+    def logits(
+        self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
+    ) -> Tensor:
+        """The logits for these inputs, from the cache where it has them.
+
+        Args:
+            inputs: See :func:`call_model`.
+            index: The samples' rows in the cache, as batches of :meth:`index` carry them. None: the network is run.
+            extract: Finds the logits in the network's output.
+        """
+        if self.cache is None or index is None:
+            return extract(self(inputs))
+        return _outside_graphs(self.cache.logits)(index, lambda: extract(self(inputs)), self._device)
+
+    @property
+    def _device(self) -> torch.device | None:
+        return next((tensor.device for tensor in (*self.module.parameters(), *self.module.buffers())), None)
+
+    @property
+    def caches(self) -> tuple[TeacherCache, ...]:
+        """Its cache, if it has one."""
+        return () if self.cache is None else (self.cache,)
+
+    def index(self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None) -> IndexedDataset:
+        """Wrap the training data so that their batches, ``(batch, index)``, name their rows in the cache.
+
+        .. code-block:: python
+
+            data = teacher.index(dataset)
+            loader = DataLoader(data, batch_size=64, shuffle=True)
+
+        Args:
+            dataset: A map-style dataset.
+            collate_fn: How its samples become a batch, where torch's default does not do; then give the loader
+                ``collate_fn=data.collate``.
+
+        Raises:
+            ValueError: There is no cache; or its file is not of this teacher, dataset and transform, or is damaged; or
+                the samples are random.
+        """
+        if self.cache is None:
+            raise ValueError("this teacher has no cache: FrozenTeacher(..., cache=TeacherCache(path)).")
+        return self.cache.index(dataset, self.fingerprint(), collate_fn)
+
     def to(self, *args: Any, **kwargs: Any) -> FrozenTeacher:
         """Move or cast the network, as ``nn.Module.to``."""
         self.module.to(*args, **kwargs)
@@ -116,7 +170,12 @@ class FrozenTeacher:
     def __repr__(self) -> str:
         count = sum(parameter.numel() for parameter in self.module.parameters())
         source = "weights in place" if self.checkpoint is None else f"checkpoint={self.checkpoint!r}"
-        return f"{type(self).__name__}({type(self.module).__name__}, {count:,} frozen parameters, {source})"
+        cache = "" if self.cache is None else f", cache={str(self.cache.path)!r}"
+        return f"{type(self).__name__}({type(self.module).__name__}, {count:,} frozen parameters, {source}{cache})"
+
+
+# a memory map is nothing for torch.compile
+_outside_graphs = cast(Callable[[Callable[..., Tensor]], Callable[..., Tensor]], torch.compiler.disable)
 
 
 def as_teacher(teacher: nn.Module | FrozenTeacher | None) -> FrozenTeacher | None:
