@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from kd_lightning.classification import SupervisedModule
 from kd_lightning.distiller import DistillationOutput, Distiller
-from kd_lightning.teachers import FrozenTeacher
+from kd_lightning.teachers import FrozenTeacher, split_index
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 
 __all__ = ["DistillationModule"]
@@ -37,6 +37,10 @@ class DistillationModule(SupervisedModule):
 
     The teacher is read at the start of ``fit`` and never saved: not in checkpoints, not in the optimiser, out of
     callbacks' reach; resuming with another teacher is an error. ``validate`` and ``predict`` do without its file.
+
+    A teacher with a :class:`~kd_lightning.teachers.TeacherCache` is run on training batches only as long as the cache
+    lacks them. This library's data modules then say by themselves which samples a batch has; other loaders are made of
+    ``teacher.index(dataset)``. Hooks and callbacks see the batches as they are without a cache.
 
     Args:
         student: The network to train. If it is a LightningModule and no optimiser is given, its own
@@ -82,6 +86,7 @@ class DistillationModule(SupervisedModule):
         self.distiller = Distiller(teacher, temperature, kd_loss, task_loss, kd_weight, task_weight)
         self.last_output: DistillationOutput | None = None
         self._last_targets: Tensor | None = None
+        self._rows: Tensor | None = None  # of the batch at hand in the teacher's cache
         self._max_steps: int | None = None
         self._last_progress = Progress(max_steps=1, max_epochs=1)  # at the start of a run
         self._restored: dict[str, Any] = {}
@@ -135,6 +140,13 @@ class DistillationModule(SupervisedModule):
         return self.last_output.loss
 
     @override
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        # here, before any hook, so that the row numbers are not sent to the device, only to be waited for; it is what
+        # calls the hook of this name, and that one is the user's
+        batch, self._rows = split_index(batch)
+        return super()._on_before_batch_transfer(batch, dataloader_idx)
+
+    @override
     def on_before_backward(self, loss: Tensor) -> None:
         out = self.last_output
         if out is not None:
@@ -151,11 +163,18 @@ class DistillationModule(SupervisedModule):
         self._evaluate("test", batch, dataloader_idx)
 
     def _distil(self, batch: Any, progress: Progress) -> tuple[DistillationOutput, Tensor | None]:
+        batch, rows = split_index(batch)  # still one where the step is called by hand
         inputs, targets = self.unpack_batch(batch)
         if self.teacher is None:
             raise ValueError(f"{type(self).__name__} has no teacher: give one to learn from.")
+        rows = self._rows if rows is None else rows
+        if rows is None and self.training and self.teacher.caches:
+            raise ValueError(
+                "the teacher has a cache, but the training batch does not say which samples it has: make the loader of "
+                "teacher.index(dataset), or give the teacher no cache."
+            )
         student_logits = self(inputs)
-        teacher_logits = self.extract_logits(self.teacher(inputs))
+        teacher_logits = self.teacher.logits(inputs, rows, self.extract_logits)
         return self.distiller(inputs, student_logits, targets, progress, teacher_logits=teacher_logits), targets
 
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:
@@ -194,6 +213,8 @@ class DistillationModule(SupervisedModule):
             teacher.load()
             self.distiller.temperature.setup_data(getattr(self.trainer, "datamodule", None))
             self._max_steps = None
+            self._index_data(teacher.index if teacher.caches else None)
+            self._set_cache_epoch(0)
             rank_zero_info(f"Teacher: {teacher!r}, fingerprint {teacher.fingerprint()[:8]}")
         elif stage in ("validate", "test") and teacher is not None and not teacher.loaded:
             if teacher.available():
@@ -203,6 +224,25 @@ class DistillationModule(SupervisedModule):
                     f"No teacher at {teacher.checkpoint}: the student is measured alone, without the losses and "
                     "metrics that compare it with the teacher."
                 )
+
+    def _index_data(self, wrap: Callable[..., Any] | None) -> None:
+        """Have the data module wrap its training data, if it is one of those that can."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(datamodule, "wrap_train"):
+            datamodule.wrap_train = wrap
+
+    def _set_cache_epoch(self, epoch: int) -> None:
+        for cache in self.teacher.caches if self.teacher is not None else ():
+            cache.set_epoch(epoch)
+
+    @override
+    def teardown(self, stage: str) -> None:
+        if stage == "fit":
+            self._index_data(None)
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        self._set_cache_epoch(self.trainer.current_epoch)
 
     @override
     def on_fit_start(self) -> None:
@@ -223,6 +263,7 @@ class DistillationModule(SupervisedModule):
     def on_train_start(self) -> None:
         teacher = self.teacher
         assert teacher is not None
+        self._set_cache_epoch(self.trainer.current_epoch)  # resumed within an epoch, there is no on_train_epoch_start
         before = self._restored.pop("resumed_teacher", None)
         if before is not None and before["fingerprint"] != teacher.fingerprint():
             raise RuntimeError(
@@ -294,6 +335,11 @@ class DistillationModule(SupervisedModule):
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         if fitting and "teacher" in self._restored:
             self._restored["resumed_teacher"] = self._restored["teacher"]
+        if fitting and "loops" in checkpoint:  # loader workers fetch their first batches before on_train_start
+            loop = checkpoint["loops"]["fit_loop"]
+            epochs = loop["epoch_progress"]["current"]
+            done = loop["epoch_loop.batch_progress"]["is_last_batch"]
+            self._set_cache_epoch(epochs["ready" if done else "processed"])
         self.distiller.kd_enabled = self._restored.get("kd_enabled", True)
         if not fitting:  # else at the start of training: a callback may put back what it had set
             self._warn_of_changes()
