@@ -161,6 +161,7 @@ def test_the_first_look_changes_nothing(make_trainer: MakeTrainer, generator: bo
 # ---- checkpoints -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_resume_is_exact(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     def run(**fit: Any) -> DistillationModule:
         module = make_module(student=without_dropout)
