@@ -280,6 +280,24 @@ class LayerTerms(nn.ModuleList):
             if not attached:
                 self.detach()
 
+    def rebuild(self, shapes: Sequence[tuple[int, int, int] | None]) -> None:
+        """Make the projectors that a checkpoint has.
+
+        Args:
+            shapes: :attr:`LayerTerm.shapes` of each term.
+
+        Raises:
+            ValueError: Another number of terms, or a projector that was built for other shapes.
+        """
+        if len(shapes) != len(self):
+            raise ValueError(
+                f"the checkpoint was trained with {len(shapes)} layer terms, but here are {len(self)}. Give the same "
+                "layers, or load the student's weights alone."
+            )
+        for term, built_for in zip(self, shapes, strict=True):
+            if built_for is not None:
+                term.build(*built_for)
+
     @override
     def forward(self, progress: Progress, enabled: bool = True) -> dict[str, LayerResult]:
         """All terms, from the last forward of each network."""

@@ -204,7 +204,7 @@ def test_loading_builds_the_projectors(checkpoint: tuple[DistillationModule, Pat
 
 def test_other_layers_than_the_checkpoints_are_an_error(checkpoint: tuple[DistillationModule, Path]) -> None:
     _, path = checkpoint
-    with pytest.raises(ValueError, match="was trained with 3 layer terms, but this module has 0"):
+    with pytest.raises(ValueError, match="was trained with 3 layer terms, but here are 0"):
         DistillationModule.load_from_checkpoint(path, student=Net(), teacher=make_teacher())
     other = terms()
     other[2].teacher_layer = "stage1"

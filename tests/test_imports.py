@@ -15,7 +15,7 @@ LAYERS = [
     {"temperature", "losses", "teachers", "feature_extractor", "models"},
     {"layers"},
     {"distiller", "plotting"},
-    {"metrics"},
+    {"metrics", "training"},
     {"distillation", "classification"},
     {"callbacks"},
     {"cli", "__main__"},

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from kd_lightning.teachers.calls import call_model
+from kd_lightning.teachers.calls import call_model, extract_logits, in_micro_batches
 from kd_lightning.teachers.weights import fingerprint, load_weights, looks_untrained
 
-__all__ = ["FrozenTeacher", "as_teacher"]
+__all__ = ["FrozenTeacher", "Precision", "as_teacher"]
+
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
+_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class FrozenTeacher:
@@ -32,9 +37,18 @@ class FrozenTeacher:
             distilled student that now teaches. Tensors and primitives only: read with ``weights_only=True``.
         prefix: What stands before the module's parameter names in the file, such as ``"student."``. None: found by
             itself.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``: what weights and floating-point inputs are cast to, whatever
+            the trainer's precision and autocast are; casts of the module around do not undo it. The logits come as the
+            network gives them: policies and losses widen them to float32, which is exact. None: as the module around.
+        channels_last: Weights and images in the memory format that convolutions are often faster in.
+        compile: ``torch.compile`` the network at its first call; a mapping: with these options, such as
+            ``{"mode": "max-autotune"}``.
+        micro_batch_size: Run at most so many samples at once, and join the outputs, where the teacher is too large for
+            the whole batch. Tensors of the batch's length are split, all others given to each part.
 
     Raises:
         TypeError: ``module`` is no ``nn.Module``.
+        ValueError: An unknown precision, or a ``micro_batch_size`` below 1.
         FileNotFoundError: On first use: there is no such file.
         ValueError: On first use: the file holds no weights, or its names or shapes do not fit; says which.
 
@@ -49,16 +63,35 @@ class FrozenTeacher:
         False
     """
 
-    def __init__(self, module: nn.Module, checkpoint: str | Path | None = None, prefix: str | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        checkpoint: str | Path | None = None,
+        prefix: str | None = None,
+        *,
+        precision: Precision | None = None,
+        channels_last: bool = False,
+        compile: bool | dict[str, Any] = False,
+        micro_batch_size: int | None = None,
+    ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(
                 f"a teacher must be an nn.Module, got {type(module).__name__}."
                 + (" Pass an instance, not the class." if isinstance(module, type) else "")
             )
+        if precision is not None and precision not in _DTYPES:
+            raise ValueError(f"precision must be one of {', '.join(map(repr, _DTYPES))} or None, got {precision!r}.")
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be 1 or more, or None for all at once, got {micro_batch_size}.")
         self.module = module.requires_grad_(False).eval()
         self.checkpoint = None if checkpoint is None else str(checkpoint)
         self.prefix = prefix
+        self.precision: Precision | None = precision
+        self.channels_last = channels_last
+        self.compile = compile
+        self.micro_batch_size = micro_batch_size
         self._parts = tuple(module.modules())
+        self._compiled: Callable[..., Any] | None = None
         self._fingerprint: str | None = None
         self._loaded = checkpoint is None
         if checkpoint is None and looks_untrained(module):
@@ -67,6 +100,10 @@ class FrozenTeacher:
                 "be taught noise. Give FrozenTeacher(module, checkpoint=...) or load its weights first.",
                 stacklevel=2,
             )
+        if precision is not None:
+            module.to(_DTYPES[precision])
+        if channels_last:
+            module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     @property
     def loaded(self) -> bool:
@@ -100,15 +137,64 @@ class FrozenTeacher:
         if any(part.training for part in self._parts):  # somebody called train() on it, or shares a part of it
             self.module.eval()
         with torch.no_grad():
-            return call_model(self.module, inputs)
+            if self.precision is not None:
+                with torch.autocast(self._device_type(), enabled=False):
+                    return self._run(inputs)
+            return self._run(inputs)
+
+    def logits(self, inputs: Any, extract: Callable[[Any], Tensor] = extract_logits) -> Any:
+        """The logits for these inputs: a tensor; of a :class:`TeacherEnsemble` one for each member.
+
+        Args:
+            inputs: As in a call.
+            extract: Finds the logits in the network's output.
+        """
+        return extract(self(inputs))
 
     def to(self, *args: Any, **kwargs: Any) -> FrozenTeacher:
-        """Move or cast the network, as ``nn.Module.to``."""
-        self.module.to(*args, **kwargs)
+        """Move or cast the network, as ``nn.Module.to``; a ``precision`` of its own stays."""
+        if self.precision is None:
+            self.module.to(*args, **kwargs)
+        else:
+            device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            self.module.to(device=device, non_blocking=non_blocking)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        self.module._apply(fn)
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        self.module._apply(fn if self.precision is None else keep_dtype)
+
+    def _run(self, inputs: Any) -> Any:
+        if isinstance(inputs, Mapping):
+            inputs = dict(inputs)  # of whatever kind, such as Hugging Face's BatchEncoding
+        if self.precision is not None or self.channels_last:
+            inputs = tree_map_only(Tensor, self._prepared, inputs)
+        network: Callable[..., Any] = self.module
+        if self.compile and not torch.compiler.is_compiling():  # else it is part of the graph around it
+            if self._compiled is None:
+                options = self.compile if isinstance(self.compile, Mapping) else {}
+                self._compiled = torch.compile(self.module, **options)
+            network = self._compiled
+        if self.micro_batch_size is None:
+            return call_model(network, inputs)
+        return in_micro_batches(network, inputs, self.micro_batch_size)
+
+    def _prepared(self, tensor: Tensor) -> Tensor:
+        if self.precision is not None and tensor.is_floating_point():
+            tensor = tensor.to(_DTYPES[self.precision])
+        if self.channels_last and tensor.dim() == 4:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        return tensor
+
+    def _device_type(self) -> str:
+        tensors = itertools.chain(self.module.parameters(), self.module.buffers())
+        return next((tensor.device.type for tensor in tensors), "cpu")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_compiled": None}  # compiled code is not pickled, but made again
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
         return self  # frozen, and often large: copies of a distiller share it
@@ -116,7 +202,9 @@ class FrozenTeacher:
     def __repr__(self) -> str:
         count = sum(parameter.numel() for parameter in self.module.parameters())
         source = "weights in place" if self.checkpoint is None else f"checkpoint={self.checkpoint!r}"
-        return f"{type(self).__name__}({type(self.module).__name__}, {count:,} frozen parameters, {source})"
+        options = ("precision", "channels_last", "compile", "micro_batch_size")
+        given = "".join(f", {name}={getattr(self, name)!r}" for name in options if getattr(self, name))
+        return f"{type(self).__name__}({type(self.module).__name__}, {count:,} frozen parameters, {source}{given})"
 
 
 def as_teacher(teacher: nn.Module | FrozenTeacher | None) -> FrozenTeacher | None:

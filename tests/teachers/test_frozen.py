@@ -5,32 +5,23 @@ import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from kd_lightning import FrozenTeacher
+from kd_lightning import DistillationModule, Distiller, FrozenTeacher
+from kd_lightning.callbacks import TemperatureMonitor
+from kd_lightning.functional import kd_loss
 from kd_lightning.models import DigitsCNN
-from kd_lightning.teachers import call_model, extract_logits, fingerprint, load_weights
-
-
-def network(num_classes: int = 3) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, num_classes))
-
-
-def state(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def assert_same_state(module: nn.Module, expected: dict[str, torch.Tensor]) -> None:
-    for name, tensor in module.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
-
-
-# ---- frozen ------------------------------------------------------------------------------------------------------
+from kd_lightning.teachers import fingerprint
+from kd_lightning.teachers.frozen import Precision
+from kd_lightning.temperature import MultiTemperature
+from tests.conftest import make_loader, make_network
+from tests.teachers.helpers import assert_same_state, network, state
 
 
 def test_no_gradient_reaches_teacher_or_its_inputs(teacher: nn.Module) -> None:
@@ -83,56 +74,10 @@ def test_not_a_module(wrong: object) -> None:
         FrozenTeacher(wrong)  # pyright: ignore[reportArgumentType]
 
 
-# ---- fingerprint -------------------------------------------------------------------------------------------------
-
-
-def test_fingerprint_sees_every_bit(teacher: nn.Module) -> None:
-    original = fingerprint(teacher)
-    assert fingerprint(copy.deepcopy(teacher)) == original
-    for name in teacher.state_dict():
-        other = copy.deepcopy(teacher)
-        flat = other.state_dict()[name].reshape(-1)
-        flat[0] = flat[0] + 1 if not flat.is_floating_point() else torch.nextafter(flat[0], torch.tensor(torch.inf))
-        assert fingerprint(other) != original, name
-
-
 def test_fingerprint_does_not_depend_on_later_casts(teacher: nn.Module) -> None:
     frozen = FrozenTeacher(teacher)
     before = frozen.fingerprint()
     assert frozen.to(torch.bfloat16).fingerprint() == before
-
-
-# ---- checkpoints -------------------------------------------------------------------------------------------------
-
-
-def write(kind: str, weights: dict[str, torch.Tensor], folder: Path) -> Path:
-    path = folder / f"teacher{'.safetensors' if kind == 'safetensors' else '.pt'}"
-    if kind == "safetensors":
-        save_file(weights, path)
-    elif kind == "bare":
-        torch.save(weights, path)
-    elif kind == "mdistiller":
-        torch.save({"model": weights, "epoch": 240, "best_acc": 79.4}, path)
-    elif kind == "data parallel":
-        torch.save({"state_dict": {f"module.{name}": value for name, value in weights.items()}}, path)
-    elif kind == "lightning":
-        renamed = {f"student.{name}": value for name, value in weights.items()}
-        policy = {"distiller.temperature.multiplier": torch.ones(1)}
-        torch.save({"state_dict": renamed | policy, "epoch": 3, "hyper_parameters": {}}, path)
-    elif kind == "compiled":
-        torch.save({"state_dict": {f"student._orig_mod.{name}": v for name, v in weights.items()}}, path)
-    return path
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "bare", "mdistiller", "data parallel", "lightning", "compiled"])
-def test_every_kind_of_checkpoint_loads(kind: str, teacher: nn.Module, tmp_path: Path) -> None:
-    path = write(kind, state(teacher), tmp_path)
-    other = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 6))
-    frozen = FrozenTeacher(other, checkpoint=path)
-    assert not frozen.loaded
-    inputs = torch.randn(3, 8)
-    assert torch.equal(frozen(inputs), FrozenTeacher(teacher)(inputs))
-    assert frozen.loaded
 
 
 def test_the_file_is_read_on_first_use_only(tmp_path: Path) -> None:
@@ -142,85 +87,134 @@ def test_the_file_is_read_on_first_use_only(tmp_path: Path) -> None:
         frozen(torch.ones(1, 4))
 
 
-def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
-    (tmp_path / "teacher.ckpt").touch()
-    with pytest.raises(FileNotFoundError, match=r"Close to it: .*teacher\.ckpt"):
-        load_weights(network(), tmp_path / "techer.ckpt")
+# ---- speed ---------------------------------------------------------------------------------------------------------
+
+CASTS: list[Callable[[Distiller], object]] = [lambda d: d.half(), lambda d: d.to(torch.float64), lambda d: d.bfloat16()]
 
 
-def test_two_networks_in_one_file_ask_for_the_prefix(tmp_path: Path) -> None:
-    one, two = network(), network()
-    both = {f"student.{k}": v for k, v in state(one).items()} | {f"teacher.{k}": v for k, v in state(two).items()}
-    torch.save({"state_dict": both}, tmp_path / "both.pt")
-    target = network()
-    with pytest.raises(ValueError, match=r"several prefixes, 'student\.', 'teacher\.'"):
-        load_weights(target, tmp_path / "both.pt")
-    load_weights(target, tmp_path / "both.pt", prefix="teacher.")
-    assert_same_state(target, state(two))
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_a_precision_of_its_own_survives_casts(
+    cast: Callable[[Distiller], object], precision: Precision, dtype: torch.dtype, teacher: nn.Module
+) -> None:
+    inputs, reference = torch.randn(4, 8), copy.deepcopy(teacher).eval().to(dtype)
+    frozen = FrozenTeacher(teacher, precision=precision)
+    before = frozen.fingerprint()
+    distiller = Distiller(frozen)
+    cast(distiller)
+    frozen.to(torch.float64).to("cpu", torch.float16)
+    assert {tensor.dtype for tensor in teacher.state_dict().values()} == {dtype, torch.int64}
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = frozen(inputs.double())
+    assert logits.dtype == dtype
+    assert torch.equal(logits, reference(inputs.to(dtype)))
+    assert fingerprint(teacher) == before
 
 
-def test_misfits_are_named_all_at_once_and_nothing_is_loaded(tmp_path: Path) -> None:
-    saved = state(network())
-    saved["0.extra"] = saved.pop("0.bias")
-    saved["3.weight"] = torch.zeros(3, 9)
-    torch.save(saved, tmp_path / "odd.pt")
-    target = network()
-    before = state(target)
-    with pytest.raises(ValueError, match=r"missing in the file: 0\.bias") as error:
-        load_weights(target, tmp_path / "odd.pt")
-    assert "not in the module: 0.extra" in str(error.value)
-    assert "3.weight (3, 9) in the file, (3, 8) in the module" in str(error.value)
-    assert_same_state(target, before)
+def test_without_a_precision_it_follows_the_module_around(teacher: nn.Module) -> None:
+    Distiller(FrozenTeacher(teacher)).to(torch.float64)
+    assert teacher(torch.randn(4, 8, dtype=torch.float64)).dtype == torch.float64
 
 
-def test_another_class_count_says_so(tmp_path: Path) -> None:
-    torch.save(state(network(100)), tmp_path / "hundred.pt")
-    with pytest.raises(ValueError, match="class counts differ: 100 in the file, 10 in the module"):
-        load_weights(network(10), tmp_path / "hundred.pt")
+def test_a_half_precision_teacher_gives_the_losses_of_its_logits(teacher: nn.Module) -> None:
+    student, inputs, targets = torch.randn(4, 6, requires_grad=True), torch.randn(4, 8), torch.arange(4)
+    half = FrozenTeacher(teacher, precision="bf16")
+    out = Distiller(half, 4.0)(inputs, student, targets)
+    torch.testing.assert_close(out.kd_loss, kd_loss(student, half(inputs).float(), 4.0), rtol=1e-6, atol=0)
+    assert out.teacher_logits.dtype == torch.bfloat16
+
+
+def test_a_checkpoint_is_read_into_the_precision(teacher: nn.Module, tmp_path: Path) -> None:
+    torch.save(state(teacher), tmp_path / "teacher.pt")
+    other = make_network(32)
+    FrozenTeacher(other, tmp_path / "teacher.pt", precision="bf16").load()
+    assert_same_state(other, state(copy.deepcopy(teacher).bfloat16()))
+
+
+def test_token_numbers_are_not_cast() -> None:
+    network = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
+    network[1].weight.data.mul_(3.0)
+    tokens = torch.tensor([[0, 4], [1, 2]])
+    assert FrozenTeacher(network, precision="bf16")(tokens).dtype == torch.bfloat16
+
+
+def test_channels_last() -> None:
+    seen: list[bool] = []
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
+    images = torch.randn(2, 3, 6, 6)
+    network(images)
+    expected = network.eval()(images)
+    network[0].register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    frozen = FrozenTeacher(network, channels_last=True)
+    torch.testing.assert_close(frozen(images), expected)
+    assert seen == [True]
+    frozen.to("cpu")
+    assert network[0].weight.is_contiguous(memory_format=torch.channels_last)  # pyright: ignore
+
+
+class CountingBackend:
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: Any, example: Any) -> Any:
+        self.graphs += 1
+        return graph.forward
+
+
+def test_compiled_at_the_first_call_and_made_again_after_a_copy(teacher: nn.Module) -> None:
+    torch.compiler.reset()
+    backend, inputs = CountingBackend(), torch.randn(4, 8)
+    expected = FrozenTeacher(copy.deepcopy(teacher))(inputs)
+    frozen = FrozenTeacher(teacher, compile={"backend": backend})
+    assert backend.graphs == 0
+    for _ in range(3):
+        torch.testing.assert_close(frozen(inputs), expected)
+    assert backend.graphs == 1
+    assert copy.deepcopy(frozen) is frozen
+    frozen.compile = {"backend": "eager"}
+    again = pickle.loads(pickle.dumps(frozen))
+    assert again.fingerprint() == frozen.fingerprint()
+    torch.testing.assert_close(again(inputs), expected)
+
+
+def test_options_are_said(teacher: nn.Module) -> None:
+    frozen = FrozenTeacher(teacher, precision="bf16", micro_batch_size=2)
+    assert repr(frozen).endswith("weights in place, precision='bf16', micro_batch_size=2)")
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"not a checkpoint", "could not be read as weights"),
-        (b"", "could not be read as weights"),
-        ({"epoch": 3}, "holds no state dict but a dict with keys epoch"),
-        (torch.ones(3), "holds no state dict but a Tensor"),
-        (SimpleNamespace(weight=1), "could not be read as weights"),  # needs a class: refused by weights_only
-    ],
-)
-def test_files_that_are_no_weights(content: object, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "wrong.pt"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        torch.save(content, path)
+    ("options", "message"),
+    [({"precision": "16-mixed"}, "precision must be one of 'fp32', 'bf16', 'fp16'"),
+     ({"micro_batch_size": 0}, "micro_batch_size must be 1 or more")],
+)  # fmt: skip
+def test_bad_options(options: dict[str, Any], message: str, teacher: nn.Module) -> None:
     with pytest.raises(ValueError, match=message):
-        load_weights(network(), path)
+        FrozenTeacher(teacher, **options)
 
 
-def test_a_broken_safetensors_file(tmp_path: Path) -> None:
-    (tmp_path / "broken.safetensors").write_bytes(b"12345678garbage")
-    with pytest.raises(ValueError, match="no readable safetensors file"):
-        load_weights(network(), tmp_path / "broken.safetensors")
+def test_micro_batches_give_the_logits_of_the_whole(teacher: nn.Module) -> None:
+    inputs = torch.randn(7, 8)
+    sizes: list[int] = []
+    teacher.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    expected = FrozenTeacher(teacher)(inputs)
+    torch.testing.assert_close(FrozenTeacher(teacher, micro_batch_size=3)(inputs), expected)
+    assert sizes == [7, 3, 3, 1]
 
 
-# ---- inputs and outputs ------------------------------------------------------------------------------------------
-
-
-def test_call_model() -> None:
-    class Net(nn.Module):
-        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            return a - b
-
-    one, two = torch.ones(1), torch.full((1,), 2.0)
-    assert call_model(Net(), (one, two)) == call_model(Net(), {"b": two, "a": one}) == -1
-    assert call_model(nn.Identity(), one) == 1
-
-
-def test_extract_logits() -> None:
-    logits = torch.ones(2, 3)
-    for output in (logits, SimpleNamespace(logits=logits), {"logits": logits}, {"out": logits, "aux": None}):
-        assert extract_logits(output) is logits
-    with pytest.raises(TypeError, match=r"type dict with keys \['scores'\]"):
-        extract_logits({"scores": logits})
+@pytest.mark.parametrize("temperature", [4.0, MultiTemperature([2.0, 4.0])])
+def test_one_forward_per_batch_with_accumulation_and_several_terms(
+    temperature: Any,
+    make_module: Callable[..., DistillationModule],
+    make_trainer: Callable[..., Trainer],
+    teacher: nn.Module,
+    tmp_path: Path,
+) -> None:
+    calls: list[int] = []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    trainer = make_trainer(
+        max_epochs=1, accumulate_grad_batches=2, callbacks=[TemperatureMonitor()], logger=CSVLogger(tmp_path)
+    )
+    trainer.fit(make_module(temperature=temperature), make_loader(64, batch_size=16))
+    assert len(calls) == 4

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kd_lightning.teachers import call_model, extract_logits
+from kd_lightning.teachers.calls import in_micro_batches
+
+
+def test_call_model() -> None:
+    class Net(nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return a - b
+
+    one, two = torch.ones(1), torch.full((1,), 2.0)
+    assert call_model(Net(), (one, two)) == call_model(Net(), {"b": two, "a": one}) == -1
+    assert call_model(nn.Identity(), one) == 1
+
+
+def test_extract_logits() -> None:
+    logits = torch.ones(2, 3)
+    for output in (logits, SimpleNamespace(logits=logits), {"logits": logits}, {"out": logits, "aux": None}):
+        assert extract_logits(output) is logits
+    with pytest.raises(TypeError, match=r"type dict with keys \['scores'\]"):
+        extract_logits({"scores": logits})
+
+
+class Pair(nn.Module):
+    def __init__(self, extra: Any = None) -> None:
+        super().__init__()
+        self.extra = extra
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | float = 0.0) -> dict[str, Any]:
+        return {"logits": a - b + bias, "layers": (a, [b]), "extra": self.extra, "count": 2}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 9])
+def test_micro_batches_split_inputs_and_join_outputs_of_any_nesting(size: int) -> None:
+    a, b, bias = torch.randn(5, 3), torch.randn(5, 3), torch.randn(3)  # the bias is not of the batch's length
+    for inputs in ((a, b, bias), {"a": a, "b": b, "bias": bias}):
+        out = in_micro_batches(Pair(), inputs, size)
+        assert torch.equal(out["logits"], a - b + bias)
+        assert torch.equal(out["layers"][0], a)
+        assert torch.equal(out["layers"][1][0], b)
+        assert out["extra"] is None
+        assert out["count"] == 2
+
+
+def test_micro_batches_of_a_hugging_face_model() -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3
+    )
+    model = BertForSequenceClassification(config).eval()
+    inputs = {"input_ids": torch.randint(0, 20, (5, 4)), "attention_mask": torch.ones(5, 4, dtype=torch.long)}
+    with torch.no_grad():
+        expected = extract_logits(call_model(model, inputs))
+        torch.testing.assert_close(extract_logits(in_micro_batches(model, inputs, 2)), expected)
+
+
+@pytest.mark.parametrize("extra", [torch.tensor(1.0), SimpleNamespace()])
+def test_outputs_that_cannot_be_joined(extra: Any) -> None:
+    with pytest.raises(TypeError, match="the teacher's output holds a"):
+        in_micro_batches(Pair(extra), (torch.ones(4, 1), torch.ones(4, 1)), 2)
+
+
+def test_inputs_that_cannot_be_split() -> None:
+    with pytest.raises(TypeError, match="found none in inputs of type int"):
+        in_micro_batches(nn.Identity(), 3, 2)
