@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kd_lightning import Distiller, LayerTerm
+from kd_lightning import Distiller, FrozenTeacher, LayerTerm
 from kd_lightning.functional import channel_wise_kd_loss, kd_loss
 from kd_lightning.losses import (
     AttentionTransferLoss,
@@ -257,6 +257,26 @@ def test_layers_are_found_or_said(teacher: Net) -> None:
         attach("stage3", "stage2")
     with pytest.raises(ValueError, match=r"'stage1\.\?' matches stage1.0, stage1.1, stage1.2: give a term for each"):
         attach("stage2", "stage1.?")
+
+
+def test_teachers_without_the_features_of_a_batch(teacher: Net) -> None:
+    layers = [LayerTerm("stage1", "stage1", SimilarityPreservingLoss())]
+    with pytest.raises(ValueError, match=r"the whole batch, but the teacher has micro_batch_size=2: leave it out"):
+        Distiller(FrozenTeacher(teacher, micro_batch_size=2), layers=layers).attach(Net())
+
+
+def test_a_compiled_student_and_teacher_can_be_attached_to_again(teacher: Net) -> None:
+    student, (inputs, targets) = Net(), batch()
+    student.compile(backend="eager")
+    frozen = FrozenTeacher(teacher, compile={"backend": "eager"}, precision="bf16")
+    distiller = Distiller(frozen, layers=[LayerTerm("stage1", "stage1", HintLoss())])
+    student(inputs)
+    frozen(inputs)  # both are compiled before there are hooks
+    distiller.build_projectors(student, inputs)
+    for _ in range(2):
+        with distiller.attach(student):
+            out = distiller(inputs, student(inputs), targets)
+            assert out.layer_losses["stage1"] > 0
 
 
 def test_an_exception_takes_the_hooks_off(teacher: Net) -> None:
