@@ -52,8 +52,9 @@ class CommandTrainer(Trainer):
             loader = datamodule.train_dataloader()
             steps = max(len(loader) // self.accumulate_grad_batches, 1)
             if model.teacher is not None:
-                inputs, _ = model.unpack_batch(next(iter(loader)))
-                logits = model.extract_logits(model.teacher(inputs)).movedim(model.class_dim, -1)
+                inputs, targets = model.unpack_batch(next(iter(loader)))
+                members = model.teacher.logits(inputs, model.extract_logits)
+                logits = model.distiller.consensus(inputs, members, targets).movedim(model.class_dim, -1)
         num_classes = 10 if logits is None else logits.shape[-1]
         epochs = self.max_epochs if self.max_epochs and self.max_epochs > 0 else max(self.max_steps // steps, 1)
         figures = {"schedule": plot_schedule(policy, epochs, steps, num_classes=num_classes)}

@@ -20,7 +20,7 @@ from typing_extensions import override
 from kd_lightning.classification import SupervisedModule
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.layers import LayerTerm
-from kd_lightning.teachers import FrozenTeacher
+from kd_lightning.teachers import FrozenTeacher, TeacherEnsemble
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 from kd_lightning.training import DistillationRun, is_logging_step, step_readings
 
@@ -47,7 +47,8 @@ class DistillationModule(SupervisedModule):
     Args:
         student: The network to train. If it is a LightningModule and no optimiser is given, its own
             ``configure_optimizers`` is used.
-        teacher: A trained network or a :class:`FrozenTeacher`. None will do for everything but ``fit``.
+        teacher: A trained network, a :class:`FrozenTeacher` or a :class:`TeacherEnsemble`. None will do for everything
+            but ``fit``.
         temperature: A number, a schedule or a :class:`TemperaturePolicy`.
         kd_loss: See :class:`~kd_lightning.Distiller`.
         task_loss: See :class:`~kd_lightning.Distiller`.
@@ -125,6 +126,13 @@ class DistillationModule(SupervisedModule):
     # ---- steps ----------------------------------------------------------------------------------------------------
 
     @override
+    def forward(self, inputs: Any) -> Tensor:
+        """The student's logits."""
+        return super().forward(
+            self.teacher.without_routing(inputs) if isinstance(self.teacher, TeacherEnsemble) else inputs
+        )
+
+    @override
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         # no more than the computation, so that torch.compile(module) sees one graph; book-keeping comes after it
         self.last_output, self._last_targets = self._distil(batch, _progress_outside_the_graph(self))
@@ -151,7 +159,7 @@ class DistillationModule(SupervisedModule):
         if self.teacher is None:
             raise ValueError(f"{type(self).__name__} has no teacher: give one to learn from.")
         student_logits = self(inputs)
-        teacher_logits = self.extract_logits(self.teacher(inputs))
+        teacher_logits = self.teacher.logits(inputs, self.extract_logits)
         return self.distiller(inputs, student_logits, targets, progress, teacher_logits=teacher_logits), targets
 
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from kd_lightning.functional import Scale, Temperature, loss_scale, predictive_entropy, without_padding
+from kd_lightning.functional.row_loss import valid_positions
 from kd_lightning.layers import LayerResult, LayerTerm, LayerTerms
 from kd_lightning.losses import CrossEntropyLoss, KDLoss
-from kd_lightning.teachers import FrozenTeacher, as_teacher, extract_logits
+from kd_lightning.losses.logits import LogitLoss
+from kd_lightning.teachers import FrozenTeacher, TeacherEnsemble, as_teacher
+from kd_lightning.teachers.ensemble import LossTerm, Opinions
 from kd_lightning.temperature import Progress, Schedule, Signals, TemperaturePolicy, as_policy
 from kd_lightning.temperature.base import Temperatures
 from kd_lightning.temperature.schedules import as_schedule, weight_at
@@ -32,7 +35,7 @@ class DistillationOutput:
         task_loss: The task term, unweighted; 0 without targets.
         temperature: The temperatures of this batch, class dimension last; a tuple for a policy that gives several.
         student_logits: As they were given.
-        teacher_logits: In the student's layout, without gradient.
+        teacher_logits: In the student's layout, without gradient; of a :class:`TeacherEnsemble` the consensus.
         kd_weight: The weight of the distillation term in this step.
         task_weight: The weight of the task term.
         scale_rule: The loss's rule for the factor ``scale`` where the temperature does not set it.
@@ -114,8 +117,8 @@ class Distiller(nn.Module):
     ``modules`` know the policy and the losses only, while ``to``, ``cuda``, ``half`` and the like reach the teacher.
 
     Args:
-        teacher: A trained network, or a :class:`FrozenTeacher` with its checkpoint. None: give ``teacher_logits`` with
-            every call.
+        teacher: A trained network, a :class:`FrozenTeacher` with its checkpoint, or a :class:`TeacherEnsemble` of
+            several. None: give ``teacher_logits`` with every call.
         temperature: A number, a schedule, or a :class:`TemperaturePolicy`.
         kd_loss: ``(student_logits, teacher_logits, temperature, targets=...) -> scalar``, :class:`KDLoss` by default.
             Its attributes ``class_dim`` and ``ignore_index`` (−1 and −100 where it has none) say how logits are laid
@@ -163,6 +166,13 @@ class Distiller(nn.Module):
         self.kd_enabled = True
         self.task_weight = as_schedule(task_weight)
         self.layers = LayerTerms(layers or ())
+        ensemble = self.teacher if isinstance(self.teacher, TeacherEnsemble) else None
+        self.teacher_temperatures = nn.ModuleList(ensemble.temperatures if ensemble else ())
+        if ensemble and ensemble.combine == "probs" and not getattr(self.kd_loss, "compares_distributions", True):
+            raise ValueError(
+                f"{type(self.kd_loss).__name__} sees logits without a softmax, and combine='probs' mixes what softmax "
+                "gives. Take TeacherEnsemble(..., combine='logits') or combine='losses'."
+            )
 
     @property
     def class_dim(self) -> int:
@@ -187,7 +197,7 @@ class Distiller(nn.Module):
         targets: Tensor | None = None,
         progress: Progress | None = None,
         *,
-        teacher_logits: Tensor | None = None,
+        teacher_logits: Tensor | Sequence[Tensor] | None = None,
         task_loss: Tensor | None = None,
     ) -> DistillationOutput:
         """Run the teacher, set the temperature, and weigh both losses.
@@ -197,17 +207,17 @@ class Distiller(nn.Module):
             student_logits: ``(N, C)`` or any shape with a class dimension.
             targets: What the task loss takes. None: no task loss, which asks for ``task_weight=0`` or ``task_loss``.
             progress: Where training stands, for schedules.
-            teacher_logits: Logits that are there already; the teacher is not run.
+            teacher_logits: Logits that are there already, of an ensemble one for each member; the teacher is not run.
             task_loss: A task loss that is there already, such as the one that a Hugging Face model returns; the
                 Distiller's own is not computed.
         """
         progress = progress or Progress()
         if teacher_logits is None:
             teacher_logits = self.teacher_logits(inputs)
-        teacher_logits = without_padding(student_logits, teacher_logits, self.class_dim)
+        teacher_logits, opinions = self._consult(inputs, student_logits, teacher_logits, targets, progress)
         kd_weight = weight_at(self.kd_weight, progress, "kd_weight") if self.kd_enabled else 0.0
         task_weight = weight_at(self.task_weight, progress, "task_weight")
-        kd_loss, temperature = self._distil(student_logits, teacher_logits, targets, progress)
+        kd_loss, temperature = self._distil(student_logits, teacher_logits, targets, progress, opinions)
         if task_loss is None and targets is not None:
             task_loss = self.task_term(student_logits, targets)
         elif task_loss is None and task_weight == 0:
@@ -274,35 +284,87 @@ class Distiller(nn.Module):
             self.layers.build(student, self._required_teacher(), inputs)
 
     def policies(self) -> dict[str, TemperaturePolicy]:
-        """All temperature policies by their names as submodules: that of the logits, and those of the layers."""
+        """All temperature policies by their names as submodules: that of the logits, those of an
+        ensemble's teachers that have one of their own, and those of the layers.
+        """
         named = {"temperature": self.temperature}
+        for index, policy in enumerate(self.teacher_temperatures):
+            assert isinstance(policy, TemperaturePolicy)
+            named[f"teacher_temperatures.{index}"] = policy
         for index, term in enumerate(self.layers):
             if term.temperature is not None:
                 named[f"layers.{index}.temperature"] = term.temperature
         return named
+
+    @property
+    def _members_policies(self) -> list[TemperaturePolicy]:
+        return [*self.teacher_temperatures]  # pyright: ignore[reportReturnType]
 
     def _required_teacher(self) -> FrozenTeacher:
         if self.teacher is None:
             raise ValueError("this Distiller has no teacher: layers need one that runs.")
         return self.teacher
 
-    def teacher_logits(self, inputs: Any) -> Tensor:
-        """The teacher's logits for these inputs, without gradient.
+    def teacher_logits(self, inputs: Any) -> Tensor | tuple[Tensor, ...]:
+        """The teacher's logits for these inputs, without gradient; of an ensemble one for each member.
 
         Raises:
             ValueError: There is no teacher.
         """
         if self.teacher is None:
             raise ValueError("this Distiller has no teacher: give one, or pass teacher_logits with each call.")
-        return extract_logits(self.teacher(inputs))
+        return self.teacher.logits(inputs)
+
+    def consensus(
+        self,
+        inputs: Any,
+        teacher_logits: Tensor | Sequence[Tensor],
+        targets: Tensor | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """What policies and metrics see as the teacher's logits: those of one as they are, an ensemble's common ones.
+
+        Args:
+            inputs: What the teacher was called with.
+            teacher_logits: What :meth:`teacher_logits` gave.
+            targets: Of the batch, for weights and routing by label.
+            progress: Where training stands; at its start by default.
+        """
+        one = teacher_logits if isinstance(teacher_logits, Tensor) else teacher_logits[0]
+        progress = progress or Progress(max_steps=1, max_epochs=1)
+        return self._consult(inputs, one, teacher_logits, targets, progress)[0]
 
     def task_term(self, student_logits: Tensor, targets: Tensor) -> Tensor:
         """The task loss, unweighted."""
         logits = student_logits.movedim(self.class_dim, 1) if student_logits.dim() > 2 else student_logits
         return self.task_loss(logits, targets)
 
+    def _consult(
+        self,
+        inputs: Any,
+        student_logits: Tensor,
+        teacher_logits: Tensor | Sequence[Tensor],
+        targets: Tensor | None,
+        progress: Progress,
+    ) -> tuple[Tensor, Opinions | None]:
+        """What policies and metrics see as the teacher's logits; and what the members of an ensemble say."""
+        class_dim = self.class_dim
+        if not isinstance(self.teacher, TeacherEnsemble):
+            assert isinstance(teacher_logits, Tensor)
+            return without_padding(student_logits, teacher_logits, class_dim), None
+        members = [without_padding(student_logits, z, class_dim).movedim(class_dim, -1) for z in teacher_logits]
+        student_last = student_logits.movedim(class_dim, -1)
+        signals = Signals(student_last, student_last, targets, progress, self.ignore_index)
+        opinions = self.teacher.weigh(members, signals, inputs)
+        return opinions.consensus.movedim(-1, class_dim), opinions
+
     def _distil(
-        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None, progress: Progress
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        targets: Tensor | None,
+        progress: Progress,
+        opinions: Opinions | None = None,
     ) -> tuple[Tensor, Temperatures]:
         if student_logits.shape != teacher_logits.shape:  # before a policy stumbles over it with a lesser message
             raise ValueError(
@@ -312,15 +374,43 @@ class Distiller(nn.Module):
         class_dim = self.class_dim
         student_last, teacher_last = student_logits.movedim(class_dim, -1), teacher_logits.movedim(class_dim, -1)
         policy = self.temperature
-        temperature = policy(Signals(student_last, teacher_last, targets, progress, self.ignore_index))
+        signals = Signals(student_last, teacher_last, targets, progress, self.ignore_index)
+        temperature = policy(signals)
         student = policy.transform(student_last).movedim(-1, class_dim)
-        teacher = policy.transform(teacher_last).movedim(-1, class_dim)
-        terms = (temperature,) if isinstance(temperature, Temperature) else temperature
-        losses = [
-            self.kd_loss(student, teacher, _to_layout(term, class_dim, student.dim()), targets=targets)
-            for term in terms
-        ]
+        single = isinstance(temperature, Temperature)
+        if opinions is None:
+            teacher = policy.transform(teacher_last)
+            terms = [LossTerm(teacher, term) for term in ((temperature,) if single else temperature)]
+        else:
+            assert isinstance(self.teacher, TeacherEnsemble)
+            terms, used = self.teacher.loss_terms(
+                opinions, signals, (temperature,) if single else temperature, policy, self._members_policies
+            )
+            temperature = used[0] if single else used
+        losses = [self._term(student, term, targets) for term in terms]
         return (losses[0] if len(losses) == 1 else torch.stack(losses).sum()), temperature
+
+    def _term(self, student: Tensor, term: LossTerm, targets: Tensor | None) -> Tensor:
+        class_dim = self.class_dim
+        teacher, temperature = (
+            term.logits.movedim(-1, class_dim),
+            _to_layout(term.temperature, class_dim, student.dim()),
+        )
+        if term.weight is None or term.weight.numel() == 1:
+            loss = self.kd_loss(student, teacher, temperature, targets=targets)
+            return loss if term.weight is None else loss * term.weight.squeeze()
+        if not isinstance(self.kd_loss, LogitLoss):
+            raise TypeError(
+                "combine='losses' with weights by row needs the loss of each row: derive "
+                f"{type(self.kd_loss).__name__} from kd_lightning.losses.LogitLoss, or take combine='probs'."
+            )
+        rows = self.kd_loss(student, teacher, temperature, targets=targets, reduction="none") * term.weight.squeeze(-1)
+        if self.kd_loss.reduction == "none":
+            return rows
+        valid = valid_positions(targets, student, class_dim, self.ignore_index)
+        mean = self.kd_loss.reduction == "mean"
+        count = 1 if not mean else rows.numel() if valid is None else valid.sum().clamp(min=1)
+        return rows.sum() / count
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
 from kd_lightning.distiller import DistillationOutput, Distiller
-from kd_lightning.teachers import FrozenTeacher
+from kd_lightning.teachers import FrozenTeacher, TeacherEnsemble
 from kd_lightning.temperature import Progress
 
 __all__ = ["DistillationRun", "configure_with_groups", "gather", "is_logging_step", "step_readings"]
@@ -158,7 +158,8 @@ class DistillationRun:
             "task_weight": distiller.task_weight,
             "layers": list(distiller.layers),
         }
-        return {name: repr(part) for name, part in parts.items()}
+        ensemble = {"teacher": distiller.teacher.settings} if isinstance(distiller.teacher, TeacherEnsemble) else {}
+        return {name: repr(part) for name, part in parts.items()} | ensemble
 
     @override
     def __repr__(self) -> str:

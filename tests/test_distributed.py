@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader, DistributedSampler
 
-from kd_lightning import DistillationModule
+from kd_lightning import DistillationModule, FrozenTeacher, TeacherEnsemble
 from kd_lightning.temperature import CosineSchedule
 from tests.conftest import LearnedTemperature, make_data, make_loader, make_network
 
@@ -78,13 +78,25 @@ class InOrder(LightningDataModule):
         return self.loader(32, seed=1)
 
 
-@pytest.mark.parametrize("temperature", [CosineSchedule(8, 2), LearnedTemperature()], ids=["cosine", "learned"])
+def ensemble(teacher: torch.nn.Module) -> TeacherEnsemble:
+    """Of two, with a temperature to learn, and weights and routing by row."""
+    members = [FrozenTeacher(copy.deepcopy(teacher)), FrozenTeacher(teacher, micro_batch_size=4)]
+    teacher.get_parameter("3.bias").data.add_(1.0)
+    return TeacherEnsemble(members, [LearnedTemperature(), 3.0], "confidence", routing=[[0, 1, 2, 3], [2, 3, 4, 5]])
+
+
+@pytest.mark.parametrize(
+    ("temperature", "teachers"),
+    [(CosineSchedule(8, 2), None), (LearnedTemperature(), None), (4.0, ensemble)],
+    ids=["cosine", "learned", "ensemble"],
+)
 def test_two_processes_train_as_one(
-    temperature: Any, make_module: Make, make_trainer: MakeTrainer, tmp_path: Path
+    temperature: Any, teachers: Any, make_module: Make, make_trainer: MakeTrainer, teacher: Any, tmp_path: Path
 ) -> None:
     for devices in (2, 1):
         torch.manual_seed(7)
-        module = make_module(student=make_network(norm=False), temperature=copy.deepcopy(temperature))
+        options = {} if teachers is None else {"teacher": teachers(copy.deepcopy(teacher))}
+        module = make_module(student=make_network(norm=False), temperature=copy.deepcopy(temperature), **options)
         options = {"strategy": "ddp_fork"} if devices == 2 else {}
         trainer = make_trainer(
             devices=devices, callbacks=[Report(tmp_path)], use_distributed_sampler=False, max_epochs=2, **options

@@ -262,7 +262,7 @@ class DistillationCallback(Callback):
                 f"training_step changed the output of {self._student} in place, so its logits are gone: write "
                 "x = x / 2, not x /= 2."
             )
-        teacher_logits = self.extract_logits(self._run.teacher(inputs))
+        teacher_logits = self._run.teacher.logits(inputs, self.extract_logits)
         targets = self._find_targets(batch, logits)
         return self.distiller(
             inputs, logits, targets, self.progress, teacher_logits=teacher_logits, task_loss=task_loss

@@ -6,12 +6,19 @@
 - :mod:`~kd_lightning.functional.row_loss`: how an equation on rows becomes a loss: layout, masks, scale, reduction,
   and the fast path.
 - :mod:`~kd_lightning.functional.feature_losses`: the losses between the features of a layer in each network.
+- :mod:`~kd_lightning.functional.ensemble`: what several teachers say together.
 - :mod:`~kd_lightning.functional.fused_linear`: the loss from hidden states and heads, without the logits.
 
 Notation used in all docstrings: ``s`` and ``t`` are student and teacher logits, ``T_s`` and ``T_t`` their
 temperatures, ``p_s = softmax(s / T_s)``, ``p_t = softmax(t / T_t)``, ``C`` the number of classes.
 """
 
+from kd_lightning.functional.ensemble import (
+    confidence_weights,
+    entropy_weights,
+    mixed_log_softmax,
+    mixed_logits,
+)
 from kd_lightning.functional.feature_losses import (
     attention_kd_loss,
     attention_logits,
@@ -62,8 +69,10 @@ __all__ = [
     "bernoulli_kd_loss",
     "channel_logits",
     "channel_wise_kd_loss",
+    "confidence_weights",
     "dist_loss",
     "dkd_loss",
+    "entropy_weights",
     "fused_linear_kd_loss",
     "hint_loss",
     "info_nce_logits",
@@ -71,6 +80,8 @@ __all__ = [
     "jsd_loss",
     "kd_loss",
     "loss_scale",
+    "mixed_log_softmax",
+    "mixed_logits",
     "mse_logits_loss",
     "multi_temperature_kd_loss",
     "nkd_loss",

@@ -75,6 +75,8 @@ def row_loss(
         teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
     check_logits(student_logits, teacher_logits, class_dim, divergence.min_classes)
     class_dim %= student_logits.dim()
+    if compute_dtype(student_logits) != compute_dtype(teacher_logits):  # one of them is float64: then both
+        student_logits, teacher_logits = student_logits.double(), teacher_logits.double()
     traced = torch.compiler.is_compiling() or in_transform()
     temp = _with_plain_numbers(temperature, student_logits, traced)
     valid = valid_positions(targets, student_logits, class_dim, ignore_index)

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 __all__ = [
     "Temperature",
     "as_temperature",
+    "check_values",
     "checked_number",
     "class_last",
     "compute_dtype",
@@ -210,12 +211,12 @@ def _check_temperature(value: Tensor, logits: Tensor, name: str, minimum_include
 
 def _check_range(value: Tensor, name: str, minimum_included: bool) -> None:
     rule = "finite and not negative" if minimum_included else "positive and finite"
-    if torch.compiler.is_compiling() or value.device.type == "meta" or in_transform():  # no values to look at
+    if not _has_values(value):
         return
     if value.device.type != "cpu":
         value = value.detach()
         fits = (torch.isfinite(value) & (value >= 0 if minimum_included else value > 0)).all()
-        torch._assert_async(fits, f"{name} must be {rule}")  # pyright: ignore[reportPrivateImportUsage]
+        check_values(fits, f"{name} must be {rule}")
         return
     if value.numel() == 0:
         return
@@ -223,6 +224,21 @@ def _check_range(value: Tensor, name: str, minimum_included: bool) -> None:
     if not ((low >= 0 if minimum_included else low > 0) and high < math.inf):  # NaN fails both
         received = f"{low:g}" if value.numel() == 1 else f"values from {low:g} to {high:g}"
         raise ValueError(f"{name} must be {rule}, got {received}. {_USUAL}")
+
+
+def check_values(fits: Tensor, message: str) -> None:
+    """Raise a ValueError where a condition on values, ``()``, does not hold; on a device without waiting for it."""
+    if not _has_values(fits):
+        return
+    if fits.device.type != "cpu":
+        torch._assert_async(fits, message)  # pyright: ignore[reportPrivateImportUsage]
+    elif not fits:
+        raise ValueError(message)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether there are values to look at: not on the meta device, while a graph is traced, or in a transform."""
+    return not (torch.compiler.is_compiling() or tensor.device.type == "meta" or in_transform())
 
 
 def in_transform() -> bool:

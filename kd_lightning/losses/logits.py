@@ -38,6 +38,7 @@ class LogitLoss(nn.Module):
         function: The loss as a function.
         options: Names of the function's own options, which are attributes of the module.
         own_scale: The rule that holds where ``scale`` is None.
+        compares_distributions: Whether it sees the logits through a softmax only, so that they may be shifted.
 
     Args:
         scale: The factor per sample: ``"student_teacher"`` (T_s·T_t, which is T² when shared), ``"student"`` (T_s²),
@@ -61,6 +62,7 @@ class LogitLoss(nn.Module):
     function: ClassVar[Callable[..., Tensor]]
     options: ClassVar[tuple[str, ...]] = ()
     own_scale: ClassVar[Scale] = "student_teacher"
+    compares_distributions: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -89,8 +91,12 @@ class LogitLoss(nn.Module):
         temperature: float | Tensor | Temperature,
         targets: Tensor | None = None,
         num_items: float | Tensor | None = None,
+        reduction: Reduction | None = None,
     ) -> Tensor:
-        """The loss; see :func:`~kd_lightning.functional.kd_loss` for the arguments."""
+        """The loss; see :func:`~kd_lightning.functional.kd_loss` for the arguments.
+
+        A ``reduction`` given here takes the place of the module's own.
+        """
         return type(self).function(
             student_logits,
             teacher_logits,
@@ -100,7 +106,7 @@ class LogitLoss(nn.Module):
             scale=self.scale,
             class_dim=self.class_dim,
             ignore_index=self.ignore_index,
-            reduction=self.reduction,
+            reduction=self.reduction if reduction is None else reduction,
             **{name: getattr(self, name) for name in self.options},
         )
 
@@ -212,12 +218,14 @@ class MSELogitsLoss(LogitLoss):
     """Mean squared difference of the logits: :func:`~kd_lightning.functional.mse_logits_loss`."""
 
     function = staticmethod(functional.mse_logits_loss)
+    compares_distributions = False
 
 
 class BernoulliKDLoss(LogitLoss):
     """One yes-or-no per class, for multi-label tasks: :func:`~kd_lightning.functional.bernoulli_kd_loss`."""
 
     function = staticmethod(functional.bernoulli_kd_loss)
+    compares_distributions = False
 
 
 class DKDLoss(LogitLoss):

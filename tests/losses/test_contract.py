@@ -329,6 +329,11 @@ def test_shift_of_the_logits_changes_nothing(name):
     assert_close(module(s + 100, t - 50, 3.0, targets), module(s, t, 3.0, targets), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_says_whether_it_sees_a_softmax(name):
+    assert SETTINGS[name].module.compares_distributions == SETTINGS[name].shift_invariant
+
+
 @pytest.mark.parametrize("name", ROWWISE)
 def test_classes_masked_on_both_sides_drop_out(name):
     s, t, targets = draw(name, 4, 8)
@@ -499,6 +504,8 @@ def test_is_its_function(name):
     s, t, targets = draw(name, 4, 6)
     options = {option: getattr(module, option) for option in module.options}
     assert_close(type(module).function(s, t, 2.0, targets=targets, **options), module(s, t, 2.0, targets))
+    per_row = type(module).function(s, t, 2.0, targets=targets, reduction="none", **options)
+    assert_close(module(s, t, 2.0, targets, reduction="none"), per_row)
     defaults = {
         parameter.name: parameter.default
         for parameter in inspect.signature(type(module).function).parameters.values()

@@ -53,9 +53,7 @@ def test_micro_batches_split_inputs_and_join_outputs_of_any_nesting(size: int) -
 def test_micro_batches_of_a_hugging_face_model() -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(
-        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3
-    )
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     model = BertForSequenceClassification(config).eval()
     inputs = {"input_ids": torch.randint(0, 20, (5, 4)), "attention_mask": torch.ones(5, 4, dtype=torch.long)}
     with torch.no_grad():

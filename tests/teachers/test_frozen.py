@@ -122,6 +122,8 @@ def test_a_half_precision_teacher_gives_the_losses_of_its_logits(teacher: nn.Mod
     out = Distiller(half, 4.0)(inputs, student, targets)
     torch.testing.assert_close(out.kd_loss, kd_loss(student, half(inputs).float(), 4.0), rtol=1e-6, atol=0)
     assert out.teacher_logits.dtype == torch.bfloat16
+    out = Distiller(half, 4.0)(inputs, student.double(), targets)
+    torch.testing.assert_close(out.kd_loss, kd_loss(student.double(), half(inputs).double(), 4.0))
 
 
 def test_a_checkpoint_is_read_into_the_precision(teacher: nn.Module, tmp_path: Path) -> None:
@@ -133,7 +135,7 @@ def test_a_checkpoint_is_read_into_the_precision(teacher: nn.Module, tmp_path: P
 
 def test_token_numbers_are_not_cast() -> None:
     network = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
-    network[1].weight.data.mul_(3.0)
+    network.get_parameter("1.weight").data.mul_(3.0)
     tokens = torch.tensor([[0, 4], [1, 2]])
     assert FrozenTeacher(network, precision="bf16")(tokens).dtype == torch.bfloat16
 

@@ -1,0 +1,409 @@
+"""Several teachers that stand where one can."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from kd_lightning.functional import Temperature
+from kd_lightning.functional.ensemble import confidence_weights, entropy_weights, mixed_log_softmax, mixed_logits
+from kd_lightning.functional.temperature import check_values, compute_dtype
+from kd_lightning.teachers.calls import extract_logits
+from kd_lightning.teachers.frozen import FrozenTeacher
+from kd_lightning.temperature.base import Signals, TemperaturePolicy, as_policy
+from kd_lightning.temperature.schedules import ConstantSchedule, Progress, Schedule, as_schedule
+
+__all__ = ["Combine", "LossTerm", "Opinions", "TeacherEnsemble"]
+
+Combine: TypeAlias = Literal["probs", "logits", "losses"]
+Confidence: TypeAlias = Literal["confidence", "entropy"]
+Routing: TypeAlias = Callable[[Any, Tensor | None], Tensor]
+
+
+class Opinions(NamedTuple):
+    """What the members of an ensemble say of one batch, class dimension last.
+
+    Attributes:
+        logits: One ``(…, C)`` for each member. In rows that a member does not know, the consensus stands.
+        weights: ``(K, 1)``, or ``(K, …, 1)`` where they differ by row; the sum over the members is 1.
+        consensus: What they say together at temperature 1, as logits: what policies and metrics see.
+    """
+
+    logits: Sequence[Tensor]
+    weights: Tensor
+    consensus: Tensor
+
+
+class LossTerm(NamedTuple):
+    """A teacher's part in the loss: logits, class dimension last; their temperature; their weight, ``None`` for 1."""
+
+    logits: Tensor
+    temperature: Temperature
+    weight: Tensor | None = None
+
+
+class TeacherEnsemble(FrozenTeacher):
+    r"""Several frozen teachers in the place of one; each runs once per batch.
+
+    With the members' logits :math:`t_k`, temperatures :math:`T_k` and weights :math:`w_k`, :math:`\sum_k w_k = 1`, the
+    student (with the policy's :math:`T_s`) learns from
+
+    - ``combine="probs"``: the mixture :math:`\bar p = \sum_k w_k \, \mathrm{softmax}(t_k / T_k)`, in log-space;
+    - ``combine="logits"``: :math:`\mathrm{softmax}\bigl(\sum_k w_k \, t_k / T_k\bigr)`, the geometric mean of the same
+      distributions. Whoever has the larger logits decides: for logits (9, 0, 0) and (0, 1, 0) at T = 1 the mixture is
+      (.61, .29, .11), the mean of the logits gives (.97, .02, .01);
+    - ``combine="losses"``: each, :math:`\sum_k w_k \, \mathrm{kd\_loss}(s, t_k)`. Under KL that has the gradient of the
+      mixture if all :math:`T_k` are equal; otherwise each term has its own factor :math:`T_s T_k`.
+
+    In the first two the loss sees one teacher of temperature :math:`T_t = \sum_k w_k T_k`, which the factor of the loss
+    goes by (T² where all are equal). Losses that look at the teacher at other temperatures than the given one
+    (:class:`~kd_lightning.losses.NKDLoss`, :class:`~kd_lightning.losses.MultiTemperatureKDLoss`) see the mixture
+    sharpened or softened as a whole; ``"losses"`` gives them each teacher as it is. Losses without a softmax need
+    ``"logits"`` or ``"losses"``.
+
+    Policies and metrics see the consensus at temperature 1: :math:`\log \sum_k w_k \mathrm{softmax}(t_k)`, shifted by
+    the mean of the members' log-sum-exp, so that teachers who agree give their own logits (``"logits"``: the mean of
+    the logits). An ensemble of one is its teacher, bit for bit.
+
+    Args:
+        teachers: Trained networks or :class:`FrozenTeacher`, one or more, with the same classes.
+        temperatures: :math:`T_k`: a number, schedule or policy for each; a policy is called with its member's logits,
+            and the callbacks' ``multiplier`` and the bounds of the distiller's policy hold for the result. None: the
+            teacher temperature of the distiller's policy for all.
+        weights: A number or schedule for each, of which only the ratios count; not negative, not all 0. Or per sample:
+            ``"confidence"`` by the cross-entropy with the label (:func:`~kd_lightning.functional.confidence_weights`,
+            CA-MKD), ``"entropy"`` without labels (:func:`~kd_lightning.functional.entropy_weights`). None: equal.
+        combine: ``"probs"``, ``"logits"`` or ``"losses"``.
+        routing: Which teachers know a row, for data that only some do; the weights are shared among those. Either the
+            classes that each teacher knows, by which a row's label chooses; or the key of ``inputs``, a mapping, under
+            which it stands (it is not passed to the networks); or a function of ``(inputs, targets)``. The latter two
+            give a tensor: the teacher's number, ``(N,)``, or a mask ``(N, K)``; ``(B, L)`` and ``(B, L, K)`` for
+            tokens. All teachers see the whole batch; what one says of rows that it does not know is left out.
+
+    Raises:
+        TypeError: A teacher, temperature, weight or routing of another kind; an ensemble within an ensemble.
+        ValueError: No teachers; other counts of temperatures or weights; weights that are negative or all 0; on the
+            call: teachers of different classes, a row that no teacher knows, confidence without labels.
+
+    Source: ensembles: G. Hinton et al., 2015, arXiv 1503.02531; S. You et al., "Learning from Multiple Teacher
+    Networks", KDD 2017 (mean of the softened probabilities).
+
+    Example:
+        >>> from kd_lightning import Distiller
+        >>> networks = [nn.Linear(4, 3) for _ in range(2)]
+        >>> for network in networks:
+        ...     _ = network.weight.data.mul_(3.0)  # stands for training
+        >>> teacher = TeacherEnsemble(networks, temperatures=[2.0, 6.0], weights=[0.75, 0.25])
+        >>> out = Distiller(teacher, temperature=4.0, task_weight=0.0)(torch.ones(2, 4), torch.zeros(2, 3))
+        >>> out.temperature.student, out.temperature.teacher  # 0.75 · 2 + 0.25 · 6
+        (tensor([4.]), tensor([3.]))
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[nn.Module | FrozenTeacher],
+        temperatures: Sequence[float | Schedule | TemperaturePolicy | Callable[[Progress], float]] | None = None,
+        weights: Sequence[float | Schedule | Callable[[Progress], float]] | Confidence | None = None,
+        combine: Combine = "probs",
+        routing: Sequence[Sequence[int]] | str | Routing | None = None,
+    ) -> None:
+        if not isinstance(teachers, (list, tuple, nn.ModuleList)) or not len(teachers):
+            raise ValueError(f"a TeacherEnsemble needs a list of teachers, one or more, got {teachers!r}.")
+        if any(isinstance(teacher, TeacherEnsemble) for teacher in teachers):
+            raise TypeError("a TeacherEnsemble within another is not supported: list all teachers in one.")
+        if combine not in get_args(Combine):
+            raise ValueError(f"combine must be one of {', '.join(map(repr, get_args(Combine)))}, got {combine!r}.")
+        self.teachers = [t if isinstance(t, FrozenTeacher) else FrozenTeacher(t) for t in teachers]
+        self.module = nn.ModuleList(member.module for member in self.teachers)
+        waiting = [member.checkpoint for member in self.teachers if member.checkpoint is not None]
+        self.checkpoint = ", ".join(waiting) or None
+        self.temperatures = [as_policy(temperature) for temperature in temperatures or ()]
+        per_row = isinstance(weights, str)
+        self.confidence: Confidence | None = weights if per_row else None
+        self.weights = [as_schedule(weight) for weight in (() if weights is None or per_row else weights)]
+        self.combine: Combine = combine
+        self.routing = routing
+        self._known_classes: Tensor | None = None
+        self._fingerprint: str | None = None
+        for name, given in (("temperatures", self.temperatures), ("weights", self.weights)):
+            if given and len(given) != len(self.teachers):
+                raise ValueError(f"there are {len(self.teachers)} teachers but {len(given)} {name}: give one for each.")
+        if per_row and weights not in get_args(Confidence):
+            raise ValueError(f"weights must be a list, 'confidence', 'entropy' or None, got {weights!r}.")
+        if all(isinstance(weight, ConstantSchedule) for weight in self.weights):
+            self._weights_at(Progress())
+        self._check_routing()
+
+    # ---- one teacher ----------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def loaded(self) -> bool:
+        return all(teacher.loaded for teacher in self.teachers)
+
+    @override
+    def available(self) -> bool:
+        return all(teacher.available() for teacher in self.teachers)
+
+    @override
+    def load(self) -> TeacherEnsemble:
+        for teacher in self.teachers:
+            teacher.load()
+        return self
+
+    @override
+    def fingerprint(self) -> str:
+        """A hash of all members' fingerprints, in their order."""
+        if self._fingerprint is None:
+            joined = " ".join(teacher.fingerprint() for teacher in self.teachers)
+            self._fingerprint = hashlib.blake2b(joined.encode(), digest_size=16).hexdigest()
+        return self._fingerprint
+
+    @override
+    def __call__(self, inputs: Any) -> tuple[Any, ...]:
+        """Each member's own output for these inputs."""
+        inputs = self.without_routing(inputs)
+        return tuple(teacher(inputs) for teacher in self.teachers)
+
+    @override
+    def logits(self, inputs: Any, extract: Callable[[Any], Tensor] = extract_logits) -> tuple[Tensor, ...]:
+        inputs = self.without_routing(inputs)
+        return tuple(teacher.logits(inputs, extract) for teacher in self.teachers)
+
+    @override
+    def to(self, *args: Any, **kwargs: Any) -> TeacherEnsemble:
+        for teacher in self.teachers:
+            teacher.to(*args, **kwargs)
+        return self
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        for teacher in self.teachers:
+            teacher._apply(fn)
+
+    @override
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}([{', '.join(map(repr, self.teachers))}], {self.settings})"
+
+    @property
+    def settings(self) -> str:
+        """How the members are combined, for the eye and for checkpoints."""
+        weights = repr(self.confidence) if self.confidence else str(self.weights or None)
+        routing = getattr(self.routing, "__qualname__", None) or repr(self.routing)
+        temperatures = self.temperatures or None
+        return f"combine={self.combine!r}, temperatures={temperatures}, weights={weights}, routing={routing}"
+
+    # ---- what they say together -----------------------------------------------------------------------------------
+
+    def without_routing(self, inputs: Any) -> Any:
+        """The networks' inputs, without the key that ``routing`` names."""
+        if isinstance(self.routing, str) and isinstance(inputs, Mapping):
+            return {key: value for key, value in inputs.items() if key != self.routing}
+        return inputs
+
+    def weigh(self, logits: Sequence[Tensor], signals: Signals, inputs: Any = None) -> Opinions:
+        """Who knows what, who counts how much, and what they say together at temperature 1.
+
+        Args:
+            logits: One ``(…, C)`` for each member, class dimension last.
+            signals: Of the batch, for its targets and progress; ``teacher_logits`` is not looked at.
+            inputs: Of the batch, for ``routing``.
+        """
+        self._check_logits(logits)
+        known = self._known(logits[0], signals, inputs)
+        weights = self._weights_at(signals.progress)
+        if known is not None:
+            counted = [
+                mask if weight > 0 else torch.zeros_like(mask) for mask, weight in zip(known, weights, strict=True)
+            ]
+            known = self._check_known(torch.stack(counted), signals)
+            logits = [z.masked_fill(~mask, 0.0) for z, mask in zip(logits, known, strict=True)]
+        if len(logits) == 1:
+            return Opinions(logits, logits[0].new_ones(1, 1), logits[0])
+        shares = self._shares(logits, weights, known, signals)
+        if self.combine == "logits":
+            consensus = mixed_logits(logits, [1.0] * len(logits), [*shares])
+        else:
+            sizes = [z.to(shares.dtype).logsumexp(-1, keepdim=True) for z in logits]
+            consensus = mixed_log_softmax(logits, [1.0] * len(logits), [*shares]) + _weighted_sum(shares, sizes)
+        if known is not None:
+            logits = [torch.where(mask, z, consensus) for z, mask in zip(logits, known, strict=True)]
+        return Opinions(logits, shares, consensus)
+
+    def loss_terms(
+        self,
+        opinions: Opinions,
+        signals: Signals,
+        terms: Sequence[Temperature],
+        policy: TemperaturePolicy,
+        temperatures: Sequence[TemperaturePolicy],
+    ) -> tuple[list[LossTerm], list[Temperature]]:
+        """What the loss is the sum of; and for each of the policy's temperatures the one that stands for all members.
+
+        Args:
+            opinions: What :meth:`weigh` gave.
+            signals: Of the batch.
+            terms: The temperatures of the distiller's policy.
+            policy: That policy.
+            temperatures: The members' own policies, or none.
+        """
+        logits, weights = [policy.transform(z) for z in opinions.logits], opinions.weights
+        own: list[Tensor] = []
+        if temperatures:
+            given = [*zip(temperatures, opinions.logits, strict=True)]
+            own = [_own_temperature(member, policy, signals.replace(teacher_logits=z)) for member, z in given]
+            logits = [member.transform(z) for member, z in zip(temperatures, logits, strict=True)]
+            terms = [term._replace(teacher=_weighted_sum(weights, own)) for term in terms]
+        losses: list[LossTerm] = []
+        for term in terms:
+            losses += self._terms_at(term, logits, own or [term.teacher] * len(logits), weights)
+        return losses, [*terms]
+
+    def _terms_at(
+        self, term: Temperature, logits: Sequence[Tensor], own: Sequence[Tensor], weights: Tensor
+    ) -> list[LossTerm]:
+        if len(logits) == 1:
+            return [LossTerm(logits[0], term)]
+        if self.combine == "losses":
+            each = zip(logits, own, weights, strict=True)
+            return [LossTerm(z, term._replace(teacher=t), weight) for z, t, weight in each]
+        mixed = (mixed_log_softmax if self.combine == "probs" else mixed_logits)(logits, own, [*weights])
+        masked = mixed == -torch.inf  # −inf · 0 in the temperature's gradient would be NaN
+        return [LossTerm((mixed.masked_fill(masked, 0.0) * term.teacher).masked_fill(masked, -torch.inf), term)]
+
+    def _shares(self, logits: Sequence[Tensor], weights: list[float], known: Tensor | None, signals: Signals) -> Tensor:
+        if self.confidence is not None and (valid := signals.valid) is not None:  # what does not count may be NaN
+            logits = [z.masked_fill(~valid.unsqueeze(-1), 0.0) for z in logits]
+        if self.confidence == "entropy":
+            return entropy_weights(logits, known)
+        if self.confidence == "confidence":
+            targets = signals.class_targets
+            if targets is None:
+                received = (
+                    "none" if signals.targets is None else f"{signals.targets.dtype} {tuple(signals.targets.shape)}"
+                )
+                raise ValueError(
+                    "weights='confidence' compares each teacher with the label: it needs class indices as targets in "
+                    f"the shape {tuple(logits[0].shape[:-1])}, got {received}. weights='entropy' needs none."
+                )
+            return confidence_weights(logits, targets, known)
+        dtype = compute_dtype(logits[0])
+        shares = torch.stack([logits[0].new_full((1,), weight, dtype=dtype) for weight in weights])
+        if known is None:
+            return shares
+        shares = shares.view(-1, *[1] * logits[0].dim()) * known
+        return shares / shares.sum(0)
+
+    def _weights_at(self, progress: Progress) -> list[float]:
+        if not self.weights:
+            return [1 / len(self.teachers)] * len(self.teachers)
+        weights = [weight(progress) for weight in self.weights]
+        total = sum(weights)
+        if not (all(weight >= 0 for weight in weights) and 0 < total < math.inf):
+            raise ValueError(
+                f"teachers' weights must be finite, not negative and not all 0, but {self.weights} gave {weights} at "
+                f"{progress}. Only their ratios count."
+            )
+        return [weight / total for weight in weights]
+
+    # ---- routing --------------------------------------------------------------------------------------------------
+
+    def _check_routing(self) -> None:
+        routing, count = self.routing, len(self.teachers)
+        if routing is None or isinstance(routing, str) or callable(routing):
+            return
+        if not isinstance(routing, Sequence) or not all(isinstance(classes, Sequence) for classes in routing):
+            raise TypeError(
+                "routing must be the classes of each teacher, a key of the inputs, or a function of (inputs, targets), "
+                f"got {routing!r}."
+            )
+        if len(routing) != count or not all(routing) or min(map(min, routing)) < 0:
+            raise ValueError(f"routing by class needs class indices for each of the {count} teachers, got {routing!r}.")
+        self._known_classes = torch.zeros(max(map(max, routing)) + 2, count, dtype=torch.bool)  # the last: no class
+        for teacher, classes in enumerate(routing):
+            self._known_classes[list(classes), teacher] = True
+
+    def _known(self, logits: Tensor, signals: Signals, inputs: Any) -> Tensor | None:
+        """A mask ``(K, …, 1)``; None where every teacher knows everything."""
+        positions, count = logits.shape[:-1], len(self.teachers)
+        if self.routing is None:
+            return None
+        if self._known_classes is not None:
+            route = self._route_by_class(signals.class_targets, positions)
+        elif isinstance(self.routing, str):
+            if not isinstance(inputs, Mapping) or self.routing not in inputs:
+                kind = f"the keys {sorted(map(str, inputs))}" if isinstance(inputs, Mapping) else type(inputs).__name__
+                raise ValueError(f"routing={self.routing!r} names a key of the inputs, which are {kind}.")
+            route = inputs[self.routing]
+        else:
+            assert callable(self.routing)
+            route = self.routing(inputs, signals.targets)
+        if not isinstance(route, Tensor) or route.is_floating_point() or route.is_complex():
+            kind = route.dtype if isinstance(route, Tensor) else type(route).__name__
+            raise TypeError(f"routing must give a tensor of integers or booleans, got {kind}.")
+        mask = route if route.dtype == torch.bool else route.unsqueeze(-1) == torch.arange(count, device=route.device)
+        *rows, width = mask.shape
+        if width != count or not rows or tuple(rows) != tuple(positions[: len(rows)]):
+            raise ValueError(
+                f"routing gave {tuple(route.shape)} for {count} teachers and logits of shape {tuple(logits.shape)}: it "
+                f"must be the teacher's number for each row, ({positions[0]},), or a mask ({positions[0]}, {count})."
+            )
+        ones = [1] * (len(positions) - len(rows))
+        return mask.movedim(-1, 0).reshape(count, *rows, *ones, 1)
+
+    def _route_by_class(self, targets: Tensor | None, positions: Sequence[int]) -> Tensor:
+        if targets is None:
+            raise ValueError(
+                f"routing by class needs class indices as targets in the shape {tuple(positions)}. Without them, route "
+                "by a function of (inputs, targets) or a key of the inputs."
+            )
+        assert self._known_classes is not None
+        if self._known_classes.device != targets.device:
+            self._known_classes = self._known_classes.to(targets.device)
+        nobody = len(self._known_classes) - 1
+        return self._known_classes[torch.where((targets >= 0) & (targets < nobody), targets, nobody)]
+
+    def _check_known(self, known: Tensor, signals: Signals) -> Tensor:
+        """Refuse rows that nobody knows; among those left out of the loss they count as known to all."""
+        anybody = known.any(0)
+        valid = signals.valid
+        served = anybody if valid is None else anybody | ~valid.unsqueeze(-1)
+        check_values(
+            served.all(),
+            "routing leaves a row to no teacher of positive weight: give each row at least one, by a teacher's number "
+            f"from 0 to {len(known) - 1} or a mask, or leave it out of the loss by its target (ignore_index).",
+        )
+        return known | ~anybody
+
+    def _check_logits(self, logits: Sequence[Tensor]) -> None:
+        if len(logits) != len(self.teachers):
+            raise ValueError(f"an ensemble of {len(self.teachers)} teachers needs as many logits, got {len(logits)}.")
+        if len({z.shape for z in logits}) > 1:
+            names = [type(teacher.module).__name__ for teacher in self.teachers]
+            each = [
+                f"teacher {k} ({name}) {z.shape[-1]}" for k, (name, z) in enumerate(zip(names, logits, strict=True))
+            ]
+            differ = len({z.shape[-1] for z in logits}) > 1
+            shapes = ", ".join(each) if differ else ", ".join(str(tuple(z.shape)) for z in logits)
+            what = "number of classes" if differ else "shape of logits"
+            raise ValueError(f"the teachers of an ensemble must have the same {what}, got {shapes}.")
+
+
+def _weighted_sum(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(torch.broadcast_tensors(*map(torch.mul, weights, values))).sum(0)
+
+
+def _own_temperature(member: TemperaturePolicy, policy: TemperaturePolicy, signals: Signals) -> Tensor:
+    own = member(signals)
+    if not isinstance(own, Temperature):
+        raise ValueError(
+            f"a teacher of an ensemble has one temperature, but {type(member).__name__} gives several. Give it to the "
+            "Distiller: each of its temperatures is a term of the loss."
+        )
+    return policy._bound(own.teacher)
