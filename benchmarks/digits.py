@@ -27,6 +27,7 @@ RUNS = {
     "constant T = 4": ["configs/digits.yaml", "--model.temperature=4.0"],
     "constant T = 8": ["configs/digits.yaml", "--model.temperature=8.0"],
     "cosine T = 8 → 2": ["configs/digits.yaml"],
+    "constant T = 4, and layers": ["configs/digits_layers.yaml"],
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -244,14 +245,17 @@ class LayerTerms(nn.ModuleList):
     def attach(self, student: nn.Module, teacher: FrozenTeacher) -> None:
         """Put hooks on both networks, and tell the terms how deep their layers lie."""
         self.detach()
+        network = _whole_network(teacher)
         self._layers = [
-            (_one_layer(student, term.student_layer), _one_layer(teacher.module, term.teacher_layer)) for term in self
+            (_one_layer(student, term.student_layer), _one_layer(network, term.teacher_layer)) for term in self
         ]
         students, teachers = zip(*self._layers, strict=True)
         depths = layer_depths(student, list(dict.fromkeys(students)))
         for term, name in zip(self, students, strict=True):
             term.depth = depths[name]
-        extractors = FeatureExtractor(student, students), FeatureExtractor(teacher.module, teachers)
+        extractors = FeatureExtractor(student, students), FeatureExtractor(network, teachers)
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # what is compiled already does not look for hooks again
         self._extractors = extractors[0].attach(), extractors[1].attach()
 
     def detach(self) -> None:
@@ -317,6 +321,19 @@ class LayerTerms(nn.ModuleList):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_extractors": None}  # a copy has no hooks
+
+
+def _whole_network(teacher: FrozenTeacher) -> nn.Module:
+    network = getattr(teacher, "module", None)
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"layers are those of one network, but the teacher is a {type(teacher).__name__}: distil its "
+                         "logits alone, or from one FrozenTeacher.")  # fmt: skip
+    if getattr(teacher, "micro_batch_size", None) is not None:
+        raise ValueError(
+            f"layers need the features of the whole batch, but the teacher has micro_batch_size="
+            f"{teacher.micro_batch_size}: leave it out."
+        )
+    return network
 
 
 def _one_layer(module: nn.Module, pattern: str) -> str:

@@ -1,4 +1,4 @@
-"""What every loss between features keeps, found by itself: an exported class without a setting here fails the run."""
+"""What every loss between features keeps, found by itself: an exported class without a setting here fails."""
 
 from __future__ import annotations
 
