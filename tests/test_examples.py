@@ -92,7 +92,7 @@ def _on_each_rank(fabric: Fabric, train: Callable[..., Any], folder: Path) -> No
 
 def test_fabric_on_two_processes(tmp_path: Path) -> None:
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork", precision="bf16-mixed")
-    fabric.launch(_on_each_rank, example("fabric")["train"], tmp_path)
+    fabric.launch(_on_each_rank, example("fabric")["train"], tmp_path)  # pyright: ignore[reportArgumentType]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for name, _ in DigitsCNN(channels=(4, 8), hidden=16).named_parameters():
         assert torch.equal(first[name], second[name]), name
