@@ -18,6 +18,8 @@ from kd_lightning.temperature import Signals, Temperature, TemperaturePolicy
 
 torch.set_num_threads(1)  # forked processes hang where the parent has used OpenMP threads; and CI has two cores
 
+collect_ignore_glob = ["examples/[!t]*.py"]  # scripts, which tests/examples/test_examples.py runs
+
 NUM_CLASSES, NUM_FEATURES = 6, 8
 
 

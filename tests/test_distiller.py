@@ -212,6 +212,16 @@ def test_a_schedule_without_an_end(teacher: nn.Module) -> None:
         Distiller(teacher, CosineSchedule(8, 2))(INPUTS, torch.zeros(5, 6), TARGETS)
 
 
+def test_a_task_loss_that_is_there_already(teacher: nn.Module) -> None:
+    logits = torch.randn(5, 6)
+    distiller = Distiller(teacher, kd_weight=0.5, task_weight=2.0)
+    own = logits.square().mean()
+    for targets in (TARGETS, None):
+        out = distiller(INPUTS, logits, targets, task_loss=own)
+        assert out.task_loss is own
+        torch.testing.assert_close(out.loss, 0.5 * out.kd_loss + 2.0 * own)
+
+
 def test_layers_and_a_cache_do_not_go_together(teacher: nn.Module, tmp_path: Path) -> None:
     frozen = FrozenTeacher(teacher, cache=TeacherCache(tmp_path / "cache.kdl"))
     with pytest.raises(ValueError, match="a cache keeps its logits only"):

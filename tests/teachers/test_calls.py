@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from kd_lightning.teachers import call_model, extract_logits
+from kd_lightning.teachers import Call, call_model, extract_logits
 from kd_lightning.teachers.calls import in_micro_batches
 
 
@@ -70,3 +70,13 @@ def test_outputs_that_cannot_be_joined(extra: Any) -> None:
 def test_inputs_that_cannot_be_split() -> None:
     with pytest.raises(TypeError, match="found none in inputs of type int"):
         in_micro_batches(nn.Identity(), 3, 2)
+
+
+def test_call_by_position_and_keyword() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: torch.Tensor, *, by: float) -> torch.Tensor:
+            return x * by
+
+    call = Call((torch.ones(3),), {"by": 3.0})
+    assert torch.equal(call_model(Scaled(), call), torch.full((3,), 3.0))
+    assert torch.equal(in_micro_batches(Scaled(), call, 2), torch.full((3,), 3.0))
