@@ -16,7 +16,8 @@ from typing_extensions import override
 
 from kd_lightning.classification import SupervisedModule
 from kd_lightning.distiller import DistillationOutput, Distiller
-from kd_lightning.teachers import FrozenTeacher
+from kd_lightning.losses import FusedLinearKDLoss
+from kd_lightning.teachers import FrozenTeacher, check_hidden_states, hidden_states
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 
 __all__ = ["DistillationModule"]
@@ -33,7 +34,8 @@ class DistillationModule(SupervisedModule):
     :class:`~kd_lightning.callbacks.TemperatureMonitor` takes over all but the losses); ``val_loss``, ``val_kd_loss``,
     ``val_task_loss``, ``val_acc``, ``val_acc_top5`` (more than five classes), ``val_calibration_error``,
     ``val_agreement`` and ``val_teacher_acc`` in validation, ``test_…`` in test. ``val_loss`` and ``val_kd_loss`` move
-    with the temperature: choose models by ``val_acc`` or ``val_task_loss``.
+    with the temperature: choose models by ``val_acc`` or ``val_task_loss``. For ``(B, L, V)`` logits
+    ``val_perplexity`` and ``val_teacher_perplexity`` take the place of the calibration error.
 
     The teacher is read at the start of ``fit`` and never saved: not in checkpoints, not in the optimiser, out of
     callbacks' reach; resuming with another teacher is an error. ``validate`` and ``predict`` do without its file.
@@ -51,9 +53,16 @@ class DistillationModule(SupervisedModule):
             AdamW with a learning rate of 0.001. The policy's parameters are in a group without weight decay.
         lr_scheduler: A function from the optimiser to a scheduler.
         lr_scheduler_interval: Whether the scheduler steps each ``"epoch"`` or each ``"step"``.
+        shift_labels: Whether the target of a position is the next one's label, as causal language models are trained
+            and as Hugging Face's data collators leave it to the model; see
+            :func:`~kd_lightning.functional.next_token_targets`.
+        mean_over: What a loss is the mean over: the labelled positions of the ``"batch"``, or of the whole optimiser
+            ``"step"``, all its accumulated batches and ranks; see
+            :class:`~kd_lightning.classification.SupervisedModule`.
 
     Raises:
-        ValueError: Student and teacher share parameters; at fit, no teacher, or another one than the checkpoint's.
+        ValueError: Student and teacher share parameters; labels to shift without an ``ignore_index``; an unknown
+            interval or ``mean_over``; at fit, no teacher, or another one than the checkpoint's.
 
     Example:
         >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
@@ -75,18 +84,25 @@ class DistillationModule(SupervisedModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
+        shift_labels: bool = False,
+        mean_over: Literal["batch", "step"] = "batch",
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, lr_scheduler_interval)
+        super().__init__(optimizer, lr_scheduler, lr_scheduler_interval, shift_labels, mean_over)
         self._save_plain_hyperparameters()
         self.student = student
         self.distiller = Distiller(teacher, temperature, kd_loss, task_loss, kd_weight, task_weight)
         self.last_output: DistillationOutput | None = None
-        self._last_targets: Tensor | None = None
+        self._heads_are_checked = False
         self._max_steps: int | None = None
         self._last_progress = Progress(max_steps=1, max_epochs=1)  # at the start of a run
         self._restored: dict[str, Any] = {}
         self._temperature_state: dict[str, Tensor] = {}
         self._check_nothing_shared()
+        if shift_labels and self.distiller.ignore_index is None:
+            raise ValueError(
+                "shift_labels=True marks positions that do not count, the last one and padding, by ignore_index, but "
+                "kd_loss has ignore_index=None and would distil them. Give it the default, -100."
+            )
 
     @property
     @override
@@ -151,9 +167,15 @@ class DistillationModule(SupervisedModule):
         self._evaluate("test", batch, dataloader_idx)
 
     def _distil(self, batch: Any, progress: Progress) -> tuple[DistillationOutput, Tensor | None]:
-        inputs, targets = self.unpack_batch(batch)
+        inputs, targets = self.inputs_and_targets(batch)
         if self.teacher is None:
             raise ValueError(f"{type(self).__name__} has no teacher: give one to learn from.")
+        if self.training and isinstance(self.distiller.kd_loss, FusedLinearKDLoss):
+            if not self._heads_are_checked:
+                check_hidden_states(self.student, inputs)
+                self.teacher.hidden_states(inputs, check=True)
+                self._heads_are_checked = True
+            return self.distiller(inputs, hidden_states(self.student, inputs), targets, progress), targets
         student_logits = self(inputs)
         teacher_logits = self.extract_logits(self.teacher(inputs))
         return self.distiller(inputs, student_logits, targets, progress, teacher_logits=teacher_logits), targets
@@ -164,19 +186,18 @@ class DistillationModule(SupervisedModule):
             losses = {"loss": out.loss, "kd_loss": out.kd_loss, "task_loss": out.task_loss}
             logits, teacher_logits = out.student_logits, out.teacher_logits
         else:
-            inputs, targets = self.unpack_batch(batch)
+            inputs, targets = self.inputs_and_targets(batch)
             logits, teacher_logits = self(inputs), None
             losses = {} if targets is None else {"task_loss": self.distiller.task_term(logits, targets)}
-        self.log_dict(
-            {f"{stage}_{name}": value for name, value in losses.items()}, sync_dist=True, batch_size=len(logits)
-        )
+        weight = self._weight(logits, targets)
+        self.log_dict({f"{stage}_{name}": value for name, value in losses.items()}, sync_dist=True, batch_size=weight)
         self._update_metrics(stage, logits, targets, teacher_logits, dataloader_idx)
 
     def _log_step(self, out: DistillationOutput) -> None:
         values = {"train_kd_loss": out.kd_loss.detach(), "train_task_loss": out.task_loss.detach()}
         if not any(getattr(callback, "logs_temperature", False) for callback in self._callbacks):
             values |= out.readings()
-        size = len(out.student_logits)
+        size = max(len(out.student_logits), 1)
         self.log("train_loss", out.loss.detach(), prog_bar=True, batch_size=size)
         self.log_dict({name: value.float() for name, value in values.items()}, batch_size=size)
 
@@ -221,6 +242,7 @@ class DistillationModule(SupervisedModule):
 
     @override
     def on_train_start(self) -> None:
+        super().on_train_start()
         teacher = self.teacher
         assert teacher is not None
         before = self._restored.pop("resumed_teacher", None)
@@ -236,7 +258,10 @@ class DistillationModule(SupervisedModule):
     @override
     def on_fit_end(self) -> None:
         values = self.trainer.callback_metrics
-        if "val_acc" in values and "val_teacher_acc" in values:
+        if "val_perplexity" in values and "val_teacher_perplexity" in values:
+            perplexities = values["val_perplexity"], values["val_teacher_perplexity"]
+            rank_zero_info("val_perplexity: student {:.3f}, teacher {:.3f}".format(*perplexities))
+        elif "val_acc" in values and "val_teacher_acc" in values:
             rank_zero_info(
                 f"val_acc: student {values['val_acc']:.4f}, teacher {values['val_teacher_acc']:.4f} "
                 f"(agreement {values['val_agreement']:.4f})"

@@ -6,12 +6,13 @@
 - :mod:`~kd_lightning.functional.row_loss`: how an equation on rows becomes a loss: layout, masks, scale, reduction,
   and the fast path.
 - :mod:`~kd_lightning.functional.fused_linear`: the loss from hidden states and heads, without the logits.
+- :mod:`~kd_lightning.functional.tokens`: the targets of a causal language model.
 
 Notation used in all docstrings: ``s`` and ``t`` are student and teacher logits, ``T_s`` and ``T_t`` their
 temperatures, ``p_s = softmax(s / T_s)``, ``p_t = softmax(t / T_t)``, ``C`` the number of classes.
 """
 
-from kd_lightning.functional.fused_linear import fused_linear_kd_loss
+from kd_lightning.functional.fused_linear import FusedTerms, fused_linear_kd_loss, fused_linear_kd_terms
 from kd_lightning.functional.logit_losses import (
     Convention,
     bernoulli_kd_loss,
@@ -34,9 +35,11 @@ from kd_lightning.functional.temperature import (
     tempered_log_softmax,
     tempered_softmax,
 )
+from kd_lightning.functional.tokens import next_token_targets
 
 __all__ = [
     "Convention",
+    "FusedTerms",
     "Reduction",
     "Scale",
     "Temperature",
@@ -45,11 +48,13 @@ __all__ = [
     "dist_loss",
     "dkd_loss",
     "fused_linear_kd_loss",
+    "fused_linear_kd_terms",
     "jsd_loss",
     "kd_loss",
     "loss_scale",
     "mse_logits_loss",
     "multi_temperature_kd_loss",
+    "next_token_targets",
     "nkd_loss",
     "predictive_entropy",
     "reverse_kd_loss",

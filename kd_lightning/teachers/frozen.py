@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.teachers.calls import call_model
+from kd_lightning.teachers.calls import HiddenStates, call_model, check_hidden_states, hidden_states
 from kd_lightning.teachers.weights import fingerprint, load_weights, looks_untrained
 
 __all__ = ["FrozenTeacher", "as_teacher"]
@@ -96,11 +96,20 @@ class FrozenTeacher:
 
     def __call__(self, inputs: Any) -> Any:
         """The network's own output for these inputs; see :func:`call_model`."""
+        return self._run(call_model, inputs)
+
+    def hidden_states(self, inputs: Any, check: bool = False) -> HiddenStates:
+        """The network up to its output layer; see :func:`hidden_states`. With ``check`` the two are held together."""
+        if check:
+            self._run(check_hidden_states, inputs)
+        return self._run(hidden_states, inputs)
+
+    def _run(self, call: Callable[[nn.Module, Any], Any], inputs: Any) -> Any:
         self.load()
         if any(part.training for part in self._parts):  # somebody called train() on it, or shares a part of it
             self.module.eval()
         with torch.no_grad():
-            return call_model(self.module, inputs)
+            return call(self.module, inputs)
 
     def to(self, *args: Any, **kwargs: Any) -> FrozenTeacher:
         """Move or cast the network, as ``nn.Module.to``."""
