@@ -189,7 +189,7 @@ class DistillationModule(SupervisedModule):
             inputs, targets = self.inputs_and_targets(batch)
             logits, teacher_logits = self(inputs), None
             losses = {} if targets is None else {"task_loss": self.distiller.task_term(logits, targets)}
-        weight = self._weight(logits, targets)
+        weight = len(logits) if self.distiller.ignore_index is None else self._weight(logits, targets)
         self.log_dict({f"{stage}_{name}": value for name, value in losses.items()}, sync_dist=True, batch_size=weight)
         self._update_metrics(stage, logits, targets, teacher_logits, dataloader_idx)
 

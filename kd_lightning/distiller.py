@@ -179,6 +179,8 @@ class Distiller(nn.Module):
         kd_weight = _weight_at(self.kd_weight, progress, "kd_weight") if self.kd_enabled else 0.0
         task_weight = _weight_at(self.task_weight, progress, "task_weight")
         if isinstance(student_logits, HiddenStates):
+            if teacher_logits is not None:
+                raise ValueError("hidden states go with a teacher that is run: leave teacher_logits out.")
             return self._distil_fused(inputs, student_logits, targets, progress, kd_weight, task_weight)
         if teacher_logits is None:
             teacher_logits = self.teacher_logits(inputs)

@@ -393,6 +393,8 @@ def test_fused_in_a_bare_loop_with_a_wider_teacher() -> None:
     assert out.student_logits.shape == (0, VOCABULARY)
     with pytest.raises(ValueError, match="hidden states are for FusedLinearKDLoss"):
         Distiller(teacher, 2.0)(inputs, hidden_states(student, inputs), targets)
+    with pytest.raises(ValueError, match="a teacher that is run"):
+        Distiller(teacher, 2.0, FusedLinearKDLoss())(inputs, hidden_states(student, inputs), targets, teacher_logits=t)
     with pytest.raises(ValueError, match=r"task_weight is 0\.1 but the batch has no targets"):
         Distiller(teacher, 2.0, FusedLinearKDLoss())(inputs, hidden_states(student, inputs))
 
@@ -429,6 +431,16 @@ def test_what_comes_between_hidden_states_and_logits_is_noticed() -> None:
         with pytest.raises(ValueError, match=f"the logits of {kind.__name__} are not its output layer"):
             check_hidden_states(model, tokens)
         assert not model.head._forward_hooks
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy_of_tokens_is_torchs(reduction: str) -> None:
+    logits, targets = torch.randn(3, 5, 7, requires_grad=True), torch.randint(7, (3, 5))
+    targets[0, :2] = -100
+    expected = F.cross_entropy(logits.movedim(-1, 1), targets, reduction=reduction)
+    got = CrossEntropyLoss(reduction=reduction)(logits.movedim(-1, 1), targets)
+    assert_close(got, expected)
+    assert_close(*(torch.autograd.grad(loss.sum(), logits) for loss in (got, expected)))
 
 
 # ---- Hugging Face ----------------------------------------------------------------------------------------------------

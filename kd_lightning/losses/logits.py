@@ -169,9 +169,9 @@ class FusedLinearKDLoss(LogitLoss):
     ``get_output_embeddings()`` (a Linear), as Hugging Face's causal models and
     :class:`~kd_lightning.models.CausalTransformer` have, and nothing may stand between the two or after them.
 
-    Without logits, training has no ``train_acc``, no ``train_agreement`` and no entropies, and a temperature that
-    reads logits is an error. A term whose weight is 0 is logged as 0. Given logits, as in validation and test, which
-    measure everything, this is :class:`KDLoss`: there one batch's logits must fit.
+    Without logits, training has no ``train_acc``, no ``train_agreement`` and no entropies, a gradient share is NaN, and
+    a temperature that reads logits is an error. A term whose weight is 0 is logged as 0. Given logits, as in validation
+    and test, which measure everything, this is :class:`KDLoss`: there one batch's logits must fit.
 
     Args:
         chunk_size: Rows at a time.
