@@ -13,9 +13,11 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.optimizer import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
 
+from kd_lightning.functional import next_token_targets
 from kd_lightning.losses import CrossEntropyLoss
 from kd_lightning.metrics import ClassificationMetrics
 from kd_lightning.teachers import call_model, extract_logits
@@ -27,10 +29,16 @@ _PLAIN = (int, float, str, bool, type(None))
 
 
 class SupervisedModule(LightningModule):
-    """What :class:`ClassificationModule` and :class:`~kd_lightning.DistillationModule` share.
+    r"""What :class:`ClassificationModule` and :class:`~kd_lightning.DistillationModule` share.
 
     Batches, logits, optimisers, metrics and hyper-parameters. Two methods adapt it to other data and models:
     :meth:`unpack_batch` and :meth:`extract_logits`.
+
+    With ``mean_over="step"`` the gradient of an optimiser step is that of the mean over all its labelled positions,
+    :math:`\sum_{b,i} \nabla \ell_{b,i} / \sum_b n_b`, with :math:`n_b` positions in each accumulated batch :math:`b` of
+    each rank: what one batch of them all would give. ``"batch"`` takes the mean of the batches' means, in which a token
+    of a short batch weighs more. The two differ only where batches are accumulated, or spread over ranks, whose counts
+    differ. Exact for losses that are a mean over labelled positions, given their temperatures.
     """
 
     def __init__(
@@ -38,14 +46,22 @@ class SupervisedModule(LightningModule):
         optimizer: OptimizerCallable | None,
         lr_scheduler: LRSchedulerCallable | None,
         lr_scheduler_interval: Literal["epoch", "step"],
+        shift_labels: bool = False,
+        mean_over: Literal["batch", "step"] = "batch",
     ) -> None:
         super().__init__()
+        if mean_over not in ("batch", "step"):
+            raise ValueError(f"mean_over must be 'batch' or 'step', got {mean_over!r}.")
         if lr_scheduler_interval not in ("epoch", "step"):
             raise ValueError(f"lr_scheduler_interval must be 'epoch' or 'step', got {lr_scheduler_interval!r}.")
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_scheduler_interval = lr_scheduler_interval
+        self.shift_labels = shift_labels
+        self.mean_over = mean_over
         self.metrics = nn.ModuleDict()
+        self._last_targets: Tensor | None = None
+        self._step_items: Tensor | None = None  # labelled positions of the optimiser step so far
 
     @property
     def network(self) -> nn.Module:
@@ -103,6 +119,23 @@ class SupervisedModule(LightningModule):
         """
         return extract_logits(output)
 
+    def inputs_and_targets(self, batch: Any) -> tuple[Any, Tensor | None]:
+        """What :meth:`unpack_batch` gives, the targets shifted by one where ``shift_labels`` says so.
+
+        Raises:
+            ValueError: Labels to shift that are not there, or no ``(B, L)`` indices.
+        """
+        inputs, targets = self.unpack_batch(batch)
+        if not self.shift_labels:
+            return inputs, targets
+        if targets is None:
+            raise ValueError(
+                "shift_labels=True shifts the batch's labels, but it has none: give (input_ids, labels) or a mapping "
+                "with 'labels', such as input_ids.clone() with -100 at what is not to be learnt."
+            )
+        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        return inputs, next_token_targets(targets, mask, self.ignore_index)
+
     # ---- Lightning ------------------------------------------------------------------------------------------------
 
     @override
@@ -148,6 +181,39 @@ class SupervisedModule(LightningModule):
         return None
 
     @override
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.mean_over == "batch":
+            super().backward(loss, *args, **kwargs)
+            return
+        targets = self._last_targets
+        if targets is None or targets.is_floating_point():
+            raise ValueError(
+                "mean_over='step' counts the labelled positions of the step: it needs targets that are class indices. "
+                "Take mean_over='batch' for other targets, or none."
+            )
+        items = (targets != self.ignore_index).sum()
+        super().backward(loss.float() * items, *args, **kwargs)  # of the sum
+        self._step_items = items if self._step_items is None else self._step_items + items
+        if not self.trainer.fit_loop._should_accumulate():  # here, before any hook or clipping looks at gradients
+            # Lightning has divided by the accumulated batches, and the strategy by the ranks
+            means = self.trainer.accumulate_grad_batches * self.trainer.world_size
+            total = self.trainer.strategy.reduce(self._step_items, reduce_op="sum")
+            gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+            torch._foreach_mul_(gradients, means / total.clamp(min=1))  # pyright: ignore[reportPrivateImportUsage]
+
+    @override
+    def on_before_zero_grad(self, optimizer: Optimizer) -> None:
+        self._step_items = None
+
+    @override
+    def on_train_start(self) -> None:
+        if self.mean_over == "step" and self.trainer.strategy.handles_gradient_accumulation:
+            raise ValueError(
+                "mean_over='step' divides the accumulated gradients itself, but they are out of reach under "
+                f"{type(self.trainer.strategy).__name__}. Take ddp, say, or mean_over='batch'."
+            )
+
+    @override
     def on_train_epoch_end(self) -> None:
         self._log_metrics("train")
 
@@ -179,7 +245,7 @@ class SupervisedModule(LightningModule):
         key = f"{stage}_{dataloader_idx}"
         if key not in self.metrics:
             metrics = ClassificationMetrics(
-                logits.shape[-1], self.ignore_index, teacher_logits is not None, calibration=stage != "train"
+                logits.shape[-1], self.ignore_index, teacher_logits is not None, stage != "train", logits.dim() == 3
             )
             self.metrics[key] = metrics.to(self.device)
         metrics = self.metrics[key]
@@ -201,8 +267,15 @@ class SupervisedModule(LightningModule):
                     metric,
                     metric_attribute=f"metrics.{key}.{name}",  # made after Lightning listed the metrics there are
                     add_dataloader_idx=False,
-                    prog_bar=name == "acc" and stage != "train",
+                    prog_bar=stage != "train" and name == ("perplexity" if "perplexity" in metrics else "acc"),
                 )
+
+    def _weight(self, logits: Tensor, targets: Tensor | None) -> int:
+        """What a batch's mean losses weigh in an evaluation: its labelled positions where it has several a sample."""
+        if targets is None or targets.is_floating_point() or targets.dim() < 2:
+            return len(logits)
+        # times the ranks: Lightning takes the weights' mean over them in integers, and cuts what is left over
+        return int((targets != self.ignore_index).sum()) * self.trainer.world_size
 
     def _save_plain_hyperparameters(self) -> None:
         """Save the arguments of the ``__init__`` that calls this, so that checkpoints load with ``weights_only=True``.
@@ -238,7 +311,8 @@ class ClassificationModule(SupervisedModule):
 
     It has the recipe of :class:`~kd_lightning.DistillationModule` without the teacher, so that the teacher and the
     no-teacher baseline are trained in the same way as the student. Logs ``train_loss`` and, for validation and test,
-    ``val_loss``, ``val_acc``, ``val_acc_top5``, ``val_calibration_error``.
+    ``val_loss``, ``val_acc``, ``val_acc_top5``, ``val_calibration_error``; for ``(B, L, V)`` logits ``val_perplexity``
+    in place of the last.
 
     Args:
         model: The network.
@@ -248,9 +322,14 @@ class ClassificationModule(SupervisedModule):
             a LightningModule, else AdamW with a learning rate of 0.001.
         lr_scheduler: A function from the optimiser to a scheduler.
         lr_scheduler_interval: Whether the scheduler steps each ``"epoch"`` or each ``"step"``.
+        shift_labels: Whether the target of a position is the next one's label, as causal language models are trained
+            and as Hugging Face's data collators leave it to the model; see
+            :func:`~kd_lightning.functional.next_token_targets`. Logs ``val_perplexity``.
+        mean_over: What a loss is the mean over: the labelled positions of the ``"batch"``, or of the whole optimiser
+            ``"step"``, all its accumulated batches and ranks; see :class:`SupervisedModule`.
 
     Raises:
-        ValueError: An unknown interval; at fit, a network without trainable parameters.
+        ValueError: An unknown interval or ``mean_over``; at fit, a network without trainable parameters.
 
     Example:
         >>> module = ClassificationModule(nn.Linear(4, 3), optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
@@ -265,8 +344,10 @@ class ClassificationModule(SupervisedModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
+        shift_labels: bool = False,
+        mean_over: Literal["batch", "step"] = "batch",
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, lr_scheduler_interval)
+        super().__init__(optimizer, lr_scheduler, lr_scheduler_interval, shift_labels, mean_over)
         self._save_plain_hyperparameters()
         self.model = model
         self.task_loss = CrossEntropyLoss() if task_loss is None else task_loss
@@ -278,10 +359,10 @@ class ClassificationModule(SupervisedModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
-        loss, logits, targets = self._loss(batch)
+        loss, logits, self._last_targets = self._loss(batch)
         if is_logging_step(self.trainer):
             self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(logits))
-        self._update_metrics("train", logits, targets)
+        self._update_metrics("train", logits, self._last_targets)
         return loss
 
     @override
@@ -294,11 +375,11 @@ class ClassificationModule(SupervisedModule):
 
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:
         loss, logits, targets = self._loss(batch)
-        self.log(f"{stage}_loss", loss, sync_dist=True, batch_size=len(logits))
+        self.log(f"{stage}_loss", loss, sync_dist=True, batch_size=self._weight(logits, targets))
         self._update_metrics(stage, logits, targets, dataloader_idx=dataloader_idx)
 
     def _loss(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        inputs, targets = self.unpack_batch(batch)
+        inputs, targets = self.inputs_and_targets(batch)
         if targets is None:
             raise ValueError(
                 "ClassificationModule learns from targets, but the batch has none: give (inputs, targets)."

@@ -56,7 +56,7 @@ class CommandTrainer(Trainer):
             loader = datamodule.train_dataloader()
             steps = max(len(loader) // self.accumulate_grad_batches, 1)
             if model.teacher is not None:
-                inputs, targets = model.unpack_batch(next(iter(loader)))
+                inputs, targets = model.inputs_and_targets(next(iter(loader)))
                 members = model.teacher.logits(inputs, extract=model.extract_logits)
                 logits = model.distiller.consensus(inputs, members, targets).movedim(model.class_dim, -1)
         num_classes = 10 if logits is None else logits.shape[-1]

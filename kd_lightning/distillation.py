@@ -20,7 +20,8 @@ from typing_extensions import override
 from kd_lightning.classification import SupervisedModule
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.layers import LayerTerm
-from kd_lightning.teachers import FrozenTeacher, TeacherEnsemble, split_index
+from kd_lightning.losses import FusedLinearKDLoss
+from kd_lightning.teachers import FrozenTeacher, TeacherEnsemble, check_hidden_states, hidden_states, split_index
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 from kd_lightning.training import DistillationRun, is_logging_step, step_readings
 
@@ -40,6 +41,8 @@ class DistillationModule(SupervisedModule):
     ``val_agreement`` and ``val_teacher_acc`` in validation, ``test_…`` in test. ``val_loss`` and ``val_kd_loss`` move
     with the temperature: choose models by ``val_acc`` or ``val_task_loss``. With ``layers`` there is
     ``train_layer_loss/<layer>`` too, unweighted, and ``temperature_<layer>``; ``val_loss`` is without them.
+
+    For ``(B, L, V)`` logits ``val_perplexity`` and ``val_teacher_perplexity`` take the place of the calibration error.
 
     The teacher is read at the start of ``fit`` and never saved: not in checkpoints, not in the optimiser, out of
     callbacks' reach; resuming with another teacher is an error. ``validate`` and ``predict`` do without its file.
@@ -66,9 +69,16 @@ class DistillationModule(SupervisedModule):
             on both networks during ``fit``. Projectors are built before the optimiser is, from two training samples
             that leave no trace in loader or random numbers (a loader that can only be iterated gives its first batch);
             they have an optimiser group of their own and are in checkpoints, but not in ``student.state_dict()``.
+        shift_labels: Whether the target of a position is the next one's label, as causal language models are trained
+            and as Hugging Face's data collators leave it to the model; see
+            :func:`~kd_lightning.functional.next_token_targets`.
+        mean_over: What a loss is the mean over: the labelled positions of the ``"batch"``, or of the whole optimiser
+            ``"step"``, all its accumulated batches and ranks; see
+            :class:`~kd_lightning.classification.SupervisedModule`.
 
     Raises:
-        ValueError: Student and teacher share parameters; at fit, no teacher, or another one than the checkpoint's.
+        ValueError: Student and teacher share parameters; labels to shift without an ``ignore_index``; an unknown
+            interval or ``mean_over``; at fit, no teacher, or another one than the checkpoint's.
 
     Example:
         >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
@@ -91,17 +101,24 @@ class DistillationModule(SupervisedModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
         layers: Sequence[LayerTerm] | None = None,
+        shift_labels: bool = False,
+        mean_over: Literal["batch", "step"] = "batch",
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, lr_scheduler_interval)
+        super().__init__(optimizer, lr_scheduler, lr_scheduler_interval, shift_labels, mean_over)
         self._save_plain_hyperparameters()
         self.student = student
         self.distiller = Distiller(teacher, temperature, kd_loss, task_loss, kd_weight, task_weight, layers)
         self.last_output: DistillationOutput | None = None
-        self._last_targets: Tensor | None = None
         self._rows: Tensor | None = None  # of the batch at hand in the teacher's cache
+        self._heads_are_checked = False
         self._run = DistillationRun(self.distiller, type(self).__name__)
         self._temperature_state: dict[str, Tensor] = {}
         self._run.check_student(student)
+        if shift_labels and self.distiller.ignore_index is None:
+            raise ValueError(
+                "shift_labels=True marks positions that do not count, the last one and padding, by ignore_index, but "
+                "kd_loss has ignore_index=None and would distil them. Give it the default, -100."
+            )
 
     @property
     @override
@@ -168,7 +185,7 @@ class DistillationModule(SupervisedModule):
 
     def _distil(self, batch: Any, progress: Progress) -> tuple[DistillationOutput, Tensor | None]:
         batch, rows = split_index(batch)  # still one where the step is called by hand
-        inputs, targets = self.unpack_batch(batch)
+        inputs, targets = self.inputs_and_targets(batch)
         if self.teacher is None:
             raise ValueError(f"{type(self).__name__} has no teacher: give one to learn from.")
         rows = self._rows if rows is None else rows
@@ -177,6 +194,12 @@ class DistillationModule(SupervisedModule):
                 "the teacher has a cache, but the training batch does not say which samples it has: make the loader of "
                 "teacher.index(dataset), or give the teacher no cache."
             )
+        if self.training and isinstance(self.distiller.kd_loss, FusedLinearKDLoss):
+            if not self._heads_are_checked:
+                check_hidden_states(self.student, inputs)
+                self.teacher.hidden_states(inputs, check=True)
+                self._heads_are_checked = True
+            return self.distiller(inputs, hidden_states(self.student, inputs), targets, progress), targets
         student_logits = self(inputs)
         teacher_logits = self.teacher.logits(inputs, rows, self.extract_logits)
         return self.distiller(inputs, student_logits, targets, progress, teacher_logits=teacher_logits), targets
@@ -187,16 +210,15 @@ class DistillationModule(SupervisedModule):
             losses = {"loss": out.loss, "kd_loss": out.kd_loss, "task_loss": out.task_loss}
             logits, teacher_logits = out.student_logits, out.teacher_logits
         else:
-            inputs, targets = self.unpack_batch(batch)
+            inputs, targets = self.inputs_and_targets(batch)
             logits, teacher_logits = self(inputs), None
             losses = {} if targets is None else {"task_loss": self.distiller.task_term(logits, targets)}
-        self.log_dict(
-            {f"{stage}_{name}": value for name, value in losses.items()}, sync_dist=True, batch_size=len(logits)
-        )
+        weight = len(logits) if self.distiller.ignore_index is None else self._weight(logits, targets)
+        self.log_dict({f"{stage}_{name}": value for name, value in losses.items()}, sync_dist=True, batch_size=weight)
         self._update_metrics(stage, logits, targets, teacher_logits, dataloader_idx)
 
     def _log_step(self, out: DistillationOutput) -> None:
-        size = len(out.student_logits)
+        size = max(len(out.student_logits), 1)
         self.log("train_loss", out.loss.detach(), prog_bar=True, batch_size=size)
         self.log_dict(step_readings(self.trainer, out), batch_size=size)
 
@@ -251,13 +273,17 @@ class DistillationModule(SupervisedModule):
 
     @override
     def on_train_start(self) -> None:
+        super().on_train_start()
         self._set_cache_epoch(self.trainer.current_epoch)  # resumed within an epoch, there is no on_train_epoch_start
         self._run.check_resumed()
 
     @override
     def on_fit_end(self) -> None:
         values = self.trainer.callback_metrics
-        if "val_acc" in values and "val_teacher_acc" in values:
+        if "val_perplexity" in values and "val_teacher_perplexity" in values:
+            perplexities = values["val_perplexity"], values["val_teacher_perplexity"]
+            rank_zero_info("val_perplexity: student {:.3f}, teacher {:.3f}".format(*perplexities))
+        elif "val_acc" in values and "val_teacher_acc" in values:
             rank_zero_info(
                 f"val_acc: student {values['val_acc']:.4f}, teacher {values['val_teacher_acc']:.4f} "
                 f"(agreement {values['val_agreement']:.4f})"

@@ -14,9 +14,9 @@ from typing_extensions import override
 from kd_lightning.functional import Scale, Temperature, loss_scale, predictive_entropy, without_padding
 from kd_lightning.functional.row_loss import valid_positions
 from kd_lightning.layers import LayerResult, LayerTerm, LayerTerms
-from kd_lightning.losses import CrossEntropyLoss, KDLoss
+from kd_lightning.losses import CrossEntropyLoss, FusedLinearKDLoss, KDLoss
 from kd_lightning.losses.logits import LogitLoss
-from kd_lightning.teachers import FrozenTeacher, TeacherEnsemble, as_teacher
+from kd_lightning.teachers import FrozenTeacher, HiddenStates, TeacherEnsemble, as_teacher
 from kd_lightning.teachers.ensemble import LossTerm, Opinions
 from kd_lightning.temperature import Progress, Schedule, Signals, TemperaturePolicy, as_policy
 from kd_lightning.temperature.base import Temperatures
@@ -34,8 +34,9 @@ class DistillationOutput:
         kd_loss: The distillation term, unweighted.
         task_loss: The task term, unweighted; 0 without targets.
         temperature: The temperatures of this batch, class dimension last; a tuple for a policy that gives several.
-        student_logits: As they were given.
-        teacher_logits: In the student's layout, without gradient; of a :class:`TeacherEnsemble` the consensus.
+        student_logits: As they were given; ``(0, V)``, none, where hidden states were.
+        teacher_logits: In the student's layout, without gradient; of a :class:`TeacherEnsemble` the consensus; none
+            likewise.
         kd_weight: The weight of the distillation term in this step.
         task_weight: The weight of the task term.
         scale_rule: The loss's rule for the factor ``scale`` where the temperature does not set it.
@@ -76,7 +77,8 @@ class DistillationOutput:
 
         ``temperature_student`` and ``temperature_teacher`` (means over the batch, and over the terms where a policy
         gives several), ``effective_kd_weight``, ``entropy_student`` and ``entropy_teacher`` (in nats, at the first
-        term's temperatures), and ``temperature_<layer>`` for the terms between layers that have one.
+        term's temperatures; not where there were no logits), and ``temperature_<layer>`` for the terms between layers
+        that have one.
         """
         first = self.temperatures[0]
         student_logits = self.student_logits.detach().movedim(self.class_dim, -1)
@@ -85,9 +87,10 @@ class DistillationOutput:
             "temperature_student": torch.stack([t.student.detach().mean() for t in self.temperatures]).mean(),
             "temperature_teacher": torch.stack([t.teacher.detach().mean() for t in self.temperatures]).mean(),
             "effective_kd_weight": self.effective_kd_weight,
-            "entropy_student": predictive_entropy(student_logits, first.student.detach()).mean(),
-            "entropy_teacher": predictive_entropy(teacher_logits, first.teacher.detach()).mean(),
         }
+        if len(student_logits):
+            values["entropy_student"] = predictive_entropy(student_logits, first.student.detach()).mean()
+            values["entropy_teacher"] = predictive_entropy(teacher_logits, first.teacher.detach()).mean()
         for name, result in self.layers.items():
             if (temperature := result.mean_temperature()) is not None:
                 values[f"temperature_{name}"] = temperature
@@ -178,6 +181,8 @@ class Distiller(nn.Module):
                 f"{type(self.kd_loss).__name__} sees logits without a softmax, and combine='probs' mixes what softmax "
                 "gives. Take TeacherEnsemble(..., combine='logits') or combine='losses'."
             )
+        if isinstance(self.kd_loss, FusedLinearKDLoss):
+            self._check_fused()
 
     @property
     def class_dim(self) -> int:
@@ -198,7 +203,7 @@ class Distiller(nn.Module):
     def forward(
         self,
         inputs: Any,
-        student_logits: Tensor,
+        student_logits: Tensor | HiddenStates,
         targets: Tensor | None = None,
         progress: Progress | None = None,
         *,
@@ -210,7 +215,8 @@ class Distiller(nn.Module):
 
         Args:
             inputs: What the teacher is called with: a tensor, a tuple, or a mapping of keywords.
-            student_logits: ``(N, C)`` or any shape with a class dimension.
+            student_logits: ``(N, C)`` or any shape with a class dimension; for :class:`FusedLinearKDLoss` what
+                :func:`~kd_lightning.teachers.hidden_states` gives.
             targets: What the task loss takes. None: no task loss, which asks for ``task_weight=0`` or ``task_loss``.
             progress: Where training stands, for schedules.
             teacher_logits: Logits that are there already, of an ensemble one for each member; the teacher is not run.
@@ -219,21 +225,22 @@ class Distiller(nn.Module):
                 Distiller's own is not computed.
         """
         progress = progress or Progress()
+        kd_weight = weight_at(self.kd_weight, progress, "kd_weight") if self.kd_enabled else 0.0
+        task_weight = weight_at(self.task_weight, progress, "task_weight")
+        if isinstance(student_logits, HiddenStates):
+            if teacher_logits is not None or task_loss is not None:
+                raise ValueError("hidden states go with a teacher that is run: leave teacher_logits and task_loss out.")
+            return self._distil_fused(inputs, student_logits, targets, progress, kd_weight, task_weight)
         if teacher_logits is None:
             teacher_logits = self.teacher_logits(inputs, index)
         teacher_logits, opinions = self._consult(inputs, student_logits, teacher_logits, targets, progress)
-        kd_weight = weight_at(self.kd_weight, progress, "kd_weight") if self.kd_enabled else 0.0
-        task_weight = weight_at(self.task_weight, progress, "task_weight")
         kd_loss, temperature = self._distil(student_logits, teacher_logits, targets, progress, opinions)
         if task_loss is None and targets is not None:
             task_loss = self.task_term(student_logits, targets)
         elif task_loss is None and task_weight == 0:
             task_loss = kd_loss.new_zeros(())
         elif task_loss is None:
-            raise ValueError(
-                f"task_weight is {task_weight:g} but the batch has no targets. Give targets or a task_loss, or set "
-                "task_weight=0 to learn from the teacher alone."
-            )
+            raise ValueError(_no_targets(task_weight))
         loss = kd_weight * kd_loss + task_weight * task_loss
         layers = self._layer_terms(progress)
         for term in layers.values():
@@ -423,6 +430,68 @@ class Distiller(nn.Module):
         count = 1 if not mean else rows.numel() if valid is None else valid.sum().clamp(min=1)
         return rows.sum() / count
 
+    # ---- from hidden states ---------------------------------------------------------------------------------------
+
+    def _check_fused(self) -> None:
+        policy, task, kd_loss = self.temperature, self.task_loss, self.kd_loss
+        if isinstance(self.teacher, TeacherEnsemble) or len(self.layers) or (self.teacher and self.teacher.caches):
+            raise ValueError(
+                "FusedLinearKDLoss takes the hidden states of one teacher that runs: no ensemble, no cache and no "
+                "layers go with it. Take KDLoss."
+            )
+        if self.class_dim != -1 or getattr(kd_loss, "reduction", "mean") != "mean":
+            raise ValueError(f"from hidden states the classes are last and the loss is a mean, got {kd_loss!r}.")
+        parts = [part for part in policy.modules() if isinstance(part, TemperaturePolicy)]
+        if any(part.reads_logits or type(part).transform is not TemperaturePolicy.transform for part in parts):
+            raise ValueError(
+                f"FusedLinearKDLoss never has the logits, but the temperature {policy!r} is computed from them or "
+                "changes them. Take a number, a schedule or LearnableTemperature, or KDLoss."
+            )
+        if (
+            type(task) is not CrossEntropyLoss
+            or (task.ignore_index, task.label_smoothing, task.reduction) != (self.task_ignore_index, 0.0, "mean")
+            or task.weight is not None
+        ):
+            raise ValueError(
+                f"FusedLinearKDLoss computes the cross-entropy along with the divergence, so task_loss must be the "
+                f"default, got {task!r}. Leave task_loss out, or take KDLoss."
+            )
+
+    def _distil_fused(
+        self,
+        inputs: Any,
+        student: HiddenStates,
+        targets: Tensor | None,
+        progress: Progress,
+        kd_weight: float,
+        task_weight: float,
+    ) -> DistillationOutput:
+        kd_loss = self.kd_loss
+        if not isinstance(kd_loss, FusedLinearKDLoss) or self.teacher is None:
+            raise ValueError(
+                f"hidden states are for FusedLinearKDLoss and a teacher, got {type(kd_loss).__name__} and "
+                f"{type(self.teacher).__name__}. Give logits."
+            )
+        self._check_fused()  # the temperature may have been replaced
+        if targets is None and task_weight:
+            raise ValueError(_no_targets(task_weight))
+        shape = (*student.hidden.shape[:-1], student.weight.shape[0])
+        no_logits = student.hidden.new_zeros((), dtype=torch.float32).expand(shape)  # a shape, no memory
+        temperature = self.temperature(Signals(no_logits, no_logits, targets, progress, self.ignore_index))
+        if not isinstance(temperature, Temperature):
+            raise ValueError(f"FusedLinearKDLoss takes one temperature, but {self.temperature!r} gives several.")
+        teacher = self.teacher.hidden_states(inputs)
+        terms = kd_loss.from_hidden(student, teacher, temperature, targets, kd_weight, task_weight)
+        return DistillationOutput(
+            *terms,
+            temperature=temperature,
+            student_logits=student.hidden.new_empty(0, shape[-1]),
+            teacher_logits=student.hidden.new_empty(0, shape[-1]),
+            kd_weight=kd_weight,
+            task_weight=task_weight,
+            scale_rule=kd_loss.scale,
+        )
+
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
         super()._apply(fn, recurse)
@@ -434,6 +503,13 @@ class Distiller(nn.Module):
     def extra_repr(self) -> str:
         off = "" if self.kd_enabled else " (off)"
         return f"teacher={self.teacher!r}, kd_weight={self.kd_weight}{off}, task_weight={self.task_weight}"
+
+
+def _no_targets(task_weight: float) -> str:
+    return (
+        f"task_weight is {task_weight:g} but the batch has no targets. Give targets or a task_loss, or set "
+        "task_weight=0 to learn from the teacher alone."
+    )
 
 
 def _to_layout(temperature: Temperature, class_dim: int, rank: int) -> Temperature:

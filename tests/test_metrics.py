@@ -29,7 +29,7 @@ def test_nothing_that_counts_is_zero() -> None:
 
 def test_collection() -> None:
     logits, teacher, targets = torch.randn(40, 8), torch.randn(40, 8), torch.randint(0, 8, (40,))
-    metrics = ClassificationMetrics(8, ignore_index=-100, with_teacher=True, calibration=True)
+    metrics = ClassificationMetrics(8, ignore_index=-100, with_teacher=True, evaluation=True)
     metrics.observe(logits, targets, teacher)
     values = {name: metric.compute() for name, metric in metrics.items()}  # pyright: ignore
     assert set(values) == {"acc", "acc_top5", "calibration_error", "agreement", "teacher_acc"}
@@ -40,7 +40,7 @@ def test_collection() -> None:
 
 
 def test_soft_targets_count_by_their_largest() -> None:
-    metrics = ClassificationMetrics(4, ignore_index=-100, with_teacher=False, calibration=False)
+    metrics = ClassificationMetrics(4, ignore_index=-100, with_teacher=False, evaluation=False)
     metrics.observe(torch.eye(4), torch.eye(4).flip(0) * 0.7 + 0.1)
     assert metrics["acc"].compute() == 0  # pyright: ignore
     assert "acc_top5" not in metrics

@@ -1,9 +1,10 @@
-"""Image data for distillation: the validation part comes out of train, the test set is for the final figure only."""
+"""Images, and text, for distillation: validation comes out of train, the test set is for the final figure only."""
 
 from kd_lightning.datamodules.base import ImageDataModule
 from kd_lightning.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
 from kd_lightning.datamodules.digits import DigitsDataModule
 from kd_lightning.datamodules.image_folder import ImageFolderDataModule
+from kd_lightning.datamodules.text import PythonDocsDataModule, TextBlocks
 from kd_lightning.datamodules.transforms import Pipeline, crop_pipeline
 
 __all__ = [
@@ -13,5 +14,7 @@ __all__ = [
     "ImageDataModule",
     "ImageFolderDataModule",
     "Pipeline",
+    "PythonDocsDataModule",
+    "TextBlocks",
     "crop_pipeline",
 ]

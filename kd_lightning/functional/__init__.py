@@ -8,6 +8,7 @@
 - :mod:`~kd_lightning.functional.feature_losses`: the losses between the features of a layer in each network.
 - :mod:`~kd_lightning.functional.ensemble`: what several teachers say together.
 - :mod:`~kd_lightning.functional.fused_linear`: the loss from hidden states and heads, without the logits.
+- :mod:`~kd_lightning.functional.tokens`: the targets of a causal language model.
 
 Notation used in all docstrings: ``s`` and ``t`` are student and teacher logits, ``T_s`` and ``T_t`` their
 temperatures, ``p_s = softmax(s / T_s)``, ``p_t = softmax(t / T_t)``, ``C`` the number of classes.
@@ -33,7 +34,7 @@ from kd_lightning.functional.feature_losses import (
     similarity_logits,
     similarity_preserving_loss,
 )
-from kd_lightning.functional.fused_linear import fused_linear_kd_loss
+from kd_lightning.functional.fused_linear import FusedTerms, fused_linear_kd_loss, fused_linear_kd_terms
 from kd_lightning.functional.logit_losses import (
     Convention,
     bernoulli_kd_loss,
@@ -56,9 +57,11 @@ from kd_lightning.functional.temperature import (
     tempered_log_softmax,
     tempered_softmax,
 )
+from kd_lightning.functional.tokens import next_token_targets
 
 __all__ = [
     "Convention",
+    "FusedTerms",
     "Reduction",
     "Scale",
     "Temperature",
@@ -74,6 +77,7 @@ __all__ = [
     "dkd_loss",
     "entropy_weights",
     "fused_linear_kd_loss",
+    "fused_linear_kd_terms",
     "hint_loss",
     "info_nce_logits",
     "info_nce_loss",
@@ -84,6 +88,7 @@ __all__ = [
     "mixed_logits",
     "mse_logits_loss",
     "multi_temperature_kd_loss",
+    "next_token_targets",
     "nkd_loss",
     "predictive_entropy",
     "relational_loss",

@@ -26,7 +26,21 @@ from kd_lightning.functional.row_loss import (
 )
 from kd_lightning.functional.temperature import Temperature, as_temperature, compute_dtype, in_transform
 
-__all__ = ["fused_linear_kd_loss"]
+__all__ = ["FusedTerms", "fused_linear_kd_loss", "fused_linear_kd_terms"]
+
+
+class FusedTerms(NamedTuple):
+    """What :func:`fused_linear_kd_terms` gives.
+
+    Attributes:
+        loss: The weighted sum; only this has a gradient.
+        kd_loss: The divergence, unweighted; 0 where its weight is 0.
+        task_loss: The cross-entropy, unweighted; 0 where its weight is 0.
+    """
+
+    loss: Tensor
+    kd_loss: Tensor
+    task_loss: Tensor
 
 
 def fused_linear_kd_loss(
@@ -91,6 +105,53 @@ def fused_linear_kd_loss(
         >>> fused_linear_kd_loss(hidden, weight, None, None, 2.0, teacher_logits=teacher, chunk_size=1)
         tensor(0.2902, grad_fn=...)
     """
+    return fused_linear_kd_terms(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        temperature,
+        teacher_logits=teacher_logits,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        targets=targets,
+        kd_weight=kd_weight,
+        task_weight=task_weight,
+        scale=scale,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        num_items=num_items,
+        chunk_size=chunk_size,
+    ).loss
+
+
+def fused_linear_kd_terms(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    temperature: float | Tensor | Temperature,
+    *,
+    teacher_logits: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    targets: Tensor | None = None,
+    kd_weight: float = 1.0,
+    task_weight: float = 0.0,
+    scale: Scale = "student_teacher",
+    ignore_index: int | None = -100,
+    reduction: Reduction = "mean",
+    num_items: float | Tensor | None = None,
+    chunk_size: int = 256,
+) -> FusedTerms:
+    """The :func:`fused_linear_kd_loss` together with its two terms, for logs. Arguments and errors are the same.
+
+    Example:
+        >>> import torch
+        >>> hidden, weight, targets = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 1])
+        >>> fused_linear_kd_terms(hidden, weight, hidden, weight, 2.0, targets=targets, task_weight=0.5)
+        FusedTerms(loss=tensor(0.1100), kd_loss=tensor(0.), task_loss=tensor(0.2201))
+    """
     check_option("scale", scale, get_args(Scale))
     check_option("reduction", reduction, ("mean", "sum"))
     check_num_items(num_items, reduction)
@@ -121,9 +182,11 @@ def fused_linear_kd_loss(
     rows = _Flat(*(_flat(x, shape) for x in (temp.student, t_t, factor, task_factor, valid, labels)))
     tensors = (*heads.flattened(), *rows)
     if in_transform():
-        return _definition(*tensors)
-    wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors)
-    return _FusedLinear.apply(chunk_size, wanted, *tensors)  # pyright: ignore[reportReturnType]
+        loss, kd, task = _definition(*tensors)
+    else:
+        wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors)
+        loss, kd, task = _FusedLinear.apply(chunk_size, wanted, *tensors)  # pyright: ignore
+    return FusedTerms(loss, kd / (kd_weight or 1), task / (task_weight or 1))
 
 
 class _Heads(NamedTuple):
@@ -210,8 +273,8 @@ def _flat(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     return x.expand(*shape[:-1], x.shape[-1]).reshape(-1, x.shape[-1])
 
 
-def _definition(*tensors: Any) -> Tensor:
-    """The same from the whole logits, in differentiable torch."""
+def _definition(*tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from the whole logits, in differentiable torch: the loss, and its two parts as constants."""
     heads, rows = _Heads(*tensors[:7]), _Flat(*tensors[7:])
     s = F.linear(heads.hidden, heads.weight, heads.bias)
     t = heads.teacher_logits
@@ -222,23 +285,25 @@ def _definition(*tensors: Any) -> Tensor:
     if rows.valid is not None:
         s, t = s.masked_fill(~rows.valid, 0.0), t.masked_fill(~rows.valid, 0.0)
     a, b = s / rows.student_temperature, t / rows.teacher_temperature
-    loss = ForwardKL().definition(a, b, -1, None) * rows.factor
+    kd = ForwardKL().definition(a, b, -1, None) * rows.factor
+    task = torch.zeros_like(kd)
     if rows.labels is not None:
-        loss = loss + (s.logsumexp(-1, keepdim=True) - s.gather(-1, rows.labels)) * rows.task_factor
-    return (loss if rows.valid is None else torch.where(rows.valid, loss, 0.0)).sum()
+        task = (s.logsumexp(-1, keepdim=True) - s.gather(-1, rows.labels)) * rows.task_factor
+    kd, task = ((x if rows.valid is None else torch.where(rows.valid, x, 0.0)).sum() for x in (kd, task))
+    return kd + task, kd.detach(), task.detach()
 
 
 class _FusedLinear(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, chunk_size: int, wanted: tuple[bool, ...], *tensors: Any
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         heads, rows = _Heads(*tensors[:7]), _Flat(*tensors[7:])
         want_hidden, want_weight, want_bias = wanted[:3]
         want_t_s, want_t_t, want_factor = wanted[7:10]
         hidden, weight = heads.hidden, heads.weight
         dtype = compute_dtype(hidden)
-        total = torch.zeros((), dtype=dtype, device=hidden.device)
+        kd_total, task_total = torch.zeros(2, dtype=dtype, device=hidden.device).unbind()
         d_hidden = torch.empty_like(hidden, dtype=_kept(hidden)) if want_hidden else None
         d_weight = torch.zeros_like(weight, dtype=dtype) if want_weight else None
         d_bias = torch.zeros_like(weight[:, 0], dtype=dtype) if want_bias else None
@@ -266,7 +331,9 @@ class _FusedLinear(torch.autograd.Function):
                     for x in (form.value, d_t_s, d_t_t, task_value)
                 )
                 assert value is not None
-                total += (value * c).sum() if task_value is None else (value * c + task_value).sum()
+                kd_total += (value * c).sum()
+                if task_value is not None:
+                    task_total += task_value.sum()
                 per_row.append((value, d_t_s, d_t_t))
                 if want_hidden or want_weight or want_bias:
                     gradient = form.student.mul_(c / t_s)
@@ -284,17 +351,19 @@ class _FusedLinear(torch.autograd.Function):
         )
         ctx.wanted, ctx.gradients = wanted, (d_hidden, d_weight, d_bias)
         ctx.save_for_backward(*tensors, value, d_t_s, d_t_t)
-        return total
+        total = kd_total + task_total
+        ctx.mark_non_differentiable(kd_total, task_total)
+        return total, kd_total, task_total
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        (g,) = upstream
+        g, *_ = upstream
         *tensors, value, d_t_s, d_t_t = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
         if torch.is_grad_enabled() or gradients is None:
             with torch.enable_grad():
                 aliases = [x.view_as(x) if want else x for x, want in zip(tensors, ctx.wanted, strict=True)]
-                loss = _definition(*aliases)
+                loss, *_ = _definition(*aliases)
             wanted = [x for x, want in zip(aliases, ctx.wanted, strict=True) if want]
             found = iter(torch.autograd.grad(loss, wanted, g, create_graph=torch.is_grad_enabled()))
             return None, None, *(next(found) if want else None for want in ctx.wanted)

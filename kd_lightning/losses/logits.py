@@ -12,13 +12,14 @@ from typing import ClassVar, get_args
 from torch import Tensor, nn
 
 from kd_lightning import functional
-from kd_lightning.functional import Convention, Reduction, Scale, Temperature
+from kd_lightning.functional import Convention, FusedTerms, Reduction, Scale, Temperature
 from kd_lightning.functional.logit_losses import check_convention
 
 __all__ = [
     "BernoulliKDLoss",
     "DISTLoss",
     "DKDLoss",
+    "FusedLinearKDLoss",
     "JSDLoss",
     "KDLoss",
     "LogitLoss",
@@ -162,6 +163,82 @@ class KDLoss(LogitLoss):
         """The options; the convention's where there is one."""
         shown = super().extra_repr()
         return shown if self.convention else shown.replace("convention=None, alpha=None, beta=None, ", "")
+
+
+class FusedLinearKDLoss(LogitLoss):
+    """:class:`KDLoss` for large vocabularies: training never holds the ``(B, L, V)`` logits of either model.
+
+    :class:`~kd_lightning.DistillationModule` takes the final hidden states and output layers of student and teacher
+    in place of their logits, and both terms, divergence and cross-entropy, are computed a chunk of rows at a time:
+    :func:`~kd_lightning.functional.fused_linear_kd_loss`. Loss and gradients are those of :class:`KDLoss` with
+    :class:`CrossEntropyLoss`. Both models must have ``base_model`` (inputs → hidden states) and
+    ``get_output_embeddings()`` (a Linear), as Hugging Face's causal models and
+    :class:`~kd_lightning.models.CausalTransformer` have, and nothing may stand between the two or after them.
+
+    Without logits, training has no ``train_acc``, no ``train_agreement`` and no entropies, a gradient share is NaN, and
+    a temperature that reads logits is an error. A term whose weight is 0 is logged as 0. Given logits, as in validation
+    and test, which measure everything, this is :class:`KDLoss`: there one batch's logits must fit.
+
+    Args:
+        chunk_size: Rows at a time.
+        scale: As in :class:`LogitLoss`, like all that follows.
+        class_dim: The dimension of the classes; from hidden states it is the last.
+        ignore_index: Target value of the positions to leave out.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``; from hidden states ``"mean"``.
+
+    Raises:
+        ValueError: An unknown option, or no row at a time.
+
+    Example:
+        >>> import torch
+        >>> FusedLinearKDLoss(chunk_size=1024)(torch.zeros(2, 5, 3), torch.zeros(2, 5, 3), 4.0)
+        tensor(0.)
+    """
+
+    function = staticmethod(functional.kd_loss)
+
+    def __init__(
+        self,
+        chunk_size: int = 256,
+        scale: Scale | None = None,
+        class_dim: int = -1,
+        ignore_index: int | None = -100,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(scale, class_dim, ignore_index, reduction)
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+        self.chunk_size = chunk_size
+
+    def from_hidden(
+        self,
+        student: tuple[Tensor, Tensor, Tensor | None],
+        teacher: tuple[Tensor, Tensor, Tensor | None],
+        temperature: float | Tensor | Temperature,
+        targets: Tensor | None,
+        kd_weight: float,
+        task_weight: float,
+    ) -> FusedTerms:
+        """Both terms and their weighted sum from hidden states, weight and bias of the output layer."""
+        return functional.fused_linear_kd_terms(
+            student[0],
+            student[1],
+            teacher[0],
+            teacher[1],
+            temperature,
+            student_bias=student[2],
+            teacher_bias=teacher[2],
+            targets=targets,
+            kd_weight=kd_weight,
+            task_weight=task_weight,
+            scale=self.scale,
+            ignore_index=self.ignore_index,
+            chunk_size=self.chunk_size,
+        )
+
+    def extra_repr(self) -> str:
+        """The options: its own first."""
+        return f"chunk_size={self.chunk_size}, {super().extra_repr()}"
 
 
 class ReverseKDLoss(LogitLoss):

@@ -23,6 +23,9 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
     @override
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if input.dim() > 2 and input.stride(1) == 1 and target.dim() == input.dim() - 1 and self.reduction != "none":
+            # (B, V, L) that is a view of (B, L, V): row by row, as it lies in memory, takes a quarter of the time
+            input, target = input.movedim(1, -1).flatten(0, -2), target.flatten()
         loss = super().forward(input, target)
         if target.is_floating_point() or self.reduction != "mean":
             return loss

@@ -1,6 +1,7 @@
-"""The students and teachers that the distillation literature compares on, and small nets for 8×8 digits.
+"""The students and teachers that the distillation literature compares on, and small nets for 8×8 digits and for text.
 
-Every network takes images ``(N, C, H, W)`` and returns logits ``(N, num_classes)``. Its stages are plain named
+Networks take images ``(N, C, H, W)`` and return logits ``(N, num_classes)``, but for :class:`CausalTransformer`: tokens
+``(B, L)`` → ``(B, L, vocab_size)``. Their stages are plain named
 submodules (``layer1``, ``block2``, …), so features are read by name and no model returns them itself.
 """
 
@@ -15,11 +16,13 @@ from kd_lightning.models.cifar_resnet import (
     resnet110,
 )
 from kd_lightning.models.digits import DigitsCNN, DigitsMLP
+from kd_lightning.models.transformer import CausalTransformer
 from kd_lightning.models.vgg import VGG, vgg8, vgg13
 from kd_lightning.models.wide_resnet import WideResNet, wrn_16_2, wrn_40_1, wrn_40_2
 
 __all__ = [
     "VGG",
+    "CausalTransformer",
     "CifarResNet",
     "DigitsCNN",
     "DigitsMLP",

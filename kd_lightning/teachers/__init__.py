@@ -1,7 +1,14 @@
 """Teachers: frozen networks, how they are called, where their weights come from, and their logits on file."""
 
 from kd_lightning.teachers.cache import TeacherCache
-from kd_lightning.teachers.calls import Call, call_model, extract_logits
+from kd_lightning.teachers.calls import (
+    Call,
+    HiddenStates,
+    call_model,
+    check_hidden_states,
+    extract_logits,
+    hidden_states,
+)
 from kd_lightning.teachers.ensemble import TeacherEnsemble
 from kd_lightning.teachers.frozen import FrozenTeacher, as_teacher
 from kd_lightning.teachers.indexed import Indexed, IndexedDataset, split_index
@@ -10,14 +17,17 @@ from kd_lightning.teachers.weights import fingerprint, load_weights
 __all__ = [
     "Call",
     "FrozenTeacher",
+    "HiddenStates",
     "Indexed",
     "IndexedDataset",
     "TeacherCache",
     "TeacherEnsemble",
     "as_teacher",
     "call_model",
+    "check_hidden_states",
     "extract_logits",
     "fingerprint",
+    "hidden_states",
     "load_weights",
     "split_index",
 ]

@@ -6,10 +6,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["Call", "call_model", "extract_logits", "in_micro_batches"]
+__all__ = [
+    "Call",
+    "HiddenStates",
+    "call_model",
+    "check_hidden_states",
+    "extract_logits",
+    "hidden_states",
+    "in_micro_batches",
+]
 
 
 class Call(NamedTuple):
@@ -109,3 +117,101 @@ def _joined(pieces: tuple[Any, ...]) -> Any:
         f"micro_batch_size joins tensors along the batch, but the teacher's output holds {what}. Have the teacher "
         "return its logits alone (Hugging Face: config.use_cache=False), or leave micro_batch_size out."
     )
+
+
+class HiddenStates(NamedTuple):
+    """What a language model's logits are made of, ``hidden @ weight.T + bias``, before they are.
+
+    Attributes:
+        hidden: ``(B, L, H)``: what goes into the output layer.
+        weight: ``(V, H)``: that layer's weight.
+        bias: ``(V,)`` or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def hidden_states(module: nn.Module, inputs: Any) -> HiddenStates:
+    """Run a language model up to its output layer.
+
+    The module must have ``base_model``, from inputs to hidden states (a tensor, or ``.last_hidden_state``), and
+    ``get_output_embeddings()``, a Linear: as Hugging Face's causal models, and
+    :class:`~kd_lightning.models.CausalTransformer`.
+
+    Raises:
+        TypeError: It has not.
+
+    Example:
+        >>> from kd_lightning.models import CausalTransformer
+        >>> hidden_states(CausalTransformer(dim=32, depth=1), torch.zeros(2, 5, dtype=torch.long)).hidden.shape
+        torch.Size([2, 5, 32])
+    """
+    body, head = _body_and_head(module)
+    return HiddenStates(_last_hidden(call_model(body, inputs), module), head.weight, head.bias)
+
+
+def check_hidden_states(module: nn.Module, inputs: Any) -> None:
+    """Refuse a network whose logits are something else than output layer of hidden states: soft caps, scales, adapters.
+
+    Runs the first sample and looks at what comes along, once before a training on :func:`hidden_states`.
+
+    Raises:
+        TypeError: As :func:`hidden_states`.
+        ValueError: The logits of the network are others.
+    """
+    body, head = _body_and_head(module)
+    seen: dict[str, Any] = {}
+    hooks = [
+        body.register_forward_hook(lambda _, args, output: seen.update(body=output)),
+        head.register_forward_hook(lambda _, args, output: seen.update(head=output, into_head=args[0])),
+    ]
+    try:
+        with torch.no_grad():
+            logits = extract_logits(call_model(module, _first_sample(inputs)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    pairs = {"body", "head"} <= set(seen) and (
+        (_last_hidden(seen["body"], module), seen["into_head"]),
+        (seen["head"], logits),
+    )
+    if not pairs or any(
+        a.shape != b.shape or not torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-4, equal_nan=True)
+        for a, b in pairs
+    ):
+        raise ValueError(
+            f"the logits of {type(module).__name__} are not its output layer applied to its base model's hidden "
+            "states (a soft cap, a scale or an adapter comes in between), so the fused loss would train on others. "
+            "Take KDLoss."
+        )
+
+
+def _body_and_head(module: nn.Module) -> tuple[nn.Module, nn.Linear]:
+    body, get_head = getattr(module, "base_model", None), getattr(module, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if not isinstance(body, nn.Module) or body is module or not isinstance(head, nn.Linear):
+        raise TypeError(
+            f"the fused loss needs a network with `base_model` (inputs → hidden states) and `get_output_embeddings()` "
+            f"(a Linear), as Hugging Face's causal models have them; {type(module).__name__} has not. Take KDLoss."
+        )
+    return body, head
+
+
+def _last_hidden(output: Any, module: nn.Module) -> Tensor:
+    hidden = output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", None)
+    if not isinstance(hidden, Tensor):
+        raise TypeError(
+            f"the base model of {type(module).__name__} gave no hidden states but {type(output).__name__}: expected a "
+            "tensor or `.last_hidden_state`. Take KDLoss."
+        )
+    return hidden
+
+
+def _first_sample(inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs[:1]
+    if isinstance(inputs, Mapping):
+        return {name: _first_sample(value) for name, value in inputs.items()}
+    return [_first_sample(value) for value in inputs] if isinstance(inputs, (tuple, list)) else inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
@@ -12,7 +13,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from kd_lightning.teachers.cache import TeacherCache
-from kd_lightning.teachers.calls import call_model, extract_logits, in_micro_batches
+from kd_lightning.teachers.calls import (
+    HiddenStates,
+    call_model,
+    check_hidden_states,
+    extract_logits,
+    hidden_states,
+    in_micro_batches,
+)
 from kd_lightning.teachers.indexed import IndexedDataset
 from kd_lightning.teachers.weights import fingerprint, load_weights, looks_untrained
 
@@ -137,14 +145,27 @@ class FrozenTeacher:
 
     def __call__(self, inputs: Any) -> Any:
         """The network's own output for these inputs; see :func:`call_model`."""
+        return self._frozen(self._run, inputs)
+
+    def hidden_states(self, inputs: Any, check: bool = False) -> HiddenStates:
+        """The network up to its output layer; see :func:`hidden_states`. With ``check`` the two are held together."""
+        if check:
+            self._frozen(partial(check_hidden_states, self.module), inputs)
+        return self._frozen(partial(hidden_states, self.module), inputs)
+
+    def _frozen(self, call: Callable[[Any], Any], inputs: Any) -> Any:
         self.load()
         if any(part.training for part in self._parts):  # somebody called train() on it, or shares a part of it
             self.module.eval()
+        if isinstance(inputs, Mapping):
+            inputs = dict(inputs)  # of whatever kind, such as Hugging Face's BatchEncoding
+        if self.precision is not None or self.channels_last:
+            inputs = tree_map_only(Tensor, self._prepared, inputs)
         with torch.no_grad():
             if self.precision is not None:
                 with torch.autocast("cpu" if self._device is None else self._device.type, enabled=False):
-                    return self._run(inputs)
-            return self._run(inputs)
+                    return call(inputs)
+            return call(inputs)
 
     def logits(
         self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
@@ -207,10 +228,6 @@ class FrozenTeacher:
         self.module._apply(fn if self.precision is None else keep_dtype)
 
     def _run(self, inputs: Any) -> Any:
-        if isinstance(inputs, Mapping):
-            inputs = dict(inputs)  # of whatever kind, such as Hugging Face's BatchEncoding
-        if self.precision is not None or self.channels_last:
-            inputs = tree_map_only(Tensor, self._prepared, inputs)
         network: Callable[..., Any] = self.module
         if self.compile and not torch.compiler.is_compiling():  # else it is part of the graph around it
             if self._compiled is None:

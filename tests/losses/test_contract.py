@@ -86,6 +86,9 @@ class Setting:
 
 SETTINGS: dict[str, Setting] = {
     "KDLoss": Setting(losses.KDLoss(), lambda s, t, ts, tt, y: kl(softmax(t, tt), softmax(s, ts))),
+    "FusedLinearKDLoss": Setting(
+        losses.FusedLinearKDLoss(), lambda s, t, ts, tt, y: kl(softmax(t, tt), softmax(s, ts))
+    ),
     "ReverseKDLoss": Setting(losses.ReverseKDLoss(), lambda s, t, ts, tt, y: kl(softmax(s, ts), softmax(t, tt))),
     "JSDLoss": Setting(losses.JSDLoss(beta=0.3), lambda *row: jsd(*row, beta=0.3)),
     "TotalVariationLoss": Setting(

@@ -1,0 +1,225 @@
+"""Text for small language models: the Python reference that comes with every Python."""
+
+import re
+from collections.abc import Sequence
+from hashlib import sha256
+from itertools import pairwise
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kd_lightning.datamodules.base import check
+from kd_lightning.datamodules.splits import share
+
+_HEADING = re.compile(r"^(\S.*)\n([*=\-^~\"+])\2{2,}$", re.MULTILINE)  # a line, underlined
+
+
+class TextBlocks(Dataset[dict[str, Tensor]]):
+    """Documents as bytes, cut into blocks; the last block of each is padded.
+
+    A sample is what Hugging Face's causal models are called with: ``input_ids``, ``attention_mask`` (0 at the padding)
+    and ``labels``, the inputs themselves with −100 at the padding, each ``(block_size,)`` int64. The model's loss, or
+    ``shift_labels=True``, holds the logits at i against the label at i + 1. Blocks overlap by one byte, so every byte
+    but the first of a document is predicted once.
+
+    Args:
+        documents: Texts, each of at least two bytes in UTF-8.
+        block_size: Tokens of a block; at least 2.
+
+    Example:
+        >>> blocks = TextBlocks(["abcde"], block_size=4)
+        >>> len(blocks), blocks[1]["input_ids"], blocks[1]["labels"]
+        (2, tensor([100, 101,   0,   0]), tensor([ 100,  101, -100, -100]))
+    """
+
+    def __init__(self, documents: Sequence[str], block_size: int) -> None:
+        parts: list[Tensor] = []
+        for document in documents:
+            tokens = torch.tensor(list(document.encode()), dtype=torch.long)
+            parts += [tokens[i : i + block_size] for i in range(0, len(tokens) - 1, block_size - 1)]
+        self.input_ids = torch.zeros(len(parts), block_size, dtype=torch.long)
+        self.attention_mask = torch.zeros_like(self.input_ids)
+        for i, part in enumerate(parts):
+            self.input_ids[i, : len(part)] = part
+            self.attention_mask[i, : len(part)] = 1
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        inputs, mask = self.input_ids[index], self.attention_mask[index]
+        return {"input_ids": inputs, "attention_mask": mask, "labels": inputs.masked_fill(mask == 0, -100)}
+
+
+class PythonDocsDataModule(LightningDataModule):
+    """The Python language reference, as the interpreter ships it for ``help()``: some 370,000 characters of English.
+
+    The topics of the standard library's ``pydoc_data.topics`` are cut at their headings into 170 sections (Python
+    3.11); sections that several topics share are taken once. A section is a document, and is in one split only. A token
+    is a byte of its UTF-8: 256 of them, nothing to train, nothing unknown. Batches are those of :class:`TextBlocks`.
+
+    The text is read from the running Python and not part of this package (© Python Software Foundation, PSF licence).
+    Another version's differs a little. Which split a section is in is decided by a hash of its title, so those that two
+    versions share fall, but for a few at the edges, into the same split.
+
+    For texts of your own, override :meth:`documents`.
+
+    Args:
+        batch_size: Blocks in a training batch (per process).
+        eval_batch_size: Blocks in a validation, test or prediction batch; ``batch_size`` if None.
+        block_size: Tokens of a block, at least 2.
+        val_fraction: Part of the remaining documents to validate on, in [0, 1); 0 for no validation.
+        test_fraction: Part of the documents in the test set, in (0, 1). The test set does not depend on ``seed``.
+        train_fraction: Part of the documents left that are trained on, in (0, 1], at least one: for experiments with
+            little text. A smaller part lies within a larger one.
+        seed: Of validation part and training part.
+        num_workers: Loader processes; for text in memory none is the fastest.
+        pin_memory: Whether batches go to page-locked memory; if None, where there is a CUDA device.
+
+    Raises:
+        ValueError: A value outside its range, or a split that is left without a document.
+        ImportError: A Python without the topics.
+
+    Example:
+        >>> data = PythonDocsDataModule(batch_size=4, block_size=64)
+        >>> data.setup("fit")
+        >>> batch = next(iter(data.train_dataloader()))
+        >>> sorted(batch), batch["input_ids"].shape, data.num_classes
+        (['attention_mask', 'input_ids', 'labels'], torch.Size([4, 64]), 256)
+        >>> data.decode(data.encode("naïve")[:4])
+        'naï'
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        block_size: int = 128,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        train_fraction: float = 1.0,
+        seed: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+    ) -> None:
+        super().__init__()
+        check(batch_size >= 1, "batch_size must be at least 1", batch_size, "Give a positive integer.")
+        check(
+            eval_batch_size is None or eval_batch_size >= 1,
+            "eval_batch_size must be at least 1 or None",
+            eval_batch_size,
+            "None means batch_size.",
+        )
+        check(block_size >= 2, "block_size must be at least 2", block_size, "A token is predicted from those before.")
+        check(0 <= val_fraction < 1, "val_fraction must be in [0, 1)", val_fraction, "0 means no validation.")
+        check(0 < test_fraction < 1, "test_fraction must be in (0, 1)", test_fraction, "0.1 is usual.")
+        check(0 < train_fraction <= 1, "train_fraction must be in (0, 1]", train_fraction, "1.0 means all there is.")
+        check(num_workers >= 0, "num_workers must be at least 0", num_workers, "0 loads in the main process.")
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.block_size = block_size
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.train_fraction = train_fraction
+        self.seed = seed
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.datasets: dict[str, TextBlocks] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """Size of the vocabulary: the bytes there are."""
+        return 256
+
+    @staticmethod
+    def encode(text: str) -> Tensor:
+        """Tokens ``(L,)`` of a text."""
+        return torch.tensor(list(text.encode()), dtype=torch.long)
+
+    @staticmethod
+    def decode(tokens: Tensor) -> str:
+        """The text of tokens ``(L,)``; what is no UTF-8 shows as �."""
+        return bytes(tokens.tolist()).decode(errors="replace")
+
+    def documents(self) -> dict[str, str]:
+        """Title and text of every document."""
+        try:
+            from pydoc_data.topics import topics
+        except ImportError as error:
+            raise ImportError(
+                "this Python comes without pydoc_data.topics, the text behind help(), as some trimmed installations "
+                "do. Take a complete Python, or override documents() with a text of your own."
+            ) from error
+        sections: dict[str, str] = {}
+        for name in sorted(topics):
+            text = topics[name]
+            starts = [0, *(match.start() for match in _HEADING.finditer(text) if match.start() > 0), len(text)]
+            for start, end in pairwise(starts):
+                section = _HEADING.sub(
+                    r"\1", text[start:end]
+                ).strip()  # its level, and so its line, depends on the topic
+                if section:
+                    title = section.splitlines()[0]
+                    sections.setdefault(title, section)
+        return sections
+
+    def split(self) -> dict[str, list[str]]:
+        """The titles of the documents of ``"train"``, ``"val"`` and ``"test"``."""
+        titles = list(self.documents())
+        count = share(len(titles), self.test_fraction)
+        by_hash = _shuffled(titles, "test")
+        test, rest = by_hash[:count], _shuffled(by_hash[count:], f"val {self.seed}")
+        count = share(len(rest), self.val_fraction) if self.val_fraction > 0 else 0
+        val, train = rest[:count], rest[count:]
+        if not train:
+            raise ValueError(
+                f"the {len(titles)} documents must leave one to train on, but test_fraction={self.test_fraction} takes "
+                f"{len(test)} and val_fraction={self.val_fraction} takes {len(val)}. Lower them."
+            )
+        train = _shuffled(train, f"train {self.seed}")[: share(len(train), self.train_fraction)]
+        return {"train": train, "val": val, "test": test}
+
+    def setup(self, stage: str) -> None:
+        """Cuts the documents into blocks, once."""
+        if not self.datasets:
+            documents = self.documents()
+            self.datasets = {
+                part: TextBlocks([documents[title] for title in titles], self.block_size)
+                for part, titles in self.split().items()
+            }
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled blocks of the training part."""
+        return self._loader("train", self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Blocks of the validation part; no loader where ``val_fraction`` is 0."""
+        return self._loader("val", self.eval_batch_size) if self.val_fraction > 0 else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Blocks of the test set."""
+        return self._loader("test", self.eval_batch_size)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Blocks of the test set."""
+        return self._loader("test", self.eval_batch_size)
+
+    def _loader(self, part: str, batch_size: int, shuffle: bool = False) -> DataLoader[Any]:
+        if not self.datasets:
+            raise RuntimeError("There are no data for this loader yet. Call setup first, as the Trainer does.")
+        return DataLoader(
+            self.datasets[part],
+            batch_size=batch_size,
+            shuffle=shuffle,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
+            persistent_workers=self.num_workers > 0,
+        )
+
+
+def _shuffled(titles: Sequence[str], salt: str) -> list[str]:
+    """In an order that depends on title and salt alone: on no list position and no Python's hash seed."""
+    return sorted(titles, key=lambda title: sha256(f"{salt}: {title}".encode()).digest())
