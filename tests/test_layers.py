@@ -24,6 +24,7 @@ from kd_lightning.losses import (
     SimilarityKDLoss,
     SimilarityPreservingLoss,
 )
+from kd_lightning.teachers import TeacherEnsemble
 from kd_lightning.temperature import (
     CosineSchedule,
     DepthTemperature,
@@ -263,6 +264,8 @@ def test_teachers_without_the_features_of_a_batch(teacher: Net) -> None:
     layers = [LayerTerm("stage1", "stage1", SimilarityPreservingLoss())]
     with pytest.raises(ValueError, match=r"the whole batch, but the teacher has micro_batch_size=2: leave it out"):
         Distiller(FrozenTeacher(teacher, micro_batch_size=2), layers=layers).attach(Net())
+    with pytest.raises(ValueError, match="layers are those of one network, and a TeacherEnsemble is several"):
+        Distiller(TeacherEnsemble([teacher, copy.deepcopy(teacher)]), layers=layers).attach(Net())
 
 
 def test_a_compiled_student_and_teacher_can_be_attached_to_again(teacher: Net) -> None:
