@@ -1,4 +1,4 @@
-"""``kd-lightning fit|validate|test|predict|find-temperature --config …``: LightningCLI over this library's parts."""
+"""``kd-lightning fit|validate|test|predict|cache-teacher|… --config …``: LightningCLI over this library's parts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import yaml
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from torch import Tensor
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 # imported so that their short names work in YAML
@@ -21,6 +23,8 @@ import kd_lightning.temperature  # noqa: F401
 from kd_lightning import ClassificationModule, DistillationModule, LayerTerm  # noqa: F401
 from kd_lightning.callbacks import TemperatureFinder
 from kd_lightning.plotting import plot_schedule, plot_softening
+from kd_lightning.teachers import IndexedDataset, TeacherCache, split_index
+from kd_lightning.teachers.indexed import Rows
 
 __all__ = ["CommandTrainer", "KDLightningCLI", "SaveRunConfig", "main"]
 
@@ -53,7 +57,7 @@ class CommandTrainer(Trainer):
             steps = max(len(loader) // self.accumulate_grad_batches, 1)
             if model.teacher is not None:
                 inputs, targets = model.unpack_batch(next(iter(loader)))
-                members = model.teacher.logits(inputs, model.extract_logits)
+                members = model.teacher.logits(inputs, extract=model.extract_logits)
                 logits = model.distiller.consensus(inputs, members, targets).movedim(model.class_dim, -1)
         num_classes = 10 if logits is None else logits.shape[-1]
         epochs = self.max_epochs if self.max_epochs and self.max_epochs > 0 else max(self.max_steps // steps, 1)
@@ -64,6 +68,50 @@ class CommandTrainer(Trainer):
             path = folder / f"temperature_{name}.png"
             figure.savefig(path, dpi=150)
             print(path)
+
+    def cache_teacher(
+        self, model: LightningModule, datamodule: LightningDataModule | None = None, output: str | None = None
+    ) -> None:
+        """Compute the teacher's logits of the training data, so that no epoch has to wait for them.
+
+        What the cache has already is left as it is: after an interruption, run the command again.
+
+        Args:
+            model: A DistillationModule whose teacher has a TeacherCache.
+            datamodule: Its data; the training part is cached, in all slots.
+            output: The cache's file, if not the one that the configuration names.
+        """
+        teacher = model.teacher if isinstance(model, DistillationModule) else None
+        if not isinstance(model, DistillationModule) or teacher is None:
+            raise TypeError(f"cache-teacher needs a DistillationModule with a teacher, got {type(model).__name__}.")
+        if output is not None and not teacher.caches:
+            teacher.cache = TeacherCache(output)
+        elif output is not None:
+            teacher.caches[0].path = Path(output)
+        if datamodule is None:
+            raise ValueError("cache-teacher needs the training data: give --data, or a configuration with them.")
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        if hasattr(datamodule, "wrap_train"):
+            datamodule.wrap_train = teacher.index  # pyright: ignore[reportAttributeAccessIssue]
+        loader = datamodule.train_dataloader()
+        if not isinstance(loader.dataset, IndexedDataset):
+            raise ValueError(
+                f"{type(datamodule).__name__} does not say which samples its batches have: make its training loader of "
+                "teacher.index(dataset)."
+            )
+        missing = sorted({int(row) for cache in teacher.caches for row in cache.missing()})
+        if missing:
+            rest = DataLoader(
+                Rows(loader.dataset, missing),
+                batch_size=loader.batch_size,
+                num_workers=loader.num_workers,
+                collate_fn=loader.collate_fn,
+            )
+            self.predict(_CacheBuilder(model), rest, return_predictions=False)
+        for cache in teacher.caches:
+            cache.verify()
+            print(cache)
 
     def find_temperature(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
         """Search the temperature by short runs, print the table and draw it, and do not train further.
@@ -79,7 +127,23 @@ class CommandTrainer(Trainer):
 
 # a command's name is the name of a method of the Trainer
 setattr(CommandTrainer, "plot-temperature", CommandTrainer.plot_temperature)
+setattr(CommandTrainer, "cache-teacher", CommandTrainer.cache_teacher)
 setattr(CommandTrainer, "find-temperature", CommandTrainer.find_temperature)
+
+
+class _CacheBuilder(LightningModule):
+    """Predicts with a module's teacher, which fills its cache."""
+
+    def __init__(self, module: DistillationModule) -> None:
+        super().__init__()
+        self.module = module
+
+    @override
+    def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
+        batch, rows = split_index(batch)
+        teacher = self.module.teacher
+        assert teacher is not None
+        return teacher.logits(self.module.unpack_batch(batch)[0], rows, self.module.extract_logits)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -105,7 +169,7 @@ class KDLightningCLI(LightningCLI):
     @override
     def subcommands() -> dict[str, set[str]]:
         own = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "plot-temperature": own, "find-temperature": own}
+        return {**LightningCLI.subcommands(), "plot-temperature": own, "find-temperature": own, "cache-teacher": own}
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:

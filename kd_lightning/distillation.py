@@ -20,7 +20,7 @@ from typing_extensions import override
 from kd_lightning.classification import SupervisedModule
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.layers import LayerTerm
-from kd_lightning.teachers import FrozenTeacher, TeacherEnsemble
+from kd_lightning.teachers import FrozenTeacher, TeacherEnsemble, split_index
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 from kd_lightning.training import DistillationRun, is_logging_step, step_readings
 
@@ -43,6 +43,10 @@ class DistillationModule(SupervisedModule):
 
     The teacher is read at the start of ``fit`` and never saved: not in checkpoints, not in the optimiser, out of
     callbacks' reach; resuming with another teacher is an error. ``validate`` and ``predict`` do without its file.
+
+    A teacher with a :class:`~kd_lightning.teachers.TeacherCache` is run on training batches only as long as the cache
+    lacks them. This library's data modules then say by themselves which samples a batch has; other loaders are made of
+    ``teacher.index(dataset)``. Hooks and callbacks see the batches as they are without a cache.
 
     Args:
         student: The network to train. If it is a LightningModule and no optimiser is given, its own
@@ -94,6 +98,7 @@ class DistillationModule(SupervisedModule):
         self.distiller = Distiller(teacher, temperature, kd_loss, task_loss, kd_weight, task_weight, layers)
         self.last_output: DistillationOutput | None = None
         self._last_targets: Tensor | None = None
+        self._rows: Tensor | None = None  # of the batch at hand in the teacher's cache
         self._run = DistillationRun(self.distiller, type(self).__name__)
         self._temperature_state: dict[str, Tensor] = {}
         self._run.check_student(student)
@@ -139,6 +144,13 @@ class DistillationModule(SupervisedModule):
         return self.last_output.loss
 
     @override
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        # here, before any hook, so that the row numbers are not sent to the device, only to be waited for; it is what
+        # calls the hook of this name, and that one is the user's
+        batch, self._rows = split_index(batch)
+        return super()._on_before_batch_transfer(batch, dataloader_idx)
+
+    @override
     def on_before_backward(self, loss: Tensor) -> None:
         out = self.last_output
         if out is not None:
@@ -155,11 +167,18 @@ class DistillationModule(SupervisedModule):
         self._evaluate("test", batch, dataloader_idx)
 
     def _distil(self, batch: Any, progress: Progress) -> tuple[DistillationOutput, Tensor | None]:
+        batch, rows = split_index(batch)  # still one where the step is called by hand
         inputs, targets = self.unpack_batch(batch)
         if self.teacher is None:
             raise ValueError(f"{type(self).__name__} has no teacher: give one to learn from.")
+        rows = self._rows if rows is None else rows
+        if rows is None and self.training and self.teacher.caches:
+            raise ValueError(
+                "the teacher has a cache, but the training batch does not say which samples it has: make the loader of "
+                "teacher.index(dataset), or give the teacher no cache."
+            )
         student_logits = self(inputs)
-        teacher_logits = self.teacher.logits(inputs, self.extract_logits)
+        teacher_logits = self.teacher.logits(inputs, rows, self.extract_logits)
         return self.distiller(inputs, student_logits, targets, progress, teacher_logits=teacher_logits), targets
 
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:
@@ -192,6 +211,8 @@ class DistillationModule(SupervisedModule):
                     f"fit needs a teacher, but {type(self).__name__} was made without one: "
                     "DistillationModule(student=..., teacher=FrozenTeacher(network, checkpoint=...))."
                 )
+            self._index_data(teacher.index if teacher.caches else None)
+            self._set_cache_epoch(0)
             self._run.set_up(self.trainer)
             self._watch_layers()
         elif stage in ("validate", "test") and teacher is not None and not teacher.loaded:
@@ -203,6 +224,26 @@ class DistillationModule(SupervisedModule):
                     "metrics that compare it with the teacher."
                 )
 
+    def _index_data(self, wrap: Callable[..., Any] | None) -> None:
+        """Have the data module wrap its training data, if it is one of those that can."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(datamodule, "wrap_train"):
+            datamodule.wrap_train = wrap
+
+    def _set_cache_epoch(self, epoch: int) -> None:
+        for cache in self.teacher.caches if self.teacher is not None else ():
+            cache.set_epoch(epoch)
+
+    @override
+    def teardown(self, stage: str) -> None:
+        self.distiller.detach()
+        if stage == "fit":
+            self._index_data(None)
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        self._set_cache_epoch(self.trainer.current_epoch)
+
     @override
     def on_fit_start(self) -> None:
         self._run.teacher.to(self.device)  # strategies that do not move the module, such as FSDP
@@ -210,6 +251,7 @@ class DistillationModule(SupervisedModule):
 
     @override
     def on_train_start(self) -> None:
+        self._set_cache_epoch(self.trainer.current_epoch)  # resumed within an epoch, there is no on_train_epoch_start
         self._run.check_resumed()
 
     @override
@@ -247,10 +289,6 @@ class DistillationModule(SupervisedModule):
     def configure_callbacks(self) -> list[Callback]:
         return [_DetachOnException()] if len(self.distiller.layers) else []
 
-    @override
-    def teardown(self, stage: str) -> None:
-        self.distiller.detach()
-
     # ---- optimiser ------------------------------------------------------------------------------------------------
 
     @override
@@ -277,7 +315,13 @@ class DistillationModule(SupervisedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._run.load_state_dict(checkpoint.get(_CHECKPOINT_KEY, {}))
-        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if fitting and "loops" in checkpoint:  # loader workers fetch their first batches before on_train_start
+            loop = checkpoint["loops"]["fit_loop"]
+            epochs = loop["epoch_progress"]["current"]
+            done = loop["epoch_loop.batch_progress"]["is_last_batch"]
+            self._set_cache_epoch(epochs["ready" if done else "processed"])
+        if not fitting:
             self._run.warn_of_changes()  # else at the start of training: a callback may put back what it had set
 
     # ---- the temperature's state is no weight: WeightAveraging swaps all buffers, these hooks put ours back -------

@@ -166,6 +166,11 @@ class Distiller(nn.Module):
         self.kd_enabled = True
         self.task_weight = as_schedule(task_weight)
         self.layers = LayerTerms(layers or ())
+        if len(self.layers) and self.teacher is not None and self.teacher.caches:
+            raise ValueError(
+                "layers need the features of a teacher that runs, and a cache keeps its logits only. Leave out the "
+                "cache, or the layers."
+            )
         ensemble = self.teacher if isinstance(self.teacher, TeacherEnsemble) else None
         self.teacher_temperatures = nn.ModuleList(ensemble.temperatures if ensemble else ())
         if ensemble and ensemble.combine == "probs" and not getattr(self.kd_loss, "compares_distributions", True):
@@ -198,6 +203,7 @@ class Distiller(nn.Module):
         progress: Progress | None = None,
         *,
         teacher_logits: Tensor | Sequence[Tensor] | None = None,
+        index: Tensor | None = None,
         task_loss: Tensor | None = None,
     ) -> DistillationOutput:
         """Run the teacher, set the temperature, and weigh both losses.
@@ -208,12 +214,13 @@ class Distiller(nn.Module):
             targets: What the task loss takes. None: no task loss, which asks for ``task_weight=0`` or ``task_loss``.
             progress: Where training stands, for schedules.
             teacher_logits: Logits that are there already, of an ensemble one for each member; the teacher is not run.
+            index: The samples' rows in the teacher's cache, as batches of ``teacher.index(dataset)`` carry them.
             task_loss: A task loss that is there already, such as the one that a Hugging Face model returns; the
                 Distiller's own is not computed.
         """
         progress = progress or Progress()
         if teacher_logits is None:
-            teacher_logits = self.teacher_logits(inputs)
+            teacher_logits = self.teacher_logits(inputs, index)
         teacher_logits, opinions = self._consult(inputs, student_logits, teacher_logits, targets, progress)
         kd_weight = weight_at(self.kd_weight, progress, "kd_weight") if self.kd_enabled else 0.0
         task_weight = weight_at(self.task_weight, progress, "task_weight")
@@ -305,15 +312,19 @@ class Distiller(nn.Module):
             raise ValueError("this Distiller has no teacher: layers need one that runs.")
         return self.teacher
 
-    def teacher_logits(self, inputs: Any) -> Tensor | tuple[Tensor, ...]:
+    def teacher_logits(self, inputs: Any, index: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         """The teacher's logits for these inputs, without gradient; of an ensemble one for each member.
+
+        Args:
+            inputs: What the teacher is called with.
+            index: The samples' rows in its cache, which is read if there is one.
 
         Raises:
             ValueError: There is no teacher.
         """
         if self.teacher is None:
             raise ValueError("this Distiller has no teacher: give one, or pass teacher_logits with each call.")
-        return self.teacher.logits(inputs)
+        return self.teacher.logits(inputs, index)
 
     def consensus(
         self,

@@ -3,14 +3,16 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kd_lightning import Distiller
-from kd_lightning.losses import KDLoss
+from kd_lightning import Distiller, FrozenTeacher, LayerTerm
+from kd_lightning.losses import HintLoss, KDLoss
+from kd_lightning.teachers import TeacherCache
 from kd_lightning.temperature import (
     CosineSchedule,
     LinearSchedule,
@@ -208,3 +210,9 @@ def test_no_teacher() -> None:
 def test_a_schedule_without_an_end(teacher: nn.Module) -> None:
     with pytest.raises(ValueError, match="neither max_steps nor max_epochs"):
         Distiller(teacher, CosineSchedule(8, 2))(INPUTS, torch.zeros(5, 6), TARGETS)
+
+
+def test_layers_and_a_cache_do_not_go_together(teacher: nn.Module, tmp_path: Path) -> None:
+    frozen = FrozenTeacher(teacher, cache=TeacherCache(tmp_path / "cache.kdl"))
+    with pytest.raises(ValueError, match="a cache keeps its logits only"):
+        Distiller(frozen, layers=[LayerTerm("0", "0", HintLoss())])

@@ -95,6 +95,11 @@ class DistillationCallback(Callback):
         self.distiller = Distiller(teacher, temperature, kd_loss, None, kd_weight, task_weight)
         if self.distiller.teacher is None:
             raise TypeError("DistillationCallback needs a teacher, got None.")
+        if self.distiller.teacher.caches:
+            raise ValueError(
+                "DistillationCallback does not know which samples a batch has, as a teacher's cache must. Leave "
+                "out the cache, or train a DistillationModule, or call a Distiller with `index` in your training_step."
+            )
         self.student_layer = student_layer
         self.inputs = inputs
         self.targets = targets
@@ -262,7 +267,7 @@ class DistillationCallback(Callback):
                 f"training_step changed the output of {self._student} in place, so its logits are gone: write "
                 "x = x / 2, not x /= 2."
             )
-        teacher_logits = self._run.teacher.logits(inputs, self.extract_logits)
+        teacher_logits = self._run.teacher.logits(inputs, extract=self.extract_logits)
         targets = self._find_targets(batch, logits)
         return self.distiller(
             inputs, logits, targets, self.progress, teacher_logits=teacher_logits, task_loss=task_loss

@@ -130,6 +130,11 @@ class ImageDataModule(LightningDataModule, ABC):
         self.persistent_workers = persistent_workers
         self.train_transform = train_transform
         self.eval_transform = eval_transform
+        self.wrap_train: Callable[..., Any] | None = None
+        """Set by a module whose teacher has a cache: makes a dataset that says which samples its batches have.
+
+        Called with the training dataset and its collate function; the result's ``collate`` is the loader's.
+        """
         self.train_dataset: ImageDataset | None = None
         self.val_dataset: ImageDataset | None = None
         self.test_dataset: ImageDataset | None = None
@@ -245,14 +250,19 @@ class ImageDataModule(LightningDataModule, ABC):
             raise RuntimeError(
                 f"There are no data for this loader yet. Call setup({stage!r}) first, as the Trainer does."
             )
+        source: Any = dataset
+        collate_fn: Callable[[Any], Any] = collate
+        if dataset is self.train_dataset and self.wrap_train is not None:
+            source = self.wrap_train(dataset, collate)
+            collate_fn = source.collate
         return DataLoader(
-            dataset,
+            source,
             batch_size=batch_size,
             shuffle=shuffle,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
             persistent_workers=self.persistent_workers and self.num_workers > 0,
-            collate_fn=collate,
+            collate_fn=collate_fn,
         )
 
 

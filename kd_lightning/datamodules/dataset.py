@@ -1,6 +1,9 @@
 """Datasets that hand out whole batches, from images in RAM or from files."""
 
+import hashlib
+import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from kd_lightning.datamodules.transforms import Transform
+from kd_lightning.datamodules.transforms import Transform, replaying
 
 
 class ImageFiles:
@@ -91,6 +94,16 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
     def __getitems__(self, indices: list[int]) -> _Samples:
         return _Samples(self._inputs(indices), self.targets[indices])
 
+    def fingerprint(self) -> str:
+        """A hash of all classes and of up to 4,096 images as they are before the transform (of files, the names)."""
+        digest = hashlib.blake2b(self.targets.numpy().tobytes(), digest_size=16)
+        for index in range(0, len(self), -(-len(self) // 4096)):
+            if isinstance(self.images, ImageFiles):
+                digest.update("/".join(Path(self.images.paths[index]).parts[-2:]).encode())
+            else:
+                digest.update(self.images[index].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     def _inputs(self, indices: list[int]) -> Tensor:
         return torch.stack([self.transform(self.images[i]) for i in indices])
 
@@ -107,6 +120,17 @@ class BatchedImageDataset(ImageDataset):
     def __init__(self, images: Tensor, targets: Tensor, transform: Transform) -> None:
         super().__init__(images, targets, transform)
         self._tensor = images
+
+    def replay(self, indices: list[int], seeds: list[int]) -> _Samples | None:
+        """The samples with the random numbers of these seeds, the same in any batch.
+
+        None where the transform draws from the global generators too: then they must be fetched one by one.
+        """
+        before = torch.get_rng_state(), random.getstate()
+        with replaying(seeds):
+            samples = self.__getitems__(indices)
+        untouched = torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+        return samples if untouched else None
 
     def _inputs(self, indices: list[int]) -> Tensor:
         return self.transform(self._tensor[indices])

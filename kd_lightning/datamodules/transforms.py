@@ -1,6 +1,8 @@
 """Augmentation of whole batches: what torchvision draws once per call is drawn here for each image of the batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -10,11 +12,51 @@ from torchvision.transforms import v2
 
 Transform = Callable[[Tensor], Tensor]
 
+_replayed: ContextVar[Tensor | None] = ContextVar("replayed", default=None)
+
+
+@contextmanager
+def replaying(seeds: list[int]) -> Iterator[None]:
+    """Within it, image i of a batch gets the random numbers of ``seeds[i]``, whatever batch it is in.
+
+    Example:
+        >>> flip, images = BatchRandomHorizontalFlip(), torch.arange(12).reshape(2, 1, 1, 6)
+        >>> with replaying([1, 2]):
+        ...     both = flip(images)
+        >>> with replaying([2]):
+        ...     torch.equal(flip(images[1:]), both[1:])
+        True
+    """
+    token = _replayed.set(torch.tensor(seeds))
+    try:
+        yield
+    finally:
+        _replayed.reset(token)
+
+
+def _uniform() -> Tensor | None:
+    """A number in [0, 1) for each image, drawn by its seed (splitmix64; Steele et al. 2014); None if not replayed."""
+    state = _replayed.get()
+    if state is None:
+        return None
+    x = state + -0x61C8864680B583EB  # 0x9E3779B97F4A7C15; torch's int64 wraps around
+    state.copy_(x)
+    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+    return ((x ^ (x >> 31 & 0x1FFFFFFFF)) >> 40 & 0xFFFFFF) / 2**24
+
+
+def _randint(high: int, n: int) -> Tensor:
+    """A whole number in [0, high) for each image."""
+    uniform = _uniform()
+    return torch.randint(high, (n,)) if uniform is None else (uniform * high).long()
+
 
 class BatchRandomCrop(nn.Module):
     """`torchvision.transforms.v2.RandomCrop` with its own crop for every image of a batch.
 
-    Shapes: ``(N, C, H, W)`` → ``(N, C, size, size)``, of any dtype. The random numbers are torch's global ones.
+    Shapes: ``(N, C, H, W)`` → ``(N, C, size, size)``, of any dtype. The random numbers are torch's global ones, unless
+    `replaying`.
 
     Args:
         size: height and width of the crops.
@@ -34,13 +76,14 @@ class BatchRandomCrop(nn.Module):
         """A random window of each padded image."""
         windows = F.pad(images, [self.padding] * 4).unfold(2, self.size, 1).unfold(3, self.size, 1)
         n, _, rows, columns = windows.shape[:4]
-        return windows[torch.arange(n), :, torch.randint(rows, (n,)), torch.randint(columns, (n,))]
+        return windows[torch.arange(n), :, _randint(rows, n), _randint(columns, n)]
 
 
 class BatchRandomHorizontalFlip(nn.Module):
     """`torchvision.transforms.v2.RandomHorizontalFlip` that decides for every image of a batch by itself.
 
-    Shapes: ``(N, C, H, W)`` → the same. The random numbers are torch's global ones.
+    Shapes: ``(N, C, H, W)`` → the same. The random numbers are torch's global ones, unless
+    `replaying`.
 
     Args:
         p: probability of a flip.
@@ -56,7 +99,8 @@ class BatchRandomHorizontalFlip(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The batch with some of its images mirrored left to right."""
-        flipped = torch.rand(len(images)) < self.p
+        uniform = _uniform()
+        flipped = (torch.rand(len(images)) if uniform is None else uniform) < self.p
         images = images.clone()
         images[flipped] = images[flipped].flip(-1)
         return images

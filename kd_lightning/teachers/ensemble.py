@@ -14,8 +14,10 @@ from typing_extensions import override
 from kd_lightning.functional import Temperature
 from kd_lightning.functional.ensemble import confidence_weights, entropy_weights, mixed_log_softmax, mixed_logits
 from kd_lightning.functional.temperature import check_values, compute_dtype
+from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import extract_logits
 from kd_lightning.teachers.frozen import FrozenTeacher
+from kd_lightning.teachers.indexed import IndexedDataset
 from kd_lightning.temperature.base import Signals, TemperaturePolicy, as_policy
 from kd_lightning.temperature.schedules import ConstantSchedule, Progress, Schedule, as_schedule
 
@@ -172,9 +174,32 @@ class TeacherEnsemble(FrozenTeacher):
         return tuple(teacher(inputs) for teacher in self.teachers)
 
     @override
-    def logits(self, inputs: Any, extract: Callable[[Any], Tensor] = extract_logits) -> tuple[Tensor, ...]:
+    def logits(
+        self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
+    ) -> tuple[Tensor, ...]:
         inputs = self.without_routing(inputs)
-        return tuple(teacher.logits(inputs, extract) for teacher in self.teachers)
+        return tuple(teacher.logits(inputs, index, extract) for teacher in self.teachers)
+
+    @property
+    @override
+    def caches(self) -> tuple[TeacherCache, ...]:
+        """The members' caches."""
+        return tuple(cache for teacher in self.teachers for cache in teacher.caches)
+
+    @override
+    def index(self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None) -> IndexedDataset:
+        """As :meth:`FrozenTeacher.index`, for the caches of all members that have one."""
+        caches = self.caches
+        if not caches:
+            raise ValueError("no teacher of the ensemble has a cache: FrozenTeacher(..., cache=TeacherCache(path)).")
+        draws = {(cache.augmentation, cache.slots, cache.seed) for cache in caches}
+        if len(draws) > 1:
+            raise ValueError(
+                "the caches of an ensemble must draw the same augmentation, got (augmentation, slots, seed) of "
+                f"{', '.join(map(str, sorted(draws, key=str)))}: give them the same."
+            )
+        first, *_ = [teacher.index(dataset, collate_fn) for teacher in self.teachers if teacher.cache is not None]
+        return first
 
     @override
     def to(self, *args: Any, **kwargs: Any) -> TeacherEnsemble:

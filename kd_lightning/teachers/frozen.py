@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import call_model, extract_logits, in_micro_batches
+from kd_lightning.teachers.indexed import IndexedDataset
 from kd_lightning.teachers.weights import fingerprint, load_weights, looks_untrained
 
 __all__ = ["FrozenTeacher", "Precision", "as_teacher"]
@@ -45,6 +46,7 @@ class FrozenTeacher:
             ``{"mode": "max-autotune"}``.
         micro_batch_size: Run at most so many samples at once, and join the outputs, where the teacher is too large for
             the whole batch. Tensors of the batch's length are split, all others given to each part.
+        cache: Where its logits are kept, by sample; see :meth:`logits` and :meth:`index`.
 
     Raises:
         TypeError: ``module`` is no ``nn.Module``.
@@ -68,6 +70,7 @@ class FrozenTeacher:
         module: nn.Module,
         checkpoint: str | Path | None = None,
         prefix: str | None = None,
+        cache: TeacherCache | None = None,
         *,
         precision: Precision | None = None,
         channels_last: bool = False,
@@ -86,6 +89,7 @@ class FrozenTeacher:
         self.module = module.requires_grad_(False).eval()
         self.checkpoint = None if checkpoint is None else str(checkpoint)
         self.prefix = prefix
+        self.cache = cache
         self.precision: Precision | None = precision
         self.channels_last = channels_last
         self.compile = compile
@@ -138,18 +142,53 @@ class FrozenTeacher:
             self.module.eval()
         with torch.no_grad():
             if self.precision is not None:
-                with torch.autocast(self._device_type(), enabled=False):
+                with torch.autocast("cpu" if self._device is None else self._device.type, enabled=False):
                     return self._run(inputs)
             return self._run(inputs)
 
-    def logits(self, inputs: Any, extract: Callable[[Any], Tensor] = extract_logits) -> Any:
-        """The logits for these inputs: a tensor; of a :class:`TeacherEnsemble` one for each member.
+    def logits(
+        self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
+    ) -> Any:
+        """The logits for these inputs, from the cache where it has them; of an ensemble one tensor for each member.
 
         Args:
-            inputs: As in a call.
+            inputs: See :func:`call_model`.
+            index: The samples' rows in the cache, as batches of :meth:`index` carry them. None: the network is run.
             extract: Finds the logits in the network's output.
         """
-        return extract(self(inputs))
+        if self.cache is None or index is None:
+            return extract(self(inputs))
+        return _outside_graphs(self.cache.logits)(index, lambda: extract(self(inputs)), self._device)
+
+    @property
+    def _device(self) -> torch.device | None:
+        return next((tensor.device for tensor in (*self.module.parameters(), *self.module.buffers())), None)
+
+    @property
+    def caches(self) -> tuple[TeacherCache, ...]:
+        """Its cache, if it has one."""
+        return () if self.cache is None else (self.cache,)
+
+    def index(self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None) -> IndexedDataset:
+        """Wrap the training data so that their batches, ``(batch, index)``, name their rows in the cache.
+
+        .. code-block:: python
+
+            data = teacher.index(dataset)
+            loader = DataLoader(data, batch_size=64, shuffle=True)
+
+        Args:
+            dataset: A map-style dataset.
+            collate_fn: How its samples become a batch, where torch's default does not do; then give the loader
+                ``collate_fn=data.collate``.
+
+        Raises:
+            ValueError: There is no cache; or its file is not of this teacher, dataset and transform, or is damaged; or
+                the samples are random.
+        """
+        if self.cache is None:
+            raise ValueError("this teacher has no cache: FrozenTeacher(..., cache=TeacherCache(path)).")
+        return self.cache.index(dataset, self.fingerprint(), collate_fn)
 
     def to(self, *args: Any, **kwargs: Any) -> FrozenTeacher:
         """Move or cast the network, as ``nn.Module.to``; a ``precision`` of its own stays."""
@@ -189,10 +228,6 @@ class FrozenTeacher:
             tensor = tensor.contiguous(memory_format=torch.channels_last)
         return tensor
 
-    def _device_type(self) -> str:
-        tensors = itertools.chain(self.module.parameters(), self.module.buffers())
-        return next((tensor.device.type for tensor in tensors), "cpu")
-
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_compiled": None}  # compiled code is not pickled, but made again
 
@@ -201,10 +236,16 @@ class FrozenTeacher:
 
     def __repr__(self) -> str:
         count = sum(parameter.numel() for parameter in self.module.parameters())
-        source = "weights in place" if self.checkpoint is None else f"checkpoint={self.checkpoint!r}"
+        parts = [type(self.module).__name__, f"{count:,} frozen parameters"]
+        parts.append("weights in place" if self.checkpoint is None else f"checkpoint={self.checkpoint!r}")
         options = ("precision", "channels_last", "compile", "micro_batch_size")
-        given = "".join(f", {name}={getattr(self, name)!r}" for name in options if getattr(self, name))
-        return f"{type(self).__name__}({type(self.module).__name__}, {count:,} frozen parameters, {source}{given})"
+        parts += [f"{name}={getattr(self, name)!r}" for name in options if getattr(self, name)]
+        parts += [f"cache={str(cache.path)!r}" for cache in self.caches]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+# a memory map is nothing for torch.compile
+_outside_graphs = cast(Callable[[Callable[..., Tensor]], Callable[..., Tensor]], torch.compiler.disable)
 
 
 def as_teacher(teacher: nn.Module | FrozenTeacher | None) -> FrozenTeacher | None:

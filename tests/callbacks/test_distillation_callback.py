@@ -23,7 +23,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
-from kd_lightning import DistillationModule, Distiller
+from kd_lightning import DistillationModule, Distiller, FrozenTeacher
 from kd_lightning.callbacks import (
     AdaptiveTemperature,
     DistillationCallback,
@@ -34,6 +34,7 @@ from kd_lightning.callbacks import (
 )
 from kd_lightning.functional import bernoulli_kd_loss, kd_loss
 from kd_lightning.losses import BernoulliKDLoss, DKDLoss, KDLoss
+from kd_lightning.teachers import TeacherCache
 from kd_lightning.temperature import CosineSchedule, LearnableTemperature, LinearSchedule
 from tests.callbacks.helpers import Script
 from tests.conftest import NUM_CLASSES, LearnedTemperature, make_data, make_loader, make_network
@@ -553,6 +554,8 @@ def test_impossible_combinations(teacher: nn.Module, make_trainer: MakeTrainer) 
     module.net = teacher  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ValueError, match="student and teacher share parameters"):
         make_trainer(callbacks=[DistillationCallback(teacher)]).fit(module, make_loader())
+    with pytest.raises(ValueError, match="does not know which samples a batch has"):
+        DistillationCallback(FrozenTeacher(teacher, cache=TeacherCache("cache.kdl")))
 
     class Silent(Plain):
         def validation_step(self, batch: Any, batch_idx: int) -> None:

@@ -26,6 +26,7 @@ from kd_lightning.losses import (
     NKDLoss,
     ReverseKDLoss,
 )
+from kd_lightning.teachers import TeacherCache
 from kd_lightning.teachers.ensemble import Combine
 from kd_lightning.temperature import (
     ClassFrequencyTemperature,
@@ -708,3 +709,22 @@ def test_the_whole_module_compiles_to_at_most_two_graphs(
     assert 1 <= len(graphs) <= 2
     for one, two in zip(eager.student.parameters(), compiled.student.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_members_read_their_caches(teachers: list[nn.Module], tmp_path: Path) -> None:
+    def cached(**options: Any) -> TeacherEnsemble:
+        caches = [TeacherCache(tmp_path / f"{number}.kdl", **options) for number in range(2)]
+        first, second, third = teachers
+        return TeacherEnsemble([FrozenTeacher(first, cache=caches[0]), FrozenTeacher(second, cache=caches[1]), third])
+
+    ensemble, data = cached(), make_data(32)
+    with pytest.raises(ValueError, match="no teacher of the ensemble has a cache"):
+        TeacherEnsemble(teachers).index(data)
+    for _ in range(2):  # written, then read
+        for (inputs, _), rows in DataLoader(ensemble.index(data), batch_size=8, shuffle=True):
+            for ours, theirs in zip(ensemble.logits(inputs, rows), teachers, strict=True):
+                torch.testing.assert_close(ours, theirs(inputs), rtol=1e-3, atol=1e-3)
+    assert [len(cache.missing()) for cache in ensemble.caches] == [0, 0]
+    ensemble.teachers[1].cache = TeacherCache(tmp_path / "other.kdl", augmentation="replay", slots=2)
+    with pytest.raises(ValueError, match="must draw the same augmentation"):
+        ensemble.index(data)
