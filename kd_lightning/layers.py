@@ -16,7 +16,7 @@ from typing_extensions import override
 from kd_lightning.feature_extractor import FeatureExtractor, find_layers, layer_depths
 from kd_lightning.functional import Temperature
 from kd_lightning.losses import FeatureLoss, SoftFeatureLoss
-from kd_lightning.teachers import FrozenTeacher, call_model
+from kd_lightning.teachers import FrozenTeacher, TeacherEnsemble, call_model
 from kd_lightning.temperature import Progress, Schedule, Signals, TemperaturePolicy, as_policy
 from kd_lightning.temperature.base import Temperatures
 from kd_lightning.temperature.schedules import as_schedule, weight_at
@@ -324,16 +324,16 @@ class LayerTerms(nn.ModuleList):
 
 
 def _whole_network(teacher: FrozenTeacher) -> nn.Module:
-    network = getattr(teacher, "module", None)
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"layers are those of one network, but the teacher is a {type(teacher).__name__}: distil its "
-                         "logits alone, or from one FrozenTeacher.")  # fmt: skip
-    if getattr(teacher, "micro_batch_size", None) is not None:
+    """The network whose one forward gives the features of a batch."""
+    if isinstance(teacher, TeacherEnsemble):
+        raise ValueError("layers are those of one network, and a TeacherEnsemble is several: leave them out, or take "
+                         "one FrozenTeacher.")  # fmt: skip
+    if teacher.micro_batch_size is not None:
         raise ValueError(
-            f"layers need the features of the whole batch, but the teacher has micro_batch_size="
+            "layers need the features of the whole batch, but the teacher has micro_batch_size="
             f"{teacher.micro_batch_size}: leave it out."
         )
-    return network
+    return teacher.module
 
 
 def _one_layer(module: nn.Module, pattern: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from kd_lightning.losses import (
     SimilarityKDLoss,
     SimilarityPreservingLoss,
 )
+from kd_lightning.teachers import TeacherCache, TeacherEnsemble
 from kd_lightning.temperature import (
     CosineSchedule,
     DepthTemperature,
@@ -259,10 +261,16 @@ def test_layers_are_found_or_said(teacher: Net) -> None:
         attach("stage2", "stage1.?")
 
 
-def test_teachers_without_the_features_of_a_batch(teacher: Net) -> None:
+def test_teachers_without_the_features_of_a_batch(teacher: Net, tmp_path: Path) -> None:
     layers = [LayerTerm("stage1", "stage1", SimilarityPreservingLoss())]
     with pytest.raises(ValueError, match=r"the whole batch, but the teacher has micro_batch_size=2: leave it out"):
         Distiller(FrozenTeacher(teacher, micro_batch_size=2), layers=layers).attach(Net())
+    with pytest.raises(
+        ValueError, match="layers need the features of a teacher that runs, and a cache keeps its logits only"
+    ):
+        Distiller(FrozenTeacher(teacher, cache=TeacherCache(tmp_path / "cache")), layers=layers).attach(Net())
+    with pytest.raises(ValueError, match="layers are those of one network, and a TeacherEnsemble is several"):
+        Distiller(TeacherEnsemble([teacher, copy.deepcopy(teacher)]), layers=layers).attach(Net())
 
 
 def test_a_compiled_student_and_teacher_can_be_attached_to_again(teacher: Net) -> None:
