@@ -317,3 +317,16 @@ def test_workers_that_live_on(make_module: Make, make_trainer: MakeTrainer, teac
         make_trainer(callbacks=[watch]).fit(make_module(teacher=frozen), loader)
         losses.append(watch.losses)
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_other_precisions(
+    make_module: Make, make_trainer: MakeTrainer, teacher: nn.Module, tmp_path: Path, precision: Any
+) -> None:
+    losses = []
+    for frozen in (cached(copy.deepcopy(teacher), tmp_path / "a.cache"), FrozenTeacher(copy.deepcopy(teacher))):
+        data, watch = frozen.index(make_data()) if frozen.caches else make_data(), Watch()
+        trainer = make_trainer(callbacks=[watch], precision=precision)
+        trainer.fit(make_module(teacher=frozen), DataLoader(data, batch_size=16))
+        losses.append(watch.losses)
+    assert losses[0] == pytest.approx(losses[1], rel=3e-2)

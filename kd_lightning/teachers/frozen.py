@@ -179,11 +179,12 @@ class FrozenTeacher:
         """
         if self.cache is None or index is None:
             return extract(self(inputs))
-        return _outside_graphs(self.cache.logits)(index, lambda: extract(self(inputs)), self._device)
+        return _outside_graphs(self._cached_logits)(self.cache, index, lambda: extract(self(inputs)))
 
-    @property
-    def _device(self) -> torch.device | None:
-        return next((tensor.device for tensor in (*self.module.parameters(), *self.module.buffers())), None)
+    def _cached_logits(self, cache: TeacherCache, index: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        weight = next(iter(self.module.parameters()), None)
+        logits = cache.logits(index, compute, None if weight is None else weight.device)
+        return logits if weight is None else logits.to(torch.promote_types(logits.dtype, weight.dtype))
 
     @property
     def caches(self) -> tuple[TeacherCache, ...]:
