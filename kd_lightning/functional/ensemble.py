@@ -32,7 +32,7 @@ def mixed_log_softmax(
         >>> sure, unsure = torch.tensor([[9.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0]])
         >>> half = [torch.tensor([0.5])] * 2
         >>> mixed_log_softmax([sure, unsure], [1.0, 1.0], half).exp()
-        tensor([[0.6058, 0.2882, 0.1060]])
+        tensor([[0.6058, 0.2881, 0.1060]])
         >>> mixed_logits([sure, unsure], [1.0, 1.0], half).softmax(-1)
         tensor([[0.9714, 0.0178, 0.0108]])
     """
