@@ -1,6 +1,7 @@
 """What distillation gives on digits: the configs' student with and without its teacher, over seeds.
 
     uv run python benchmarks/digits.py --seeds 100 101 102 103 104
+    uv run python benchmarks/digits.py --only "T = 4"
 
 Each seed changes the initial weights, the data order and the choice of the labelled images. Accuracies are those of the
 last epoch, without any choice by validation or test.
@@ -16,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -29,10 +31,14 @@ RUNS = {
     "cosine T = 8 → 2": ["configs/digits.yaml"],
     "constant T = 4, and layers": ["configs/digits_layers.yaml"],
 }
+CHAIN = {  # each learns from the one before
+    "assistant, from the teacher, T = 4": ["configs/digits_assistant.yaml"],
+    "student, from the assistant, T = 4": ["configs/digits_from_assistant.yaml"],
+}
 
 
-def run(config: list[str], seed: int) -> tuple[float, float]:
-    """Validation and test accuracy of one training run."""
+def run(config: list[str], seed: int, weights: Path | None = None) -> tuple[float, float]:
+    """Validation and test accuracy of one training run, which may leave its student's weights."""
     quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         seeds = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.default_root_dir={folder}"]
@@ -41,23 +47,35 @@ def run(config: list[str], seed: int) -> tuple[float, float]:
         cli.trainer.fit(cli.model, cli.datamodule)
         val_acc = float(cli.trainer.callback_metrics["val_acc"])
         (test,) = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
+        if weights is not None:
+            torch.save(cli.model.student.state_dict(), weights)
     return val_acc, test["test_acc"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102, 103, 104])
-    seeds = parser.parse_args().seeds
+    parser.add_argument("--only", default="", help="what a training's name must contain")
+    options = parser.parse_args()
+    seeds = options.seeds
     sys.argv = sys.argv[:1]
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     print(f"| training | val_acc | test_acc | (mean ± std, seeds {seeds})\n|---|---|---|")
-    for name, config in RUNS.items():
-        val, test = zip(*(run(config, seed) for seed in seeds), strict=True)
-        cells = [f"{statistics.mean(acc):.3f} ± {statistics.stdev(acc):.3f}" for acc in (val, test)]
-        print(f"| {name} | {cells[0]} | {cells[1]} |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, config in (RUNS | CHAIN).items():
+            if options.only not in name:
+                continue
+            accuracies = []
+            for seed in seeds:
+                weights = Path(folder) / f"{seed}.pt"
+                taught = [f"--model.teacher.checkpoint={weights}"] if weights.exists() else []
+                accuracies.append(run([*config, *taught], seed, weights if name in CHAIN else None))
+            val, test = zip(*accuracies, strict=True)
+            cells = [f"{statistics.mean(acc):.3f} ± {statistics.stdev(acc):.3f}" for acc in (val, test)]
+            print(f"| {name} | {cells[0]} | {cells[1]} |", flush=True)
 
 
 if __name__ == "__main__":

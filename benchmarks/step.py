@@ -1,23 +1,32 @@
-"""What the framework costs: one training step of DistillationModule under Trainer against the same step in a bare loop.
+"""What the framework costs, and what a teacher's options save.
 
     uv run python benchmarks/step.py
+    uv run python benchmarks/step.py --parts teacher --seconds 60
 
-Both do the same work: teacher and student forward, KD and cross-entropy, backward, SGD. They run alternately in one
-process; the figure is the median over rounds of the ratio of a round's two times.
+``framework``: one training step of DistillationModule under Trainer against the same step in a bare loop. Both do the
+same work: teacher and student forward, KD and cross-entropy, backward, SGD. They run alternately in one process; the
+figure is the median over rounds of the ratio of a round's two times.
+
+``teacher``: the same step in a bare loop with the options of FrozenTeacher, and with an ensemble of two, against the
+teacher as it is; all variants in turn, medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import logging
 import platform
 import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import lightning
+import measure
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -25,7 +34,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from kd_lightning import DistillationModule, Distiller, FrozenTeacher
+from kd_lightning import DistillationModule, Distiller, FrozenTeacher, TeacherEnsemble
 from kd_lightning.models import DigitsCNN, resnet8x4, resnet20
 from kd_lightning.temperature import CosineSchedule, Progress
 
@@ -95,16 +104,72 @@ def bare(student: nn.Module, distiller: Distiller, data: OneBatch, skip: int) ->
     return time.perf_counter() - begin
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    '`precision="bf16"`': {"precision": "bf16"},
+    "`channels_last=True`": {"channels_last": True},
+    "`compile=True`": {"compile": True},
+    "both": {"channels_last": True, "compile": True},
+    "`micro_batch_size=8`": {"micro_batch_size": 8},
+}
+
+
+def teacher_options(seconds: float, compiled: bool) -> None:
+    """Print what each option gives: time of the teacher's forward and of the step, memory of the forward."""
+    inputs, targets = torch.randn(32, 3, 32, 32), torch.randint(0, 100, (32,))
+    teacher = resnet8x4(num_classes=100)
+    options = {name: given for name, given in OPTIONS.items() if compiled or "compile" not in given}
+    teachers: dict[str, Any] = {name: FrozenTeacher(copy.deepcopy(teacher), **given) for name, given in options.items()}
+    teachers["two of it, `TeacherEnsemble`"] = TeacherEnsemble([copy.deepcopy(teacher) for _ in range(2)])
+
+    def stepper(teacher: FrozenTeacher | None) -> Callable[[], None]:
+        student = resnet20(num_classes=100)
+        distiller, optimizer = Distiller(teacher, 4.0), sgd(student.parameters())
+
+        def step() -> None:
+            logits = student(inputs)
+            out = distiller(inputs, logits, targets, teacher_logits=None if teacher else logits.detach())
+            optimizer.zero_grad()
+            out.loss.backward()
+            optimizer.step()
+
+        return step
+
+    forwards = {name: functools.partial(teacher, inputs) for name, teacher in teachers.items()}
+    steps = {name: stepper(teacher) for name, teacher in (teachers | {"no teacher": None}).items()}
+    forward_times = measure.interleaved_times(forwards, seconds / 2, "cpu")
+    step_times = measure.interleaved_times(steps, seconds / 2, "cpu")
+    print("| teacher (resnet8x4 → resnet20, 32 images of 32 × 32) | forward | memory of the forward | step |")
+    print("|---|---|---|---|")
+    for name in steps:
+        forward = memory = "–"
+        if name in forwards:
+            forward = f"{forward_times[name] / forward_times['as it is']:.2f}×"
+            memory = f"{measure.peak_bytes(forwards[name], 'cpu') / 2**20:.0f} MiB"
+        print(f"| {name} | {forward} | {memory} | {step_times[name] / step_times['as it is']:.2f}× |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--parts", nargs="+", default=["framework", "teacher"], choices=["framework", "teacher"])
+    parser.add_argument("--rounds", type=int, default=7, help="of the framework part")
+    parser.add_argument("--seconds", type=float, default=60.0, help="least time of the teacher part")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    options = parser.parse_args()
     torch.set_num_threads(2)
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     versions = f"torch {torch.__version__}, lightning {lightning.__version__}, Python {platform.python_version()}"
     print(f"{versions}, 2 threads")
+    if "framework" in options.parts:
+        framework(options.rounds)
+    if "teacher" in options.parts:
+        teacher_options(options.seconds, options.compile)
+
+
+def framework(rounds: int) -> None:
+    """Print what a step under Trainer costs over the bare one."""
     print("| teacher → student, batch | bare step | Trainer, nothing logged | Trainer, CSV log and progress bar |")
     print("|---|---|---|---|")
     cases = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from kd_lightning import DistillationModule
+from kd_lightning import DistillationModule, TeacherEnsemble
 from kd_lightning.cli import main
 from kd_lightning.datamodules import DigitsDataModule
 from kd_lightning.temperature import (
@@ -237,6 +237,43 @@ def test_console_script_and_module_are_there() -> None:
     done = subprocess.run([sys.executable, "-m", "kd_lightning", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "fit" in done.stdout
+
+
+ENSEMBLE = """
+model:
+  init_args:
+    teacher:
+      class_path: kd_lightning.TeacherEnsemble
+      init_args:
+        teachers:
+          - class_path: kd_lightning.FrozenTeacher
+            init_args: {module: DigitsCNN, checkpoint: TEACHER}
+          - class_path: kd_lightning.FrozenTeacher
+            init_args: {module: DigitsCNN, checkpoint: TEACHER, precision: bf16, micro_batch_size: 16}
+        temperatures:
+          - 2.0
+          - {class_path: CosineSchedule, init_args: {init_value: 8.0, end_value: 2.0}}
+        weights: [3, {class_path: LinearSchedule, init_args: {init_value: 0.5, end_value: 1.0}}]
+        combine: losses
+        routing: [[0, 1, 2, 3, 4, 5, 6], [5, 6, 7, 8, 9]]
+"""
+
+
+def test_an_ensemble_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[DistillationModule] = []
+    monkeypatch.setattr(DistillationModule, "on_fit_end", lambda self: seen.append(self))
+    mine = tmp_path / "ensemble.yaml"
+    mine.write_text(ENSEMBLE.replace("TEACHER", TEACHER))
+    options = [option for option in small(tmp_path) if "teacher" not in option]
+    run("fit", "--config", DIGITS, "--config", str(mine), *options)
+    teacher = seen[0].teacher
+    assert isinstance(teacher, TeacherEnsemble)
+    assert [member.precision for member in teacher.teachers] == [None, "bf16"]
+    assert teacher.settings.startswith("combine='losses', temperatures=[ConstantTemperature(value=2), Scheduled")
+    assert last_value(tmp_path / "digits" / "version_0", "val_teacher_acc") > 0.9
+    plots = tmp_path / "plots"
+    run("plot-temperature", "--config", DIGITS, "--config", str(mine), "--output", str(plots))
+    assert (plots / "temperature_softening.png").is_file()
 
 
 def test_plot_temperature_draws_without_training(tmp_path: Path) -> None:

@@ -31,7 +31,16 @@ def _made_cifar100(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch.save({"state_dict": {f"model.{k}": v for k, v in teacher.state_dict().items()}}, folder / "best.ckpt")
 
 
-@pytest.mark.usefixtures("_made_cifar100")
+@pytest.fixture
+def _made_assistant(tmp_path: Path) -> None:
+    """What the first run of the chain leaves to the second; tests/test_assistant.py runs both."""
+    folder = tmp_path / "logs" / "digits_assistant" / "version_0" / "checkpoints"
+    folder.mkdir(parents=True)
+    assistant = models.DigitsCNN(channels=(8, 16), hidden=32)
+    torch.save({"state_dict": {f"student.{k}": v for k, v in assistant.state_dict().items()}}, folder / "best.ckpt")
+
+
+@pytest.mark.usefixtures("_made_cifar100", "_made_assistant")
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_config_runs(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "configs").symlink_to(config.parent)  # paths in the files start at the project's folder

@@ -18,7 +18,7 @@ class DigitsCNN(nn.Module):
     | channels | hidden | parameters (10 classes) |
     |----------|--------|-------------------------|
     | 16, 32   | 64     | 38,330                  |
-    | 8, 16    | 32     | 9,882                   |
+    | 8, 16    | 32     | 9,826                   |
 
     Args:
         channels: channels of the convolutions.
