@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -16,6 +17,7 @@ from typing_extensions import override
 
 from kd_lightning.classification import SupervisedModule
 from kd_lightning.distiller import DistillationOutput, Distiller
+from kd_lightning.export import ExportFormat, ExportReport, export_student
 from kd_lightning.teachers import FrozenTeacher
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 
@@ -266,10 +268,52 @@ class DistillationModule(SupervisedModule):
         trained = [p for p in self.parameters() if p.requires_grad and id(p) not in policy]
         return [{"params": trained}, *self.distiller.temperature.param_groups()]
 
+    # ---- the student alone ----------------------------------------------------------------------------------------
+
+    def export_student(
+        self,
+        path: str | Path,
+        format: ExportFormat | None = None,
+        example_inputs: Any = None,
+        *,
+        dynamic_dims: Sequence[int] = (0,),
+        overwrite: bool = False,
+    ) -> ExportReport:
+        """Write the bare student as safetensors, ``torch.export`` program or ONNX, and verify it by reading it back.
+
+        See :func:`kd_lightning.export.export_student`, which takes any network.
+
+        Args:
+            path: Where to write, with the format's suffix.
+            format: ``"safetensors"``, ``"torch.export"`` or ``"onnx"``. None: by the suffix.
+            example_inputs: What the student is called with. None: inputs of the shapes and types it was trained on, in
+                this process or before the checkpoint was written; else Lightning's ``example_input_array``.
+            dynamic_dims: Dimensions of the inputs that may have any size.
+            overwrite: Whether to replace a file that is there.
+
+        Example:
+            >>> import tempfile
+            >>> module = DistillationModule(student=nn.Linear(4, 3))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     module.export_student(f"{folder}/student.pt2", example_inputs=torch.ones(2, 4)).max_difference
+            0.0
+        """
+        inputs = (each for each in (example_inputs, self.example_inputs, self.example_input_array) if each is not None)
+        return export_student(
+            self.student,
+            path,
+            format,
+            next(inputs, None),
+            built_from=self.hparams.get("student"),
+            dynamic_dims=dynamic_dims,
+            overwrite=overwrite,
+        )
+
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         teacher = self.teacher
         saved: dict[str, Any] = {
             "progress": vars(self.progress),

@@ -13,11 +13,11 @@ ROOT = Path(kd_lightning.__file__).parent
 LAYERS = [
     {"functional"},
     {"temperature", "losses", "teachers", "feature_extractor", "models"},
-    {"distiller", "plotting"},
+    {"distiller", "plotting", "export"},
     {"metrics"},
     {"distillation", "classification"},
     {"callbacks"},
-    {"cli", "__main__"},
+    {"sweep", "cli", "__main__"},
 ]
 ALONE = {"datamodules"}
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
