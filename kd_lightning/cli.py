@@ -248,11 +248,14 @@ class KDLightningCLI(LightningCLI):
             super().parse_arguments(parser, args)
 
     def sweep(self, **_: Any) -> None:
-        """Run the configuration again and again, in place of the trainer that was made of it."""
+        """Run the configuration again and again."""
         from kd_lightning.sweep import sweep
 
         config = self.config["sweep"].as_dict()
-        sweep(config, **{name: config[name] for name in self._sweep_arguments})
+        try:
+            sweep(config, **{name: config[name] for name in self._sweep_arguments})
+        except KeyboardInterrupt:
+            sys.exit(130)  # it has said that it goes on
 
     def predict(self, **arguments: Any) -> None:
         """Predict, and write what came out to ``predictions.pt`` in the log folder, one file for each process."""
@@ -268,6 +271,11 @@ class KDLightningCLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
+        if self.subcommand == "sweep":  # it builds its own, run by run
+            nothing: Any = None
+            trainer: Any = CommandTrainer
+            self.config_init, self.model, self.datamodule, self.trainer = self.config, nothing, nothing, trainer
+            return
         try:
             super().instantiate_classes()
         except ValueError as error:

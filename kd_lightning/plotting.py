@@ -375,7 +375,7 @@ def plot_sweep(
         >>> cells = [(t, w, [0.8 + t / 100, 0.8 + w / 100]) for t in (1, 4) for w in (0.5, 0.9)]
         >>> figure = plot_sweep(cells, "val_acc", baseline=[0.79, 0.8], best=(4, 0.9))
         >>> figure.axes[0].get_title(loc="left")
-        'val_acc, mean ± standard deviation of 2 seeds; no teacher 0.7950 ± 0.0071'
+        'val_acc, mean ± standard deviation of 2 seeds; no teacher (line) 0.7950 ± 0.0071'
     """
     drawn = [(t, w, list(scores)) for t, w, scores in cells if len(scores)]
     if not drawn:
@@ -436,9 +436,10 @@ def plot_sweep(
     count = max(len(scores) for _, _, scores in drawn)
     title = f"{monitor}, mean ± standard deviation of {count} seeds" if count > 1 else f"{monitor}, one seed"
     if baseline and level is not None:
-        bar.ax.axhline(level, color=_TEACHER, linewidth=2)
+        bar.ax.axhline(level, color="white", linewidth=4)
+        bar.ax.axhline(level, color="black", linewidth=2)
         spread = _mean_and_spread(baseline)[1]
-        title += f"; no teacher {level:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+        title += f"; no teacher (line) {level:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
     axes.set_title(title, fontsize=10, loc="left")
     return figure
 

@@ -31,40 +31,46 @@ class Job:
     params: dict[str, float] = field(default_factory=dict, compare=False)
 
 
-def open_study(storage: str, name: str, direction: str, sampler: Any, pruner: Any) -> Study:
-    """Open or create a study. ``storage``: a URL of a database, or the path of a journal file.
-
-    SQLite's transactions take the write lock at once: otherwise two processes could both read that a run is free.
-    """
+@contextmanager
+def open_study(storage: str, name: str, direction: str, sampler: Any, pruner: Any) -> Iterator[Study]:
+    """Open or create a study, and close it. ``storage``: a URL of a database, or the path of a journal file."""
     import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    options: dict[str, Any] = {"direction": direction, "sampler": sampler, "pruner": pruner, "load_if_exists": True}
+    attempt, opened, study = 0, None, None
+    while study is None:
+        try:
+            opened = _open_storage(storage)
+            study = optuna.create_study(storage=opened, study_name=name, **options)
+        except SQLAlchemyError:  # another process makes the tables at this moment
+            attempt += 1
+            if attempt == 10:
+                raise
+            time.sleep(0.2 * attempt)
+    try:
+        yield study
+    finally:
+        if (engine := getattr(opened, "engine", None)) is not None:
+            engine.dispose()
+
+
+def _open_storage(storage: str) -> Any:
+    """SQLite's transactions take the write lock at once: else two processes could both read that a run is free."""
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
     from sqlalchemy import event
-    from sqlalchemy.exc import SQLAlchemyError
 
-    for attempt in range(10):
-        try:
-            if "://" not in storage:
-                Path(storage).parent.mkdir(parents=True, exist_ok=True)
-                opened: Any = JournalStorage(JournalFileBackend(storage))
-            else:
-                sqlite = storage.startswith("sqlite")
-                opened = RDBStorage(storage, engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else None)
-                if sqlite:
-                    event.listen(opened.engine, "connect", lambda connection, _: _manual_begin(connection))
-                    event.listen(
-                        opened.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE")
-                    )
-                    opened.engine.dispose()
-            return optuna.create_study(
-                storage=opened, study_name=name, direction=direction, load_if_exists=True,  # pyright: ignore[reportArgumentType]
-                sampler=sampler, pruner=pruner,
-            )  # fmt: skip
-        except SQLAlchemyError:  # another process makes the tables at this moment
-            if attempt == 9:
-                raise
-            time.sleep(0.2 * (attempt + 1))
-    raise AssertionError
+    if "://" not in storage:
+        Path(storage).parent.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(storage))
+    if not storage.startswith("sqlite"):
+        return RDBStorage(storage)
+    opened = RDBStorage(storage, engine_kwargs={"connect_args": {"timeout": 60}})
+    event.listen(opened.engine, "connect", lambda connection, _: _manual_begin(connection))
+    event.listen(opened.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    opened.engine.dispose()  # the connections of before
+    return opened
 
 
 def _manual_begin(connection: Any) -> None:

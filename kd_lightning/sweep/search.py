@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from kd_lightning.sweep.queue import Job, RunQueue, open_study
@@ -129,17 +128,15 @@ def sweep(
     direction = "maximize" if mode == "max" else "minimize"
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    place = storage or f"sqlite:///{folder / 'sweep.db'}"
     try:
-        study = open_study(
-            storage or f"sqlite:///{folder / 'sweep.db'}", study_name, direction, samplers[sampler](), pruners[pruner]
-        )
-        _refuse_changes(study, settings)
-        work = _Sweep(
-            RunQueue(study, retry_failed), resolved, folder, monitor, mode, task_weight, multiply,
-            [float(t) for t in temperatures], [float(w) for w in kd_weights], range(first_seed, first_seed + seeds),
-            baseline, trials if sampler == "tpe" else None,
-        )  # fmt: skip
-        with _quiet():
+        with open_study(place, study_name, direction, samplers[sampler](), pruners[pruner]) as study, _quiet():
+            _refuse_changes(study, settings)
+            work = _Sweep(
+                RunQueue(study, retry_failed), resolved, folder, monitor, mode, task_weight, multiply,
+                [float(t) for t in temperatures], [float(w) for w in kd_weights],
+                range(first_seed, first_seed + seeds), baseline, trials if sampler == "tpe" else None,
+            )  # fmt: skip
             return work.do()
     finally:
         optuna.logging.set_verbosity(verbosity)
@@ -167,31 +164,43 @@ class _Sweep:
         self.monitor, self.mode, self.task_weight, self.multiply = monitor, mode, task_weight, multiply
         self.temperatures, self.kd_weights, self.seeds = temperatures, kd_weights, seeds
         self.baseline, self.suggestions = baseline, suggestions
+        self.trial: Trial | None = None  # the last that was claimed
 
     def do(self) -> SweepResult:
         """Do what is left, in turn with the other processes, then measure and report."""
-        import optuna
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            self.share()
+            return self.report()
+        except (KeyboardInterrupt, SystemExit):  # Lightning makes the one of the other
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, handler)  # which Lightning has switched off
+            if self.trial is not None:
+                self.queue.give_up(self.trial.number)
+            _say("interrupted: {} of {} runs are finished and kept; the same command goes on".format(*self.progress()))
+            raise KeyboardInterrupt from None
+
+    def share(self) -> None:
+        """Run what nobody else runs, until all runs are finished."""
+        from optuna.exceptions import UpdateFinishedTrialError
 
         waited = False
-        while True:
+        while self.progress()[0] < len(self.cells()) * len(self.seeds):
             jobs = self.jobs()
             self.queue.put(jobs)
-            trial = self.queue.claim(jobs)
-            if trial is not None:
-                waited = False
-                try:
-                    self.run(trial)
-                except optuna.exceptions.UpdateFinishedTrialError:
-                    _say(f"run {trial.number} was given to another process, which saw no sign of life of this one")
-            elif self.queue.running():
+            self.trial = self.queue.claim(jobs)
+            if self.trial is None:
                 if not waited:
                     _say("nothing is left to start; waiting for the runs of other processes, or their sign of life")
                 waited = True
                 self.queue.give_up_dead(_say)
                 time.sleep(_POLL)
-            elif self.progress()[0] == len(self.cells()) * len(self.seeds):
-                break
-        return self.report()
+                continue
+            waited = False
+            try:
+                self.run(self.trial)
+            except UpdateFinishedTrialError:
+                _say(f"run {self.trial.number} was given to another process, which saw no sign of life of this one")
 
     # ---- what there is to do ----------------------------------------------------------------------------------------
 
@@ -244,7 +253,7 @@ class _Sweep:
             return not is_baseline and trial.should_prune()
 
         watch = Validations(self.monitor, report)
-        began, handler = time.monotonic(), signal.getsignal(signal.SIGINT)
+        began = time.monotonic()
         state, score, reason = "COMPLETE", None, ""
         try:
             with self.queue.signs_of_life(trial):
@@ -252,13 +261,6 @@ class _Sweep:
             state = "PRUNED" if watch.pruned else "COMPLETE"
             for name, value in (("score", score), ("epoch", epoch)):
                 trial.set_user_attr(name, value)
-        except (KeyboardInterrupt, SystemExit):  # Lightning makes the one of the other
-            self.queue.give_up(trial.number)
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, handler)  # which Lightning has switched off
-            done, total = self.progress()
-            _say(f"interrupted: {done} of {total} runs are finished and kept; the same command goes on")
-            raise KeyboardInterrupt from None
         except LookupError as error:
             if not watch.history and self.monitor in str(error):  # it would be so in every run
                 self.queue.give_up(trial.number)
@@ -408,7 +410,7 @@ def _refuse_changes(study: Any, settings: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Lightning's notes off; random numbers and its seeds in the environment as they were, afterwards."""
+    """Lightning's notes and warnings off; random numbers and its seeds in the environment as they were, afterwards."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
@@ -417,7 +419,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), isolate_rng():
-            warnings.filterwarnings("ignore", category=PossibleUserWarning)
+            warnings.filterwarnings("ignore", module=r"lightning\.")  # ours stay
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
