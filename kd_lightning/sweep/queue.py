@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -43,7 +44,7 @@ def open_study(storage: str, name: str, direction: str, sampler: Any, pruner: An
         try:
             opened = _open_storage(storage)
             study = optuna.create_study(storage=opened, study_name=name, **options)
-        except SQLAlchemyError:  # another process makes the tables at this moment
+        except (SQLAlchemyError, sqlite3.OperationalError):  # another process makes the tables at this moment
             attempt += 1
             if attempt == 10:
                 raise
@@ -67,14 +68,17 @@ def _open_storage(storage: str) -> Any:
     if not storage.startswith("sqlite"):
         return RDBStorage(storage)
     opened = RDBStorage(storage, engine_kwargs={"connect_args": {"timeout": 60}})
-    event.listen(opened.engine, "connect", lambda connection, _: _manual_begin(connection))
+    event.listen(opened.engine, "connect", lambda connection, _: _set_up(connection))
     event.listen(opened.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     opened.engine.dispose()  # the connections of before
     return opened
 
 
-def _manual_begin(connection: Any) -> None:
+def _set_up(connection: Any) -> None:
+    """We begin transactions ourselves; and a commit does not wait for the disk, which a crash of a process survives."""
     connection.isolation_level = None
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
 
 
 class RunQueue:
