@@ -272,7 +272,7 @@ class _Sweep:
         trial.set_user_attr("seconds", round(seconds, 1))
         if reason:
             trial.set_user_attr("reason", reason)
-        kept = self.queue.finish(trial.number, state, score)
+        kept = self.queue.finish(trial.number, state, score if state == "COMPLETE" else None)
         _free_memory()
         done, total = self.progress()
         run = self.as_run(self.queue.study.get_trials(deepcopy=False)[trial.number])
