@@ -378,16 +378,15 @@ def plot_sweep(
         'val_acc, mean ± standard deviation of 2 seeds; no teacher (line) 0.7950 ± 0.0071'
     """
     drawn = [(t, w, list(scores)) for t, w, scores in cells if len(scores)]
-    if not drawn:
+    if not drawn and not baseline:
         raise ValueError("there are no scores to draw.")
     plt = _pyplot()
     temperatures, weights = sorted({t for t, _, _ in cells}), sorted({w for _, w, _ in cells})
     is_grid = len(cells) == len(temperatures) * len(weights)
     means = [math.fsum(scores) / len(scores) for _, _, scores in drawn]
     level = math.fsum(baseline) / len(baseline) if baseline else None
-    low, high = min(means), max(means)
-    if level is not None:
-        low, high = min(low, level), max(high, level)
+    levels = means if level is None else [*means, level]
+    low, high = min(levels), max(levels)
     margin = 0.02 * (high - low) or 0.01 * (abs(high) or 1.0)
     norm = plt.Normalize(low - margin, high + margin)
     colors = plt.get_cmap("viridis" if mode == "max" else "viridis_r")
@@ -433,7 +432,7 @@ def plot_sweep(
     axes.set_ylabel("kd_weight")
     bar = figure.colorbar(plt.cm.ScalarMappable(norm, colors), ax=axes, label=monitor, fraction=0.05, pad=0.02)
     bar.outline.set_visible(False)
-    count = max(len(scores) for _, _, scores in drawn)
+    count = max((len(scores) for _, _, scores in cells), default=0)
     title = f"{monitor}, mean ± standard deviation of {count} seeds" if count > 1 else f"{monitor}, one seed"
     if baseline and level is not None:
         bar.ax.axhline(level, color="white", linewidth=4)
