@@ -17,6 +17,7 @@ from torch.optim.optimizer import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
 
+from kd_lightning.export import describe_inputs, inputs_like
 from kd_lightning.functional import next_token_targets
 from kd_lightning.losses import CrossEntropyLoss
 from kd_lightning.metrics import ClassificationMetrics
@@ -60,6 +61,7 @@ class SupervisedModule(LightningModule):
         self.shift_labels = shift_labels
         self.mean_over = mean_over
         self.metrics = nn.ModuleDict()
+        self._input_description: Any = None
         self._last_targets: Tensor | None = None
         self._step_items: Tensor | None = None  # labelled positions of the optimiser step so far
 
@@ -172,6 +174,22 @@ class SupervisedModule(LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             config["monitor"] = getattr(scheduler, "monitor", "val_task_loss")
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    # ---- what the network is called with, for an export of it -----------------------------------------------------
+
+    @property
+    def example_inputs(self) -> Any:
+        """Inputs of the shapes and types of the first training batch, in this run or the checkpoint's; None before."""
+        return None if self._input_description is None else inputs_like(self._input_description)
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._input_description is None:
+            self._input_description = describe_inputs(self.unpack_batch(batch)[0])
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["example_inputs"] = self._input_description
 
     @property
     def _network_optimizers(self) -> Any:
@@ -298,6 +316,7 @@ class SupervisedModule(LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._input_description = checkpoint.get("example_inputs")
         hparams = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
         if hparams and "_instantiator" in hparams and self._trainer is None:
             # load_from_checkpoint of a file from the command line: keep its plain configuration rather than the objects

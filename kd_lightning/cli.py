@@ -1,7 +1,8 @@
-"""``kd-lightning fit|validate|test|predict|cache-teacher|… --config …``: LightningCLI over this library's parts."""
+"""``kd-lightning fit|validate|test|predict|export|sweep|…``: LightningCLI over this library's parts."""
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -22,9 +23,11 @@ import kd_lightning.models
 import kd_lightning.temperature  # noqa: F401
 from kd_lightning import ClassificationModule, DistillationModule, LayerTerm  # noqa: F401
 from kd_lightning.callbacks import TemperatureFinder
+from kd_lightning.export import SUFFIXES, ExportFormat, export_student, inputs_like
 from kd_lightning.plotting import plot_schedule, plot_softening
 from kd_lightning.teachers import IndexedDataset, TeacherCache, split_index
 from kd_lightning.teachers.indexed import Rows
+from kd_lightning.teachers.weights import load_weights
 
 __all__ = ["CommandTrainer", "KDLightningCLI", "SaveRunConfig", "main"]
 
@@ -124,6 +127,72 @@ class CommandTrainer(Trainer):
         """
         self.fit(model, datamodule=datamodule)
 
+    def export(
+        self,
+        model: LightningModule,
+        ckpt_path: str,
+        datamodule: LightningDataModule | None = None,
+        format: ExportFormat = "safetensors",
+        output: str | None = None,
+        input_shape: list[int] | None = None,
+        dynamic_dims: list[int] = [0],  # noqa: B006  (jsonargparse shows it; nothing changes it)
+        overwrite: bool = False,
+    ) -> None:
+        """Write the bare student of a checkpoint to a file that needs nothing of this library, and verify it.
+
+        The weights are those that were validated: the averaged ones of a run with WeightAveraging. Neither teacher nor
+        data are needed: a batch to trace comes from --input_shape, else from the data if they are configured, else of
+        the shapes that the checkpoint recorded.
+
+        Args:
+            model: A DistillationModule or ClassificationModule; the checkpoint's own if it is not configured.
+            ckpt_path: The checkpoint; --ckpt for short.
+            datamodule: Gives the batch to trace.
+            format: safetensors holds the weights, torch.export and onnx the computation too.
+            output: The file to write; by default the checkpoint's name with the format's suffix.
+            input_shape: Shape of one input without the batch, such as [3, 32, 32].
+            dynamic_dims: Dimensions of the inputs that may have any size.
+            overwrite: Whether to replace a file that is there.
+        """
+        if not isinstance(model, (DistillationModule, ClassificationModule)):
+            raise TypeError(
+                "export takes a DistillationModule's student or a ClassificationModule's model, got "
+                f"{type(model).__name__}. kd_lightning.export.export_student(network, path) takes any network."
+            )
+        name = next(name for name, child in model.named_children() if child is model.network)
+        content = torch.load(ckpt_path, weights_only=True, map_location="cpu")
+        held = {key.partition(".")[0] for key in content.get("state_dict", ())}
+        if name not in held:
+            raise ValueError(
+                f"{ckpt_path} holds no {name}: its weights are under {', '.join(sorted(held)) or 'no name at all'}. "
+                f"A {type(model).__name__}'s checkpoint is wanted."
+            )
+        load_weights(model.network, ckpt_path, f"{name}.")
+        if input_shape is not None:
+            inputs = torch.randn(2, *input_shape)
+        elif datamodule is not None:
+            datamodule.prepare_data()
+            datamodule.setup("fit")
+            inputs, _ = model.unpack_batch(next(iter(datamodule.train_dataloader())))
+        else:
+            recorded = content.get("example_inputs")
+            inputs = None if recorded is None else inputs_like(recorded)
+        path = Path(ckpt_path).with_suffix(SUFFIXES[format]) if output is None else output
+        built_from = model.hparams.get(name)
+        print(export_student(model.network, path, format, inputs, built_from=built_from, dynamic_dims=dynamic_dims,
+                             overwrite=overwrite))  # fmt: skip
+
+    def sweep(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
+        """Train the configuration once for each temperature, weight and seed; compare with no teacher, and report.
+
+        ``--temperatures 1 2 4 8 --kd_weights 0.5 0.9 --seeds 3``; see :func:`kd_lightning.sweep.sweep`.
+
+        Args:
+            model: A DistillationModule.
+            datamodule: Its data.
+        """
+        raise NotImplementedError("a sweep builds its own trainers: call kd_lightning.sweep.sweep.")
+
 
 # a command's name is the name of a method of the Trainer
 setattr(CommandTrainer, "plot-temperature", CommandTrainer.plot_temperature)
@@ -169,13 +238,32 @@ class KDLightningCLI(LightningCLI):
     @override
     def subcommands() -> dict[str, set[str]]:
         own = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "plot-temperature": own, "find-temperature": own, "cache-teacher": own}
+        return {
+            **LightningCLI.subcommands(),
+            "plot-temperature": own,
+            "find-temperature": own,
+            "cache-teacher": own,
+            "export": own,
+            "sweep": own,
+        }
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "find-temperature":
             parser.add_lightning_class_args(TemperatureFinder, "finder")
+        if subcommand == "export":
+            parser.set_defaults({"trainer.logger": False})
+        if subcommand == "sweep":
+            from kd_lightning.sweep import sweep
+
+            several = {"temperatures": "Temperatures to try.", "kd_weights": "Weights of the distillation term to try."}
+            for name, text in several.items():  # as 1 2 4 8, which a list's argument does not take
+                parser.add_argument(f"--{name}", nargs="+", type=float, required=True, help=text)
+            self._sweep_arguments = [
+                *several,
+                *parser.add_function_arguments(sweep, skip={"config", *several}, as_group=False),
+            ]
         return parser
 
     @override
@@ -216,10 +304,24 @@ class KDLightningCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         given = sys.argv[1:] if args is None else args
         if isinstance(given, list):
+            if given[:1] == ["export"]:
+                given = [re.sub(r"^--ckpt(?==|$)", "--ckpt_path", arg) for arg in given]
+            elif given[:1] == ["sweep"]:  # --kd-weights and --kd_weights are the same
+                given = [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg) for arg in given]
             with tempfile.TemporaryDirectory() as folder:
                 self.config = parser.parse_args(_with_model_of_checkpoint(given, Path(folder)))
         else:
             super().parse_arguments(parser, args)
+
+    def sweep(self, **_: Any) -> None:
+        """Run the configuration again and again."""
+        from kd_lightning.sweep import sweep
+
+        config = self.config["sweep"].as_dict()
+        try:
+            sweep(config, **{name: config[name] for name in self._sweep_arguments})
+        except KeyboardInterrupt:
+            sys.exit(130)  # it has said that it goes on
 
     def predict(self, **arguments: Any) -> None:
         """Predict, and write what came out to ``predictions.pt`` in the log folder, one file for each process."""
@@ -235,6 +337,11 @@ class KDLightningCLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
+        if self.subcommand == "sweep":  # it builds its own, run by run
+            nothing: Any = None
+            trainer: Any = CommandTrainer
+            self.config_init, self.model, self.datamodule, self.trainer = self.config, nothing, nothing, trainer
+            return
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -257,7 +364,7 @@ def _with_model_of_checkpoint(args: list[str], folder: Path) -> list[str]:
     position = options.index("--ckpt_path")
     path = Path(args[position].partition("=")[2] or "".join(args[position + 1 : position + 2]))
     if not path.is_file():
-        return args
+        raise FileNotFoundError(f"there is no checkpoint at {str(path)!r} (from the folder {str(Path.cwd())!r}).")
     hparams = dict(torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {}))
     if "_class_path" not in hparams:
         raise ValueError(

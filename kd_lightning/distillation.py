@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -19,6 +20,7 @@ from typing_extensions import override
 
 from kd_lightning.classification import SupervisedModule
 from kd_lightning.distiller import DistillationOutput, Distiller
+from kd_lightning.export import ExportFormat, ExportReport, export_student
 from kd_lightning.layers import LayerTerm
 from kd_lightning.losses import FusedLinearKDLoss
 from kd_lightning.teachers import FrozenTeacher, TeacherEnsemble, check_hidden_states, hidden_states, split_index
@@ -328,10 +330,52 @@ class DistillationModule(SupervisedModule):
             groups.append({"params": projectors})
         return groups + [group for policy in policies for group in policy.param_groups()]
 
+    # ---- the student alone ----------------------------------------------------------------------------------------
+
+    def export_student(
+        self,
+        path: str | Path,
+        format: ExportFormat | None = None,
+        example_inputs: Any = None,
+        *,
+        dynamic_dims: Sequence[int] = (0,),
+        overwrite: bool = False,
+    ) -> ExportReport:
+        """Write the bare student as safetensors, ``torch.export`` program or ONNX, and verify it by reading it back.
+
+        See :func:`kd_lightning.export.export_student`, which takes any network.
+
+        Args:
+            path: Where to write, with the format's suffix.
+            format: ``"safetensors"``, ``"torch.export"`` or ``"onnx"``. None: by the suffix.
+            example_inputs: What the student is called with. None: inputs of the shapes and types it was trained on, in
+                this process or before the checkpoint was written; else Lightning's ``example_input_array``.
+            dynamic_dims: Dimensions of the inputs that may have any size.
+            overwrite: Whether to replace a file that is there.
+
+        Example:
+            >>> import tempfile
+            >>> module = DistillationModule(student=nn.Linear(4, 3))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     module.export_student(f"{folder}/student.pt2", example_inputs=torch.ones(2, 4)).max_difference
+            0.0
+        """
+        inputs = (each for each in (example_inputs, self.example_inputs, self.example_input_array) if each is not None)
+        return export_student(
+            self.student,
+            path,
+            format,
+            next(inputs, None),
+            built_from=self.hparams.get("student"),
+            dynamic_dims=dynamic_dims,
+            overwrite=overwrite,
+        )
+
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint[_CHECKPOINT_KEY] = self._run.state_dict(self._trainer)
         # weight averaging has put its average of the temperature's state here; it is no weight
         weights = checkpoint.get("state_dict", {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from kd_lightning.temperature import Progress, Signals, TemperaturePolicy
 
-__all__ = ["plot_schedule", "plot_softening", "plot_temperature_finder", "plot_temperature_history"]
+__all__ = ["plot_schedule", "plot_softening", "plot_sweep", "plot_temperature_finder", "plot_temperature_history"]
 
 _STUDENT, _TEACHER = "#1f6fb4", "#d9541e"
 _MAX_POINTS = 400
@@ -342,6 +343,108 @@ def plot_temperature_finder(
         axes.legend(frameon=False, fontsize=9)
     _tidy(axes)
     return figure
+
+
+def plot_sweep(
+    cells: Sequence[tuple[float, float, Sequence[float]]],
+    monitor: str,
+    *,
+    baseline: Sequence[float] | None = None,
+    best: tuple[float, float] | None = None,
+    mode: str = "max",
+) -> Figure:
+    """Draw a sweep over temperature and weight: a heat-map where the pairs are a grid, else coloured dots.
+
+    Colours are means over the seeds, light being better; the baseline is a line in the colour bar.
+
+    Args:
+        cells: Temperature, weight, and the scores of its seeds; none where every run failed.
+        monitor: What the scores are.
+        baseline: Scores without a teacher.
+        best: Temperature and weight of the cell to frame.
+        mode: ``"max"`` if larger is better.
+
+    Returns:
+        The figure; ``figure.savefig("heatmap.png")`` writes it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There is nothing to draw.
+
+    Example:
+        >>> cells = [(t, w, [0.8 + t / 100, 0.8 + w / 100]) for t in (1, 4) for w in (0.5, 0.9)]
+        >>> figure = plot_sweep(cells, "val_acc", baseline=[0.79, 0.8], best=(4, 0.9))
+        >>> figure.axes[0].get_title(loc="left")
+        'val_acc, mean ± standard deviation of 2 seeds; no teacher (line) 0.7950 ± 0.0071'
+    """
+    drawn = [(t, w, list(scores)) for t, w, scores in cells if len(scores)]
+    if not drawn and not baseline:
+        raise ValueError("there are no scores to draw.")
+    plt = _pyplot()
+    temperatures, weights = sorted({t for t, _, _ in cells}), sorted({w for _, w, _ in cells})
+    is_grid = len(cells) == len(temperatures) * len(weights)
+    means = [math.fsum(scores) / len(scores) for _, _, scores in drawn]
+    level = math.fsum(baseline) / len(baseline) if baseline else None
+    levels = means if level is None else [*means, level]
+    low, high = min(levels), max(levels)
+    margin = 0.02 * (high - low) or 0.01 * (abs(high) or 1.0)
+    norm = plt.Normalize(low - margin, high + margin)
+    colors = plt.get_cmap("viridis" if mode == "max" else "viridis_r")
+
+    size = (2.6 + 1.15 * len(temperatures), 1.7 + 0.75 * len(weights)) if is_grid else (7.0, 4.2)
+    figure, axes = plt.subplots(figsize=(max(size[0], 6.4), max(size[1], 2.8)), layout="constrained")
+    plt.close(figure)
+    if is_grid:
+        grid = [[math.nan] * len(temperatures) for _ in weights]
+        for (t, w, _), mean in zip(drawn, means, strict=True):
+            grid[weights.index(w)][temperatures.index(t)] = mean
+        axes.set_facecolor("0.93")
+        axes.imshow(grid, cmap=colors, norm=norm, aspect="auto", origin="lower")
+        for t, w, scores in cells:
+            at = (temperatures.index(t), weights.index(w))
+            if not len(scores):
+                axes.text(*at, "no result", ha="center", va="center", fontsize=8, color="0.4")
+                continue
+            mean, spread = _mean_and_spread(scores)
+            r, g, b, _ = colors(norm(mean))
+            ink = "black" if 0.299 * r + 0.587 * g + 0.114 * b > 0.5 else "white"
+            text = f"{mean:.4g}" if spread is None else f"{mean:.3f}\n± {spread:.3f}"
+            axes.text(*at, text, ha="center", va="center", fontsize=9.5, color=ink, linespacing=1.3)
+        if best is not None:
+            corner = (temperatures.index(best[0]) - 0.47, weights.index(best[1]) - 0.46)
+            axes.add_patch(plt.Rectangle(corner, 0.94, 0.92, fill=False, edgecolor=_TEACHER, linewidth=2.5))
+        axes.set_xticks(range(len(temperatures)), [f"{t:g}" for t in temperatures])
+        axes.set_yticks(range(len(weights)), [f"{w:g}" for w in weights])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    else:
+        at = [(t, w) for t, w, _ in drawn]
+        axes.scatter(*zip(*at, strict=True), c=means, cmap=colors, norm=norm, s=90, edgecolors="0.3", linewidths=0.6)
+        if best is not None:
+            axes.scatter(*best, s=260, facecolors="none", edgecolors=_TEACHER, linewidths=2)
+        axes.set_xscale("log")
+        ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 4, 8, 16, 32, 64) if temperatures[0] <= t <= temperatures[-1]]
+        axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        axes.minorticks_off()
+        axes.margins(0.08)
+        _tidy(axes)
+    axes.set_xlabel("temperature T")
+    axes.set_ylabel("kd_weight")
+    bar = figure.colorbar(plt.cm.ScalarMappable(norm, colors), ax=axes, label=monitor, fraction=0.05, pad=0.02)
+    bar.outline.set_visible(False)
+    count = max((len(scores) for _, _, scores in cells), default=0)
+    title = f"{monitor}, mean ± standard deviation of {count} seeds" if count > 1 else f"{monitor}, one seed"
+    if baseline and level is not None:
+        bar.ax.axhline(level, color="white", linewidth=4)
+        bar.ax.axhline(level, color="black", linewidth=2)
+        spread = _mean_and_spread(baseline)[1]
+        title += f"; no teacher (line) {level:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+    axes.set_title(title, fontsize=10, loc="left")
+    return figure
+
+
+def _mean_and_spread(scores: Sequence[float]) -> tuple[float, float | None]:
+    return statistics.fmean(scores), statistics.stdev(scores) if len(scores) > 1 else None
 
 
 def _pyplot() -> Any:

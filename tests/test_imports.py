@@ -14,11 +14,11 @@ LAYERS = [
     {"functional"},
     {"temperature", "losses", "teachers", "feature_extractor", "models"},
     {"layers"},
-    {"distiller", "plotting"},
+    {"distiller", "plotting", "export"},
     {"metrics", "training"},
     {"distillation", "classification"},
     {"callbacks"},
-    {"cli", "__main__"},
+    {"sweep", "cli", "__main__"},
 ]
 ALONE = {"datamodules"}
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -12,7 +12,7 @@ import torch
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
 
-from kd_lightning.plotting import plot_schedule, plot_softening  # noqa: E402
+from kd_lightning.plotting import plot_schedule, plot_softening, plot_sweep  # noqa: E402
 from kd_lightning.temperature import (  # noqa: E402
     AsymmetricTemperature,
     CapacityTemperature,
@@ -161,3 +161,21 @@ def test_without_matplotlib(monkeypatch, plot):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"pip install kd-lightning\[plots\]"):
         plot()
+
+
+def test_sweep_heat_map_shows_every_cell() -> None:
+    cells = [(1.0, 0.5, [0.8, 0.9]), (4.0, 0.5, []), (1.0, 0.9, [0.7]), (4.0, 0.9, [0.6, 0.62])]
+    figure = plot_sweep(cells, "val_acc", baseline=[0.5, 0.6], best=(1.0, 0.5))
+    axes, bar = figure.axes
+    assert {text.get_text() for text in axes.texts} == {"0.850\n± 0.071", "no result", "0.7", "0.610\n± 0.014"}
+    assert "no teacher (line) 0.5500 ± 0.0707" in axes.get_title(loc="left")
+    assert bar.get_ylim()[0] < 0.55 < 0.85 < bar.get_ylim()[1]
+    assert len(axes.patches) == 1
+
+
+def test_sweep_without_a_grid_is_dots() -> None:
+    figure = plot_sweep([(1.3, 0.5, [0.8]), (7.0, 0.77, [0.9])], "val_task_loss", best=(1.3, 0.5), mode="min")
+    assert len(figure.axes[0].collections[0].get_offsets()) == 2  # pyright: ignore[reportArgumentType]
+    assert figure.axes[0].get_title(loc="left") == "val_task_loss, one seed"
+    with pytest.raises(ValueError, match="no scores"):
+        plot_sweep([(1.0, 0.5, [])], "val_acc")

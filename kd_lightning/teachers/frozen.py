@@ -163,7 +163,7 @@ class FrozenTeacher:
             inputs = tree_map_only(Tensor, self._prepared, inputs)
         with torch.no_grad():
             if self.precision is not None:
-                with torch.autocast("cpu" if self._device is None else self._device.type, enabled=False):
+                with torch.autocast("cpu" if self._a_weight is None else self._a_weight.device.type, enabled=False):
                     return call(inputs)
             return call(inputs)
 
@@ -182,9 +182,14 @@ class FrozenTeacher:
         return _outside_graphs(self._cached_logits)(self.cache, index, lambda: extract(self(inputs)))
 
     def _cached_logits(self, cache: TeacherCache, index: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        weight = next(iter(self.module.parameters()), None)
+        weight = self._a_weight
         logits = cache.logits(index, compute, None if weight is None else weight.device)
         return logits if weight is None else logits.to(torch.promote_types(logits.dtype, weight.dtype))
+
+    @property
+    def _a_weight(self) -> Tensor | None:
+        """Any one, to tell device and type by."""
+        return next(self.module.parameters(), None)
 
     @property
     def caches(self) -> tuple[TeacherCache, ...]:

@@ -1,0 +1,186 @@
+"""One run of a sweep: a configuration with its temperature, weights and seed, trained or tested by itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from typing_extensions import override
+
+from kd_lightning.cli import KDLightningCLI
+from kd_lightning.distillation import DistillationModule
+
+__all__ = ["Parts", "Setting", "Validations", "build", "measure", "resolve", "train"]
+
+PARTS = ("seed_everything", "num_threads", "trainer", "model", "data")
+
+
+class Parts(KDLightningCLI):
+    """Model, data and trainer of a configuration, without a command."""
+
+    model: DistillationModule
+
+    def __init__(self, config: Mapping[str, Any] | Sequence[str]) -> None:
+        super().__init__(
+            args=config if isinstance(config, dict) else list(config),  # pyright: ignore[reportArgumentType]
+            run=False,
+            save_config_callback=None,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+        )
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)  # pyright: ignore
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run changes in the configuration.
+
+    Attributes:
+        temperature: None: the configuration's own.
+        kd_weight: Weight of the distillation term; 0 in the baseline.
+        task_weight: Weight of the task term.
+        seed: Of weights, data order and everything random but the choice of the data.
+        multiply: Whether the temperature multiplies the configuration's policy instead of replacing it.
+    """
+
+    temperature: float | None
+    kd_weight: float
+    task_weight: float
+    seed: int
+    multiply: bool = False
+
+    def apply(self, config: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """The configuration of the run: silent, alone in its folder."""
+        config = copy.deepcopy(config)
+        config["seed_everything"] = self.seed
+        arguments = config["model"]["init_args"]
+        arguments |= {"kd_weight": self.kd_weight, "task_weight": self.task_weight}
+        if self.temperature is not None and not self.multiply:
+            arguments["temperature"] = self.temperature
+        logger = {"save_dir": str(folder), "name": "", "version": ""}
+        config["trainer"] |= {
+            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": logger},
+            "default_root_dir": str(folder),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        return config
+
+
+def resolve(config: str | Path | Sequence[str | Path] | Mapping[str, Any]) -> tuple[dict[str, Any], Parts]:
+    """A whole configuration, with all defaults, as primitives; and what it builds.
+
+    Raises:
+        TypeError: It is not of a DistillationModule.
+        ValueError: It asks for several devices.
+    """
+    if isinstance(config, Mapping):
+        parts = Parts({name: config[name] for name in PARTS if name in config})
+    else:
+        files = [config] if isinstance(config, (str, Path)) else config
+        parts = Parts([part for file in files for part in ("--config", str(file))])
+    if not isinstance(parts.model, DistillationModule):
+        raise TypeError(f"a sweep needs the configuration of a DistillationModule, got {type(parts.model).__name__}.")
+    if parts.trainer.world_size > 1:
+        raise ValueError(
+            f"each run of a sweep has one device, but the configuration asks for {parts.trainer.world_size}: set "
+            "--trainer.devices=1 and start the same command once for each device (CUDA_VISIBLE_DEVICES=0 …)."
+        )
+    resolved = {name: part for name, part in parts.config.as_dict().items() if name in PARTS}
+    return json.loads(json.dumps(resolved, default=str)), parts
+
+
+@dataclass
+class Validations(Callback):
+    """Watches the validations of a run: records, prunes, and stops what has gone wrong.
+
+    Args:
+        monitor: The metric.
+        report: Called with each value and its number; returns whether to stop.
+    """
+
+    monitor: str
+    report: Callable[[float, int], bool] = lambda value, step: False
+    history: list[tuple[int, float]] = field(default_factory=list)
+    pruned: bool = False
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            raise LookupError(
+                f"validation did not log {self.monitor!r}; it logged {', '.join(sorted(trainer.callback_metrics))}."
+            )
+        self.check_finite(trainer)
+        value = float(trainer.callback_metrics[self.monitor])
+        self.history.append((trainer.current_epoch, value))
+        if self.report(value, len(self.history)):
+            self.pruned = trainer.should_stop = True
+
+    def check_finite(self, trainer: Trainer) -> None:
+        """Raise an ArithmeticError where the metric or the training loss is not a finite number."""
+        for name in (self.monitor, "train_loss"):
+            value = trainer.callback_metrics.get(name)
+            if value is not None and not math.isfinite(float(value)):
+                raise ArithmeticError(f"{name} is {float(value)} after epoch {trainer.current_epoch}")
+
+
+def build(config: dict[str, Any], setting: Setting) -> Parts:
+    """Model, data and trainer of a run, freshly seeded."""
+    parts = Parts(config)
+    if setting.multiply and setting.temperature is not None:
+        parts.model.distiller.temperature.multiplier.fill_(setting.temperature)
+    return parts
+
+
+def train(config: dict[str, Any], setting: Setting, folder: Path, watch: Validations, mode: str) -> tuple[float, int]:
+    """Train one run and keep its best weights, by validation, in ``checkpoints/best.ckpt``.
+
+    Returns:
+        The best value of the metric and its epoch.
+
+    Raises:
+        LookupError: The metric is not logged, or there was no validation.
+        ArithmeticError: It, or the training loss, is not finite.
+    """
+    parts = build(setting.apply(config, folder), setting)
+    trainer: Any = parts.trainer
+    best = ModelCheckpoint(
+        folder / "checkpoints", "best", watch.monitor, mode=mode, save_weights_only=True, enable_version_counter=False
+    )
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Checkpoint)] + [watch, best]
+    trainer.fit(parts.model, datamodule=parts.datamodule)
+    watch.check_finite(trainer)
+    if not watch.history or best.best_model_score is None:
+        raise LookupError(
+            f"the run ended without a validation, so there is no {watch.monitor}: give validation data, and let "
+            "trainer.check_val_every_n_epoch be no more than max_epochs."
+        )
+    choose = max if mode == "max" else min
+    score = choose(value for _, value in watch.history)
+    return score, next(epoch for epoch, value in watch.history if value == score)
+
+
+def measure(config: dict[str, Any], setting: Setting, folder: Path) -> dict[str, float]:
+    """The metrics of the test set with the run's best weights."""
+    config = setting.apply(config, folder)
+    config["trainer"]["logger"] = False
+    parts = build(config, setting)
+    trainer: Any = parts.trainer
+    trainer.callbacks = []
+    results = trainer.test(
+        parts.model, datamodule=parts.datamodule, ckpt_path=str(folder / "checkpoints" / "best.ckpt"), verbose=False
+    )
+    return {name: float(value) for part in results for name, value in part.items()}
