@@ -16,6 +16,8 @@ from torch import Tensor
 from kd_lightning.functional import divergences
 from kd_lightning.functional.divergences import Divergence, ForwardKL, SoftCrossEntropy
 from kd_lightning.functional.row_loss import (
+    REDUCTIONS,
+    SCALES,
     Reduction,
     Scale,
     check_logits,
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 Convention = Literal["hinton", "trl", "modelopt", "torchdistill", "textbrewer"]
+CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 
 
 def kd_loss(
@@ -175,7 +178,7 @@ _CONVENTIONS: dict[Convention, _Convention] = {
 def check_convention(convention: Convention | None, scale: Scale, alpha: float | None, beta: float | None) -> None:
     """Refuse a convention that is none, and an option that it leaves no room for."""
     if convention is not None:
-        check_option("convention", convention, get_args(Convention))
+        check_option("convention", convention, CONVENTIONS)
         if scale != "student_teacher":
             raise ValueError(f"convention={convention!r} fixes the scale: leave out scale={scale!r}.")
     if convention != "torchdistill" and not (alpha is None and beta is None):
@@ -692,8 +695,8 @@ def dist_loss(
         >>> dist_loss(student, teacher, 1.0, gamma=0.0)
         tensor(0.0042)
     """
-    check_option("scale", scale, get_args(Scale))
-    check_option("reduction", reduction, get_args(Reduction))
+    check_option("scale", scale, SCALES)
+    check_option("reduction", reduction, REDUCTIONS)
     check_num_items(num_items, reduction)
     teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
     check_logits(student_logits, teacher_logits, class_dim, min_classes=3)

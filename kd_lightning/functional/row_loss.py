@@ -27,6 +27,8 @@ from kd_lightning.functional.temperature import (
 )
 
 __all__ = [
+    "REDUCTIONS",
+    "SCALES",
     "Reduction",
     "Scale",
     "check_logits",
@@ -182,9 +184,9 @@ def valid_positions(targets: Tensor | None, logits: Tensor, class_dim: int, igno
         return None
     if targets.is_floating_point() and targets.shape == logits.shape:
         return None
-    positions = list(logits.shape)
-    del positions[class_dim]
-    if list(targets.shape) != positions:
+    class_dim %= logits.dim()
+    positions = logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
+    if targets.shape != positions:
         raise ValueError(
             f"targets must have the logits' shape without the class dimension, {tuple(positions)}, got "
             f"{tuple(targets.shape)} for logits of shape {tuple(logits.shape)} with class_dim={class_dim}."
