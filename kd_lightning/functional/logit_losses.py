@@ -134,7 +134,7 @@ def kd_loss(
         tensor([1.2091, 0.9412], grad_fn=...)
     """
     check_convention(convention, scale, alpha, beta)
-    divergence, scale, per_class = _CONVENTIONS[convention] if convention else _Convention(ForwardKL(), scale, False)
+    divergence, scale, per_class = _CONVENTIONS[convention] if convention else (_FORWARD_KL, scale, False)
     with_task = convention == "torchdistill" and bool(alpha) and targets is not None
     if convention == "torchdistill" and not with_task:
         scale = "none"
@@ -166,11 +166,12 @@ class _Convention(NamedTuple):
     per_class: bool
 
 
+_FORWARD_KL = ForwardKL()
 _CONVENTIONS: dict[Convention, _Convention] = {
-    "hinton": _Convention(ForwardKL(), "student_teacher", per_class=False),
-    "trl": _Convention(ForwardKL(), "none", per_class=False),
-    "modelopt": _Convention(ForwardKL(), "student_teacher", per_class=True),
-    "torchdistill": _Convention(ForwardKL(), "student_teacher", per_class=False),
+    "hinton": _Convention(_FORWARD_KL, "student_teacher", per_class=False),
+    "trl": _Convention(_FORWARD_KL, "none", per_class=False),
+    "modelopt": _Convention(_FORWARD_KL, "student_teacher", per_class=True),
+    "torchdistill": _Convention(_FORWARD_KL, "student_teacher", per_class=False),
     "textbrewer": _Convention(SoftCrossEntropy(), "none", per_class=False),
 }
 
@@ -639,7 +640,7 @@ def multi_temperature_kd_loss(
     student, teacher, own_scale = as_temperature(temperature, student_logits)
     terms = [
         row_loss(
-            ForwardKL(),
+            _FORWARD_KL,
             student_logits,
             teacher_logits,
             Temperature(student * f, teacher * f, None if own_scale is None else own_scale * f * f),
