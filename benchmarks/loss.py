@@ -60,16 +60,20 @@ class Floor(torch.autograd.Function):
 
 def kl(s: Tensor, t: Tensor, compiled: Callable[[Loss], Loss]) -> dict[str, Loss]:
     temperature, ready = torch.tensor(T, device=s.device), torch.zeros_like(s)
+    targets = torch.randint(s.shape[1], s.shape[:1], device=s.device)
     variants: dict[str, Loss] = {
         "peers: mdistiller, torchdistill": lambda s, t: peers.kd_batchmean(s, t, T),
         "peer: DistillKit": lambda s, t: peers.kd_log_space(s, t, T),
         "peer: torchtune, 8 chunks": lambda s, t: peers.kd_chunked(s, t, T),
         "ours": lambda s, t: functional.kd_loss(s, t, temperature),
+        "ours, with targets": lambda s, t: functional.kd_loss(s, t, temperature, targets=targets),
         "ours, weight .9": lambda s, t: 0.9 * functional.kd_loss(s, t, temperature),
         "floor: a ready gradient": lambda s, t: Floor.apply(s, ready),  # pyright: ignore[reportReturnType]
     }
     compile_kl = compiled(functional.kd_loss)
-    variants["ours, compiled"] = lambda s, t: compile_kl(s, t, temperature)
+    variants["ours, compiled"] = lambda s, t: compile_kl(s, t, T)  # T as the peers have it: a number
+    compile_nothing = compiled(lambda s, t: (s * 0).sum())
+    variants["floor, compiled: (s · 0).sum()"] = lambda s, t: compile_nothing(s, t)
     compile_peer = compiled(peers.kd_batchmean)
     variants["peers: mdistiller, compiled"] = lambda s, t: compile_peer(s, t, T)
     return variants

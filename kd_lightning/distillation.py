@@ -159,7 +159,8 @@ class DistillationModule(SupervisedModule):
     @override
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         # no more than the computation, so that torch.compile(module) sees one graph; book-keeping comes after it
-        self.last_output, self._last_targets = self._distil(batch, _progress_outside_the_graph(self))
+        progress = _progress_outside_the_graph(self)  # not as an argument: torch 2.8 recompiles for what waits for it
+        self.last_output, self._last_targets = self._distil(batch, progress)
         return self.last_output.loss
 
     @override

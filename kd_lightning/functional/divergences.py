@@ -110,7 +110,7 @@ class ForwardKL(Divergence):
         mean = weighted.nansum(dim, keepdim=True)
         teacher_gradient = weighted.sub_(q * mean) if teacher else None
         p = torch.softmax(a, dim, out=b)  # three copies of the chunk in all: this one decides the fused loss's memory
-        return ClosedForm(mean + _log_z_ratio(peaks, p, q, dim), p.sub_(q), teacher_gradient)
+        return ClosedForm(_log_z_ratio(peaks, p, q, dim).add_(mean), p.sub_(q), teacher_gradient)
 
 
 def _peaks(a: Tensor, b: Tensor, dim: int) -> Tensor:

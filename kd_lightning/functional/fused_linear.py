@@ -7,7 +7,7 @@ chunk, not with the batch.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kd_lightning.functional.divergences import ForwardKL
 from kd_lightning.functional.row_loss import (
+    SCALES,
     Reduction,
     Scale,
     check_num_items,
@@ -152,7 +153,7 @@ def fused_linear_kd_terms(
         >>> fused_linear_kd_terms(hidden, weight, hidden, weight, 2.0, targets=targets, task_weight=0.5)
         FusedTerms(loss=tensor(0.1100), kd_loss=tensor(0.), task_loss=tensor(0.2201))
     """
-    check_option("scale", scale, get_args(Scale))
+    check_option("scale", scale, SCALES)
     check_option("reduction", reduction, ("mean", "sum"))
     check_num_items(num_items, reduction)
     if chunk_size < 1:
@@ -222,16 +223,21 @@ class _Heads(NamedTuple):
                 f"the teacher must cover the student's {tuple(hidden.shape[:-1])} positions and {weight.shape[0]} "
                 f"classes, got {None if theirs is None else tuple(theirs.shape[:-1])} and {classes}."
             )
-        if any(x is not None and x.requires_grad for x in self[3:]) and torch.is_grad_enabled():
+        constants = (teacher_hidden, teacher_weight, teacher_bias, teacher_logits)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in constants):
             raise ValueError("the teacher is a constant here, but requires gradients: detach it, or use kd_loss.")
 
     def without_padding(self) -> _Heads:
         """Surplus rows of the teacher's head pad its vocabulary."""
         classes = self.weight.shape[0]
-        return self._replace(
-            teacher_weight=None if self.teacher_weight is None else self.teacher_weight[:classes],
-            teacher_bias=None if self.teacher_bias is None else self.teacher_bias[:classes],
-            teacher_logits=None if self.teacher_logits is None else self.teacher_logits[..., :classes],
+        return _Heads(
+            self.hidden,
+            self.weight,
+            self.bias,
+            self.teacher_hidden,
+            None if self.teacher_weight is None else self.teacher_weight[:classes],
+            None if self.teacher_bias is None else self.teacher_bias[:classes],
+            None if self.teacher_logits is None else self.teacher_logits[..., :classes],
         )
 
     def in_one_dtype(self) -> _Heads:

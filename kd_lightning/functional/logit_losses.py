@@ -16,6 +16,8 @@ from torch import Tensor
 from kd_lightning.functional import divergences
 from kd_lightning.functional.divergences import Divergence, ForwardKL, SoftCrossEntropy
 from kd_lightning.functional.row_loss import (
+    REDUCTIONS,
+    SCALES,
     Reduction,
     Scale,
     check_logits,
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 Convention = Literal["hinton", "trl", "modelopt", "torchdistill", "textbrewer"]
+CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 
 
 def kd_loss(
@@ -131,7 +134,7 @@ def kd_loss(
         tensor([1.2091, 0.9412], grad_fn=...)
     """
     check_convention(convention, scale, alpha, beta)
-    divergence, scale, per_class = _CONVENTIONS[convention] if convention else _Convention(ForwardKL(), scale, False)
+    divergence, scale, per_class = _CONVENTIONS[convention] if convention else (_FORWARD_KL, scale, False)
     with_task = convention == "torchdistill" and bool(alpha) and targets is not None
     if convention == "torchdistill" and not with_task:
         scale = "none"
@@ -163,11 +166,12 @@ class _Convention(NamedTuple):
     per_class: bool
 
 
+_FORWARD_KL = ForwardKL()
 _CONVENTIONS: dict[Convention, _Convention] = {
-    "hinton": _Convention(ForwardKL(), "student_teacher", per_class=False),
-    "trl": _Convention(ForwardKL(), "none", per_class=False),
-    "modelopt": _Convention(ForwardKL(), "student_teacher", per_class=True),
-    "torchdistill": _Convention(ForwardKL(), "student_teacher", per_class=False),
+    "hinton": _Convention(_FORWARD_KL, "student_teacher", per_class=False),
+    "trl": _Convention(_FORWARD_KL, "none", per_class=False),
+    "modelopt": _Convention(_FORWARD_KL, "student_teacher", per_class=True),
+    "torchdistill": _Convention(_FORWARD_KL, "student_teacher", per_class=False),
     "textbrewer": _Convention(SoftCrossEntropy(), "none", per_class=False),
 }
 
@@ -175,7 +179,7 @@ _CONVENTIONS: dict[Convention, _Convention] = {
 def check_convention(convention: Convention | None, scale: Scale, alpha: float | None, beta: float | None) -> None:
     """Refuse a convention that is none, and an option that it leaves no room for."""
     if convention is not None:
-        check_option("convention", convention, get_args(Convention))
+        check_option("convention", convention, CONVENTIONS)
         if scale != "student_teacher":
             raise ValueError(f"convention={convention!r} fixes the scale: leave out scale={scale!r}.")
     if convention != "torchdistill" and not (alpha is None and beta is None):
@@ -636,7 +640,7 @@ def multi_temperature_kd_loss(
     student, teacher, own_scale = as_temperature(temperature, student_logits)
     terms = [
         row_loss(
-            ForwardKL(),
+            _FORWARD_KL,
             student_logits,
             teacher_logits,
             Temperature(student * f, teacher * f, None if own_scale is None else own_scale * f * f),
@@ -692,8 +696,8 @@ def dist_loss(
         >>> dist_loss(student, teacher, 1.0, gamma=0.0)
         tensor(0.0042)
     """
-    check_option("scale", scale, get_args(Scale))
-    check_option("reduction", reduction, get_args(Reduction))
+    check_option("scale", scale, SCALES)
+    check_option("reduction", reduction, REDUCTIONS)
     check_num_items(num_items, reduction)
     teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
     check_logits(student_logits, teacher_logits, class_dim, min_classes=3)

@@ -2,7 +2,8 @@
 
 The fast path is one :class:`torch.autograd.Function`. It walks over the rows in chunks that stay in the cache, and
 writes the gradient straight into the buffer that backward returns: beside the logits it holds one copy of them, where
-autograd over softmax and log-softmax holds five. Half-precision logits are widened one chunk at a time.
+autograd over softmax and log-softmax holds five. Half-precision logits are widened one chunk at a time. Small batches
+with constant temperatures, where calls cost more than arithmetic, take a shorter one with nothing beside the equation.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from kd_lightning.functional.temperature import (
 )
 
 __all__ = [
+    "REDUCTIONS",
+    "SCALES",
     "Reduction",
     "Scale",
     "check_logits",
@@ -81,7 +84,8 @@ def row_loss(
     temp = _with_plain_numbers(temperature, student_logits, traced)
     valid = valid_positions(targets, student_logits, class_dim, ignore_index)
     if valid is not None:
-        valid = valid.unsqueeze(class_dim)
+        everywhere = valid.is_cpu and not traced and valid.all()  # to look costs nothing on the CPU
+        valid = None if everywhere else valid.unsqueeze(class_dim)
     factor = loss_factor(temp, student_logits, scale, class_dim, valid, reduction, num_items)
     labels = _labels(targets, valid, class_dim) if divergence.needs_labels else None
 
@@ -184,9 +188,9 @@ def valid_positions(targets: Tensor | None, logits: Tensor, class_dim: int, igno
         return None
     if targets.is_floating_point() and targets.shape == logits.shape:
         return None
-    positions = list(logits.shape)
-    del positions[class_dim]
-    if list(targets.shape) != positions:
+    class_dim %= logits.dim()
+    positions = logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
+    if targets.shape != positions:
         raise ValueError(
             f"targets must have the logits' shape without the class dimension, {tuple(positions)}, got "
             f"{tuple(targets.shape)} for logits of shape {tuple(logits.shape)} with class_dim={class_dim}."
@@ -337,9 +341,39 @@ def _learnt_per_class(t: Any, class_dim: int) -> bool:
 
 def _closed_form(divergence: Divergence, class_dim: int, summed: bool, rows: _Rows) -> Tensor:
     """The loss per position, or its sum, its gradient computed on the way: the fast path."""
+    numbers = all(type(x) is float for x in (rows.student_temperature, rows.teacher_temperature, rows.factor))
+    if summed and numbers and rows.valid is None and rows.student.numel() <= 2 * _chunk_size(rows.student):
+        return _SmallLoss.apply(divergence, class_dim, rows, rows.student)  # pyright: ignore[reportReturnType]
     enabled = torch.is_grad_enabled()
     wanted = [enabled and isinstance(x, Tensor) and x.requires_grad for x in rows]
     return _ClosedFormLoss.apply(divergence, class_dim, summed, _Rows(*wanted), *rows)  # pyright: ignore
+
+
+class _SmallLoss(torch.autograd.Function):
+    """The sum over the rows of one chunk, all else constant: of the kernels and checks only those that are needed."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, divergence: Divergence, class_dim: int, rows: _Rows, student: Tensor
+    ) -> Tensor:
+        _, teacher, t_s, t_t, factor, _, labels = rows
+        form = divergence.closed_form(widened_over(student, t_s), widened_over(teacher, t_t), class_dim, labels, False)
+        ctx.equation, ctx.constants, ctx.d_student = (divergence, class_dim, True), (t_s, t_t, factor), form.student
+        ctx.save_for_backward(student, teacher, labels)
+        return form.value.sum().mul_(factor)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        (g,) = upstream
+        student, teacher, labels = ctx.saved_tensors
+        t_s, t_t, factor = ctx.constants
+        d_student, ctx.d_student = ctx.d_student, None
+        if d_student is None or torch.is_grad_enabled():
+            rows = _Rows(student, teacher, t_s, t_t, factor, None, labels)
+            d_student, *_ = _gradients_of_definition(ctx.equation, _Rows(True, *[False] * 6), rows, g)
+        else:
+            d_student = d_student.mul_(_plain(g) * (factor / t_s)).to(student.dtype)
+        return None, None, None, d_student
 
 
 class _ClosedFormLoss(torch.autograd.Function):
@@ -392,7 +426,9 @@ class _ClosedFormLoss(torch.autograd.Function):
         everything = _Rows(*tensors)
         d_student, ctx.d_student = ctx.d_student, None
         if torch.is_grad_enabled() or (ctx.wanted.student and d_student is None):
-            return None, None, None, None, *_gradients_of_definition(ctx, everything, g)
+            pairs = zip(everything, ctx.constants, strict=True)
+            rows = _Rows(*(constant if x is None else x for x, constant in pairs))
+            return None, None, None, None, *_gradients_of_definition(ctx.equation, ctx.wanted, rows, g)
         if d_student is not None:
             if not known_to_be_one(g):
                 d_student.mul_(g)
@@ -429,22 +465,28 @@ def _summed(g: Tensor, per_position: Tensor | None, to: Any) -> Tensor | None:
     return None if per_position is None else (g * per_position).sum_to_size(to.shape)
 
 
-def _gradients_of_definition(ctx: Any, rows: _Rows, g: Tensor) -> list[Tensor | None]:
+def _gradients_of_definition(
+    equation: tuple[Divergence, int, bool], wanted: _Rows, rows: _Rows, g: Tensor
+) -> list[Tensor | None]:
     """For double backward, and for a second backward through one graph, whose buffer the first has given away."""
-    divergence, class_dim, summed = ctx.equation
-    rows = _Rows(*(constant if x is None else x for x, constant in zip(rows, ctx.constants, strict=True)))
+    divergence, class_dim, summed = equation
     with torch.enable_grad():
         # aliases: the factor was computed from the temperatures, and that path is not this function's to differentiate
-        rows = _Rows(*(x.view_as(x) if want else x for x, want in zip(rows, ctx.wanted, strict=True)))
+        rows = _Rows(*(x.view_as(x) if want else x for x, want in zip(rows, wanted, strict=True)))
         loss = _definition(divergence, class_dim, summed, rows)
-    wanted = [x for x, want in zip(rows, ctx.wanted, strict=True) if want]
-    found = iter(torch.autograd.grad(loss, wanted, g, create_graph=torch.is_grad_enabled()))
-    return [next(found) if want else None for want in ctx.wanted]
+    inputs = [x for x, want in zip(rows, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(loss, inputs, g, create_graph=torch.is_grad_enabled()))
+    return [next(found) if want else None for want in wanted]
 
 
 def known_to_be_one(g: Tensor) -> bool:
-    """Whether the gradient from above is 1, where looking costs nothing: on an accelerator it would wait."""
-    return g.is_cpu and g.numel() == 1 and not torch.compiler.is_compiling() and g.item() == 1
+    """Whether the gradient from above is 1, as far as looking at it costs nothing."""
+    return not isinstance(g := _plain(g), Tensor) and g == 1
+
+
+def _plain(g: Tensor) -> Any:
+    """The gradient from above as a number, where looking at it costs nothing: on an accelerator it would wait."""
+    return g.item() if g.is_cpu and g.numel() == 1 and not torch.compiler.is_compiling() else g
 
 
 def _take(x: Any, part: Any) -> Any:
@@ -456,8 +498,12 @@ def _take(x: Any, part: Any) -> Any:
 
 def _chunks(logits: Tensor, class_dim: int) -> list[Any]:
     """Indices that cut the logits into parts of whole rows, each about as large as the device likes."""
-    size = CHUNK_CPU if logits.is_cpu else CHUNK_ACCELERATOR
+    size = _chunk_size(logits)
     return [...] if logits.numel() <= 2 * size else list(_cuts(logits.shape, class_dim, 0, logits.numel(), size))
+
+
+def _chunk_size(logits: Tensor) -> int:
+    return CHUNK_CPU if logits.is_cpu else CHUNK_ACCELERATOR
 
 
 def _cuts(shape: torch.Size, class_dim: int, dim: int, elements: int, size: int) -> Iterator[tuple[slice, ...]]:

@@ -7,13 +7,14 @@ equations, shapes and sources are those of the function of the same name in :mod
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from kd_lightning import functional
 from kd_lightning.functional import Convention, FusedTerms, Reduction, Scale, Temperature
 from kd_lightning.functional.logit_losses import check_convention
+from kd_lightning.functional.row_loss import REDUCTIONS, SCALES, check_option
 
 __all__ = [
     "BernoulliKDLoss",
@@ -74,12 +75,8 @@ class LogitLoss(nn.Module):
     ) -> None:
         super().__init__()
         scale = self.own_scale if scale is None else scale
-        for name, value, allowed in (
-            ("scale", scale, get_args(Scale)),
-            ("reduction", reduction, get_args(Reduction)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        check_option("scale", scale, SCALES)
+        check_option("reduction", reduction, REDUCTIONS)
         self.scale: Scale = scale
         self.class_dim = class_dim
         self.ignore_index = ignore_index

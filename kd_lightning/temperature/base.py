@@ -193,8 +193,7 @@ class TemperaturePolicy(nn.Module, ABC):
             signals = signals.replace(
                 student_logits=signals.student_logits.to(dtype), teacher_logits=signals.teacher_logits.to(dtype)
             )
-        valid = signals.valid
-        if valid is not None and self.reads_logits:
+        if self.reads_logits and (valid := signals.valid) is not None:
             left_out = ~valid.unsqueeze(-1)
             signals = signals.replace(
                 student_logits=signals.student_logits.masked_fill(left_out, 0.0),
@@ -206,11 +205,10 @@ class TemperaturePolicy(nn.Module, ABC):
         return tuple(self._finish(term, signals) for term in computed)
 
     def _finish(self, computed: Temperature, signals: Signals) -> Temperature:
-        valid = signals.valid
-        student = _fill_left_out(self._bound(computed.student), valid)
+        student = _fill_left_out(self._bound(computed.student), signals)
         shared = computed.teacher is computed.student
-        teacher = student if shared else _fill_left_out(self._bound(computed.teacher), valid)
-        scale = None if computed.scale is None else _fill_left_out(computed.scale, valid)
+        teacher = student if shared else _fill_left_out(self._bound(computed.teacher), signals)
+        scale = None if computed.scale is None else _fill_left_out(computed.scale, signals)
         scale = self.loss_scale(Temperature(student, teacher, scale))
         return as_temperature(Temperature(student, teacher, scale), signals.student_logits)
 
@@ -257,9 +255,10 @@ class TemperaturePolicy(nn.Module, ABC):
         return ", ".join(shown)
 
 
-def _fill_left_out(values: Tensor, valid: Tensor | None) -> Tensor:
+def _fill_left_out(values: Tensor, signals: Signals) -> Tensor:
     """Values per position, the mean over the valid positions in place of those left out; as they are if none is."""
-    if valid is None or values.shape != (*valid.shape, 1):
+    per_position = values.shape == (*signals.student_logits.shape[:-1], 1)
+    if not per_position or (valid := signals.valid) is None:
         return values
     return torch.where((valid | ~valid.any()).unsqueeze(-1), values, mean_over_valid(values.detach(), valid))
 

@@ -175,7 +175,7 @@ class JoinedTemperature(_CombinedTemperature):
             return temperature
         student = temperature.student + zero
         shared = temperature.teacher is temperature.student
-        return temperature._replace(student=student, teacher=student if shared else temperature.teacher)
+        return Temperature(student, student if shared else temperature.teacher, temperature.scale)
 
     @override
     def extra_repr(self) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from kd_lightning.functional import Temperature, tempered_log_softmax
+from kd_lightning.functional import Temperature, kd_loss, predictive_entropy, tempered_log_softmax
 from kd_lightning.temperature._statistics import class_targets, sum_and_count, sum_over_ranks
 from kd_lightning.temperature.base import Signals, TemperaturePolicy
 from kd_lightning.temperature.schedules import Progress
@@ -259,11 +259,10 @@ class CapacityTemperature(TemperaturePolicy):
     @torch.no_grad()
     def _update(self, signals: Signals) -> None:
         temperature = self._bound(self.value)  # what the loss used: callbacks may have moved it
-        log_p_s = tempered_log_softmax(signals.student_logits, temperature)
-        log_p_t = tempered_log_softmax(signals.teacher_logits, temperature)
-        p_t = log_p_t.exp()
-        divergence, count = sum_and_count((p_t * torch.where(p_t > 0, log_p_t - log_p_s, 0.0)).sum(-1), signals.valid)
-        entropy, _ = sum_and_count(-(p_t * torch.where(p_t > 0, log_p_t, 0.0)).sum(-1), signals.valid)
+        student, teacher = signals.student_logits, signals.teacher_logits
+        divergence = kd_loss(student, teacher, temperature, scale="none", reduction="none")
+        divergence, count = sum_and_count(divergence, signals.valid)
+        entropy, _ = sum_and_count(predictive_entropy(teacher, temperature), signals.valid)
         divergence, entropy, count = sum_over_ranks(torch.cat([divergence, entropy, count])).split(1)
         missed = (divergence / (entropy + 1e-6 * count.clamp(min=1))).clamp(min=0.0)
 

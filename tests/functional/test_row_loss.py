@@ -9,11 +9,11 @@ from unittest import mock
 import pytest
 import torch
 import torch._dynamo.testing
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from kd_lightning.functional import Temperature, kd_loss, row_loss
+from kd_lightning.functional import Temperature, dkd_loss, kd_loss, row_loss
 from kd_lightning.functional.row_loss import _chunks
 
 
@@ -26,6 +26,7 @@ def peak_bytes(function: Any) -> int:
     return max(itertools.accumulate(changes))
 
 
+@settings(deadline=None)
 @given(
     shape=st.lists(st.integers(1, 7), min_size=1, max_size=4),
     class_dim=st.integers(0, 3),
@@ -59,6 +60,54 @@ class TestIsTaken:
             kd_loss(s, t, torch.ones(1, 5, requires_grad=True)).backward()
             kd_loss(s, t.clone().requires_grad_(), 4.0).backward()
             torch.func.grad(lambda x: kd_loss(x, t, 4.0))(s)
+
+
+class TestSmall:
+    """One chunk, constant temperatures, nothing left out: what training on a classification batch calls."""
+
+    def test_is_the_general_form(self):
+        s, t = torch.randn(6, 5, dtype=torch.float64, requires_grad=True), torch.randn(6, 5, dtype=torch.float64)
+        small = dkd_loss(s, t, 3.0, targets=torch.arange(6) % 5)
+        with mock.patch.object(row_loss, "CHUNK_CPU", 5):
+            general = dkd_loss(s, t, 3.0, targets=torch.arange(6) % 5)
+        assert "SmallLoss" in str(small.grad_fn)
+        assert "SmallLoss" not in str(general.grad_fn)
+        assert_close(small, general, rtol=1e-14, atol=0)
+        for factor in (1.0, 0.9, -2.0):
+            of_small, of_general = (
+                torch.autograd.grad(factor * loss, s, retain_graph=True)[0] for loss in (small, general)
+            )
+            assert_close(of_small, of_general, rtol=1e-12, atol=1e-15)
+
+    def test_second_backward_and_second_derivative(self):
+        s, t = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.randn(3, 5, dtype=torch.float64)
+        loss = 0.9 * kd_loss(s, t, 3.0)
+        first = torch.autograd.grad(loss, s, retain_graph=True)
+        assert_close(torch.autograd.grad(loss, s, retain_graph=True), first)
+        assert_close(torch.autograd.grad(loss, s, create_graph=True), first)
+        assert torch.autograd.gradgradcheck(lambda s: kd_loss(s, t, 3.0), s)
+
+    def test_float16_gradient_does_not_underflow_before_the_scaler(self):
+        s, t = torch.randn(2**14, 8).half().requires_grad_(), torch.randn(2**14, 8).half()
+        (got,) = torch.autograd.grad(2.0**16 * kd_loss(s, t, 1.0), s)
+        wide = s.detach().double().requires_grad_()
+        (expected,) = torch.autograd.grad(2.0**16 * kd_loss(wide, t.double(), 1.0), wide)
+        assert_close(got.double(), expected, rtol=2e-3, atol=1e-6)
+
+    def test_targets_that_leave_nothing_out_are_no_mask(self):
+        s, t = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            with_targets = kd_loss(s, t, 4.0, targets=torch.tensor([0, 1, 2]))
+        assert not {event.key for event in profiler.key_averages()} & {"aten::where", "aten::masked_fill_"}
+        assert torch.equal(with_targets, kd_loss(s, t, 4.0))
+
+    def test_logits_changed_in_place_are_refused(self):
+        """The second derivative would be that of other logits."""
+        s, t = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
+        loss = kd_loss(s, t, 4.0)
+        t.add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 def test_gradient_of_a_learnt_temperature_survives_a_second_backward():
