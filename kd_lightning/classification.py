@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,13 +13,13 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.optim.optimizer import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
 
 from kd_lightning.losses import CrossEntropyLoss
 from kd_lightning.metrics import ClassificationMetrics
 from kd_lightning.teachers import call_model, extract_logits
+from kd_lightning.training import configure_with_groups, is_logging_step
 
 __all__ = ["ClassificationModule", "SupervisedModule"]
 
@@ -129,11 +129,7 @@ class SupervisedModule(LightningModule):
                 "Was it frozen, or shared with the teacher?"
             )
         if self.optimizer is None and self._network_optimizers is not None:
-            configured = self._network_optimizers()
-            optimizers = list(_find_optimizers(configured))
-            for group in rest if optimizers else ():
-                optimizers[0].add_param_group(group)
-            return configured
+            return configure_with_groups(self._network_optimizers, rest)
         parameters = [first, *rest] if rest else first["params"]
         optimizer = self.optimizer(parameters) if self.optimizer else torch.optim.AdamW(parameters, lr=1e-3)
         if self.lr_scheduler is None:
@@ -207,16 +203,6 @@ class SupervisedModule(LightningModule):
                     add_dataloader_idx=False,
                     prog_bar=name == "acc" and stage != "train",
                 )
-
-    @property
-    def _is_logging_step(self) -> bool:
-        """Whether the loggers write in this training step, or the epoch ends with it.
-
-        A call of ``self.log`` costs about a millisecond, so steps that nobody records do without.
-        """
-        trainer = self.trainer
-        every: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
-        return trainer.is_last_batch or (every > 0 and (trainer.global_step + 1) % every == 0)
 
     def _save_plain_hyperparameters(self) -> None:
         """Save the arguments of the ``__init__`` that calls this, so that checkpoints load with ``weights_only=True``.
@@ -293,7 +279,7 @@ class ClassificationModule(SupervisedModule):
     @override
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         loss, logits, targets = self._loss(batch)
-        if self._is_logging_step:
+        if is_logging_step(self.trainer):
             self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(logits))
         self._update_metrics("train", logits, targets)
         return loss
@@ -319,14 +305,3 @@ class ClassificationModule(SupervisedModule):
             )
         logits = self(inputs)
         return self.task_loss(logits.movedim(-1, 1) if logits.dim() > 2 else logits, targets), logits, targets
-
-
-def _find_optimizers(configured: Any) -> Iterator[Optimizer]:
-    """The optimisers in what ``configure_optimizers`` may return."""
-    if isinstance(configured, Optimizer):
-        yield configured
-    elif isinstance(configured, Mapping):
-        yield from _find_optimizers(configured.get("optimizer"))
-    elif isinstance(configured, (tuple, list)):
-        for part in configured:
-            yield from _find_optimizers(part)

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -18,6 +17,7 @@ from kd_lightning.classification import SupervisedModule
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.teachers import FrozenTeacher
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
+from kd_lightning.training import DistillationRun, is_logging_step, step_readings
 
 __all__ = ["DistillationModule"]
 
@@ -82,11 +82,9 @@ class DistillationModule(SupervisedModule):
         self.distiller = Distiller(teacher, temperature, kd_loss, task_loss, kd_weight, task_weight)
         self.last_output: DistillationOutput | None = None
         self._last_targets: Tensor | None = None
-        self._max_steps: int | None = None
-        self._last_progress = Progress(max_steps=1, max_epochs=1)  # at the start of a run
-        self._restored: dict[str, Any] = {}
+        self._run = DistillationRun(self.distiller, type(self).__name__)
         self._temperature_state: dict[str, Tensor] = {}
-        self._check_nothing_shared()
+        self._run.check_student(student)
 
     @property
     @override
@@ -111,20 +109,7 @@ class DistillationModule(SupervisedModule):
     @property
     def progress(self) -> Progress:
         """Where training stands; outside of ``fit`` where the last fit, or the checkpoint, left it."""
-        trainer = self._trainer
-        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
-            return self._last_progress
-        if self._max_steps is None and trainer.training:
-            steps = trainer.estimated_stepping_batches
-            self._max_steps = int(steps) if 0 < steps < float("inf") else 0  # 0: it has no known end
-        max_epochs = trainer.max_epochs
-        self._last_progress = Progress(
-            step=trainer.global_step,
-            max_steps=self._max_steps or None,
-            epoch=trainer.current_epoch,
-            max_epochs=max_epochs if max_epochs and max_epochs > 0 else None,
-        )
-        return self._last_progress
+        return self._run.progress(self._trainer)
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
@@ -139,7 +124,7 @@ class DistillationModule(SupervisedModule):
         out = self.last_output
         if out is not None:
             self._update_metrics("train", out.student_logits, self._last_targets, out.teacher_logits)
-            if self._is_logging_step:
+            if is_logging_step(self.trainer):
                 self._log_step(out)
 
     @override
@@ -173,12 +158,9 @@ class DistillationModule(SupervisedModule):
         self._update_metrics(stage, logits, targets, teacher_logits, dataloader_idx)
 
     def _log_step(self, out: DistillationOutput) -> None:
-        values = {"train_kd_loss": out.kd_loss.detach(), "train_task_loss": out.task_loss.detach()}
-        if not any(getattr(callback, "logs_temperature", False) for callback in self._callbacks):
-            values |= out.readings()
         size = len(out.student_logits)
         self.log("train_loss", out.loss.detach(), prog_bar=True, batch_size=size)
-        self.log_dict({name: value.float() for name, value in values.items()}, batch_size=size)
+        self.log_dict(step_readings(self.trainer, out), batch_size=size)
 
     # ---- the teacher ----------------------------------------------------------------------------------------------
 
@@ -191,10 +173,7 @@ class DistillationModule(SupervisedModule):
                     f"fit needs a teacher, but {type(self).__name__} was made without one: "
                     "DistillationModule(student=..., teacher=FrozenTeacher(network, checkpoint=...))."
                 )
-            teacher.load()
-            self.distiller.temperature.setup_data(getattr(self.trainer, "datamodule", None))
-            self._max_steps = None
-            rank_zero_info(f"Teacher: {teacher!r}, fingerprint {teacher.fingerprint()[:8]}")
+            self._run.set_up(self.trainer)
         elif stage in ("validate", "test") and teacher is not None and not teacher.loaded:
             if teacher.available():
                 teacher.load()
@@ -206,32 +185,12 @@ class DistillationModule(SupervisedModule):
 
     @override
     def on_fit_start(self) -> None:
-        teacher = self.teacher
-        assert teacher is not None
-        teacher.to(self.device)  # strategies that do not move the module, such as FSDP
-        if self.trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
-            fingerprints: list[str] = [""] * dist.get_world_size()
-            dist.all_gather_object(fingerprints, teacher.fingerprint())
-            if len(set(fingerprints)) > 1:
-                listed = ", ".join(f"rank {rank} {value[:8]}" for rank, value in enumerate(fingerprints))
-                raise RuntimeError(
-                    f"the ranks have different teachers: fingerprints {listed}. A teacher is not synchronised; load it "
-                    "from a checkpoint (FrozenTeacher(network, checkpoint=...)), the same on every rank."
-                )
+        self._run.teacher.to(self.device)  # strategies that do not move the module, such as FSDP
+        self._run.check_ranks(self.trainer)
 
     @override
     def on_train_start(self) -> None:
-        teacher = self.teacher
-        assert teacher is not None
-        before = self._restored.pop("resumed_teacher", None)
-        if before is not None and before["fingerprint"] != teacher.fingerprint():
-            raise RuntimeError(
-                f"this checkpoint was trained with the teacher {before['description']}, fingerprint "
-                f"{before['fingerprint'][:8]}, but the teacher now is {teacher!r}, fingerprint "
-                f"{teacher.fingerprint()[:8]}. Resume with the same teacher, or start a new run from the student's "
-                "weights."
-            )
-        self._warn_of_changes()
+        self._run.check_resumed()
 
     @override
     def on_fit_end(self) -> None:
@@ -246,17 +205,6 @@ class DistillationModule(SupervisedModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.last_output, self._last_targets = None, None  # callbacks, whose hooks run first, have seen it
 
-    def _check_nothing_shared(self) -> None:
-        if self.teacher is None:
-            return
-        taught = {id(parameter) for parameter in self.teacher.module.parameters()}
-        shared = [name for name, parameter in self.student.named_parameters() if id(parameter) in taught]
-        if shared:
-            raise ValueError(
-                f"student and teacher share parameters, and a teacher is frozen: {', '.join(shared[:5])}"
-                f"{', …' if len(shared) > 5 else ''}. Give the teacher its own: copy.deepcopy(network)."
-            )
-
     # ---- optimiser ------------------------------------------------------------------------------------------------
 
     @override
@@ -270,17 +218,7 @@ class DistillationModule(SupervisedModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        teacher = self.teacher
-        saved: dict[str, Any] = {
-            "progress": vars(self.progress),
-            "configuration": self._configuration(),
-            "kd_enabled": self.distiller.kd_enabled,
-        }
-        if teacher is not None and teacher.loaded:
-            saved["teacher"] = {"fingerprint": teacher.fingerprint(), "description": repr(teacher)}
-        elif "teacher" in self._restored:
-            saved["teacher"] = self._restored["teacher"]
-        checkpoint[_CHECKPOINT_KEY] = saved
+        checkpoint[_CHECKPOINT_KEY] = self._run.state_dict(self._trainer)
         # weight averaging has put its average of the temperature's state here; it is no weight
         weights = checkpoint.get("state_dict", {})
         weights.update({name: value for name, value in self._live_temperature_state().items() if name in weights})
@@ -288,35 +226,9 @@ class DistillationModule(SupervisedModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self._restored = dict(checkpoint.get(_CHECKPOINT_KEY, {}))
-        if "progress" in self._restored:
-            self._last_progress = Progress(**self._restored["progress"])
-        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        if fitting and "teacher" in self._restored:
-            self._restored["resumed_teacher"] = self._restored["teacher"]
-        self.distiller.kd_enabled = self._restored.get("kd_enabled", True)
-        if not fitting:  # else at the start of training: a callback may put back what it had set
-            self._warn_of_changes()
-
-    def _warn_of_changes(self) -> None:
-        now = self._configuration()
-        for name, before in self._restored.pop("configuration", {}).items():
-            if now.get(name) != before:
-                rank_zero_warn(
-                    f"the checkpoint was trained with {name}={before}, but this module has {name}={now.get(name)}, "
-                    f"which is used from here on. To go on as before, give DistillationModule the same {name}."
-                )
-
-    def _configuration(self) -> dict[str, str]:
-        """What a checkpoint says of the distillation, so that a change does not go unnoticed."""
-        distiller = self.distiller
-        parts = {
-            "temperature": distiller.temperature,
-            "kd_loss": distiller.kd_loss,
-            "kd_weight": distiller.kd_weight,
-            "task_weight": distiller.task_weight,
-        }
-        return {name: repr(part) for name, part in parts.items()}
+        self._run.load_state_dict(checkpoint.get(_CHECKPOINT_KEY, {}))
+        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+            self._run.warn_of_changes()  # else at the start of training: a callback may put back what it had set
 
     # ---- the temperature's state is no weight: WeightAveraging swaps all buffers, these hooks put ours back -------
 

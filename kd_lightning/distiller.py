@@ -161,15 +161,18 @@ class Distiller(nn.Module):
         progress: Progress | None = None,
         *,
         teacher_logits: Tensor | None = None,
+        task_loss: Tensor | None = None,
     ) -> DistillationOutput:
         """Run the teacher, set the temperature, and weigh both losses.
 
         Args:
             inputs: What the teacher is called with: a tensor, a tuple, or a mapping of keywords.
             student_logits: ``(N, C)`` or any shape with a class dimension.
-            targets: What ``task_loss`` takes. None: no task loss, which asks for ``task_weight=0``.
+            targets: What the task loss takes. None: no task loss, which asks for ``task_weight=0`` or ``task_loss``.
             progress: Where training stands, for schedules.
             teacher_logits: Logits that are there already; the teacher is not run.
+            task_loss: A task loss that is there already, such as the one that a Hugging Face model returns; the
+                Distiller's own is not computed.
         """
         progress = progress or Progress()
         if teacher_logits is None:
@@ -178,14 +181,14 @@ class Distiller(nn.Module):
         kd_weight = _weight_at(self.kd_weight, progress, "kd_weight") if self.kd_enabled else 0.0
         task_weight = _weight_at(self.task_weight, progress, "task_weight")
         kd_loss, temperature = self._distil(student_logits, teacher_logits, targets, progress)
-        if targets is not None:
+        if task_loss is None and targets is not None:
             task_loss = self.task_term(student_logits, targets)
-        elif task_weight == 0:
+        elif task_loss is None and task_weight == 0:
             task_loss = kd_loss.new_zeros(())
-        else:
+        elif task_loss is None:
             raise ValueError(
-                f"task_weight is {task_weight:g} but the batch has no targets. Give targets, or set task_weight=0 to "
-                "learn from the teacher alone."
+                f"task_weight is {task_weight:g} but the batch has no targets. Give targets or a task_loss, or set "
+                "task_weight=0 to learn from the teacher alone."
             )
         return DistillationOutput(
             loss=kd_weight * kd_loss + task_weight * task_loss,

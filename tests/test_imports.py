@@ -14,7 +14,7 @@ LAYERS = [
     {"functional"},
     {"temperature", "losses", "teachers", "feature_extractor", "models"},
     {"distiller", "plotting"},
-    {"metrics"},
+    {"metrics", "training"},
     {"distillation", "classification"},
     {"callbacks"},
     {"cli", "__main__"},

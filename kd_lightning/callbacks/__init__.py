@@ -1,6 +1,7 @@
-"""Callbacks that move, watch, search and check the temperature of a run."""
+"""Callbacks that distil into any module, and that move, watch, search and check the temperature of a run."""
 
 from kd_lightning.callbacks.adaptive_temperature import AdaptiveTemperature
+from kd_lightning.callbacks.distillation_callback import DistillationCallback
 from kd_lightning.callbacks.early_stop_distillation import EarlyStopDistillation
 from kd_lightning.callbacks.replica_consistency import ReplicaConsistency
 from kd_lightning.callbacks.temperature_finder import TemperatureFinder
@@ -8,6 +9,7 @@ from kd_lightning.callbacks.temperature_monitor import TemperatureMonitor
 
 __all__ = [
     "AdaptiveTemperature",
+    "DistillationCallback",
     "EarlyStopDistillation",
     "ReplicaConsistency",
     "TemperatureFinder",

@@ -18,12 +18,12 @@ from kd_lightning.callbacks.common import (
     Mode,
     count_checks,
     find_holder,
-    gather,
     is_validation_check,
     mean_over_ranks,
     read_metric,
 )
 from kd_lightning.temperature import TemperaturePolicy
+from kd_lightning.training import gather
 
 __all__ = ["AdaptiveRule", "AdaptiveTemperature", "Direction", "Move", "TemperatureRange", "agree", "return_ratio"]
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
@@ -17,14 +16,12 @@ __all__ = [
     "DistillationHolder",
     "Mode",
     "find_holder",
-    "gather",
     "is_validation_check",
     "mean_over_ranks",
     "read_metric",
 ]
 
 Mode = Literal["min", "max"]
-_T = TypeVar("_T")
 
 
 class DistillationHolder(Protocol):
@@ -48,8 +45,8 @@ def find_holder(trainer: Trainer, pl_module: LightningModule) -> DistillationHol
             return holder
     raise TypeError(
         f"found no Distiller in this run: neither {type(pl_module).__name__} nor a callback has an attribute "
-        "`distiller`. Train a DistillationModule, or give your LightningModule `self.distiller = Distiller(...)` and "
-        "`self.last_output`, the last training batch's output."
+        "`distiller`. Train a DistillationModule, add a DistillationCallback, or give your LightningModule "
+        "`self.distiller = Distiller(...)` and `self.last_output`, the last training batch's output."
     )
 
 
@@ -71,15 +68,6 @@ def read_metric(trainer: Trainer, monitor: str, owner: object) -> float:
             f"{', '.join(sorted(metrics)) or 'none'}. Set monitor to one of them."
         )
     return metrics[monitor].squeeze().item()
-
-
-def gather(trainer: Trainer, value: _T) -> list[_T]:
-    """What each rank has, in the order of ranks. A collective: every rank must call it."""
-    if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def mean_over_ranks(values: Sequence[float]) -> float:

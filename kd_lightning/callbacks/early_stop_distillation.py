@@ -14,12 +14,12 @@ from kd_lightning.callbacks.common import (
     Mode,
     count_checks,
     find_holder,
-    gather,
     is_validation_check,
     mean_over_ranks,
     read_metric,
 )
 from kd_lightning.temperature import Progress
+from kd_lightning.training import gather
 
 __all__ = ["EarlyStopDistillation"]
 
@@ -113,7 +113,7 @@ class EarlyStopDistillation(Callback):
         self.wait_count += 1
         if self.wait_count < self.patience:
             return
-        if holder.distiller.task_weight(getattr(pl_module, "progress", Progress())) == 0:
+        if holder.distiller.task_weight(getattr(holder, "progress", Progress())) == 0:
             self._warn_once(
                 "EarlyStopDistillation leaves distillation on: task_weight is 0, so nothing would be left to learn."
             )

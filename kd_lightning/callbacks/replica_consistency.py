@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
-from kd_lightning.callbacks.common import find_holder, gather
+from kd_lightning.callbacks.common import find_holder
+from kd_lightning.training import gather
 
 __all__ = ["ReplicaConsistency"]
 

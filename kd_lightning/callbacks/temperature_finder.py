@@ -22,10 +22,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from kd_lightning.callbacks.common import DistillationHolder, Mode, find_holder, gather, mean_over_ranks, read_metric
+from kd_lightning.callbacks.common import DistillationHolder, Mode, find_holder, mean_over_ranks, read_metric
 from kd_lightning.callbacks.snapshot import Snapshot
 from kd_lightning.temperature import ConstantTemperature
 from kd_lightning.temperature.schedules import as_schedule
+from kd_lightning.training import gather
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -229,7 +230,7 @@ class TemperatureFinder(Callback):
         self._check(trainer, holder)
         if trainer.ckpt_path is not None or trainer.global_step > 0:
             if self.best is not None:
-                self._set(self.best, holder, pl_module, multiplier=False)  # that is in the checkpoint
+                self._set(self.best, holder, multiplier=False)  # that is in the checkpoint
             rank_zero_info(
                 "TemperatureFinder searches nothing in a resumed run"
                 + ("." if self.best is None else f": {self._name(self.best)}, as found before.")
@@ -240,7 +241,7 @@ class TemperatureFinder(Callback):
         if self.best is None:
             rank_zero_warn(f"no candidate has a finite {self.monitor}: TemperatureFinder leaves the temperature alone.")
         else:
-            self._set(self.best, holder, pl_module)
+            self._set(self.best, holder)
         if self.plot_path is not None:
             path = Path(trainer.log_dir or trainer.default_root_dir) / self.plot_path  # a collective: for every rank
             if trainer.is_global_zero:
@@ -272,7 +273,7 @@ class TemperatureFinder(Callback):
                     stop = _StopAfter(self.steps, bar)
                     try:
                         with _aside(trainer, holder, stop), isolate_rng(), _seeded(seed):
-                            self._set(trial, holder, pl_module)
+                            self._set(trial, holder)
                             trainer.fit_loop.run()
                             score = read_metric(trainer, self.monitor, self)
                             trainer.fit_loop.teardown()
@@ -301,20 +302,18 @@ class TemperatureFinder(Callback):
                 "that. Take validation data out of the training part."
             )
 
-    def _set(
-        self, trial: Trial, holder: DistillationHolder, pl_module: LightningModule, multiplier: bool = True
-    ) -> None:
+    def _set(self, trial: Trial, holder: DistillationHolder, multiplier: bool = True) -> None:
         distiller, policy = holder.distiller, holder.distiller.temperature
         if isinstance(policy, ConstantTemperature):
             policy.value = trial.candidate
             if multiplier:
                 policy.multiplier.fill_(1.0)
-            _update_hparam(pl_module, "temperature", trial.candidate)
+            _update_hparam(holder, "temperature", trial.candidate)
         elif multiplier:
             policy.multiplier.mul_(trial.candidate)
         if trial.kd_weight is not None:
             distiller.kd_weight = as_schedule(trial.kd_weight)
-            _update_hparam(pl_module, "kd_weight", trial.kd_weight)
+            _update_hparam(holder, "kd_weight", trial.kd_weight)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -385,7 +384,7 @@ def _seeded(seed: int) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _update_hparam(pl_module: LightningModule, name: str, value: float) -> None:
+def _update_hparam(holder: DistillationHolder, name: str, value: float) -> None:
     """A number among the hyper-parameters is what ``load_from_checkpoint`` would make the module of."""
-    if isinstance(pl_module.hparams.get(name), (int, float)):
-        pl_module.hparams[name] = value
+    if isinstance(holder, LightningModule) and isinstance(holder.hparams.get(name), (int, float)):
+        holder.hparams[name] = value

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["call_model", "extract_logits"]
+__all__ = ["Call", "call_model", "extract_logits"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of a call, by position and by keyword: inputs for another call just like it."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
 
 
 def call_model(module: nn.Module, inputs: Any) -> Any:
-    """Call a network the way its inputs ask for: a mapping by keywords, a tuple or list by position, else as one.
+    """Call a network the way its inputs ask for: a mapping by keywords, a tuple or list by position, a :class:`Call` by
+    both, else as one.
 
     Example:
         >>> import torch
         >>> call_model(nn.Bilinear(2, 3, 1), (torch.ones(5, 2), torch.ones(5, 3))).shape
         torch.Size([5, 1])
     """
+    if isinstance(inputs, Call):
+        return module(*inputs.args, **inputs.kwargs)
     if isinstance(inputs, Mapping):
         return module(**inputs)
     if isinstance(inputs, (tuple, list)):
@@ -47,5 +59,5 @@ def extract_logits(output: Any) -> Tensor:
     keys = f" with keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
     raise TypeError(
         f"found no logits in a model output of type {type(output).__name__}{keys}: expected a tensor, `.logits`, "
-        "['logits'] or ['out']. In DistillationModule override extract_logits(output)."
+        "['logits'] or ['out']. Override extract_logits(output) of your DistillationModule or DistillationCallback."
     )

@@ -1,0 +1,456 @@
+"""Distillation into a LightningModule that knows nothing of it."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+from kd_lightning.distiller import DistillationOutput, Distiller
+from kd_lightning.teachers import Call, FrozenTeacher, extract_logits
+from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
+from kd_lightning.training import DistillationRun, configure_with_groups, is_logging_step, step_readings
+
+__all__ = ["DistillationCallback"]
+
+_ABSENT: Any = object()
+
+
+class DistillationCallback(Callback):
+    r"""Adds a teacher to a LightningModule as it is: :math:`L = w_{kd} L_{kd} + w_{task} L_{module}`.
+
+    :math:`L_{module}` is what the module's own ``training_step`` returns. The student's logits are what ``forward``, or
+    the submodule ``student_layer``, returned in that step; the teacher is run on what it was called with. Optimiser,
+    schedulers, metrics, validation and checkpoints stay the module's. After ``fit``, also after an exception, nothing
+    is left on it; its ``state_dict`` and its checkpoints never have a key of ours, so they load in its own class.
+
+    The step may return a tensor, a dictionary with ``"loss"`` (the other keys are kept) or None (no optimisation in
+    this step). Calls of the student under ``no_grad`` do not count. With several that do, say which by
+    ``forward_call``.
+
+    Logged, when the logger writes: ``train_kd_loss``, ``train_task_loss`` (the module's own), and of the temperature
+    what :class:`~kd_lightning.DistillationModule` logs; ``val_kd_loss`` and ``val_agreement`` on request. The callbacks
+    of this package find the Distiller here.
+
+    Automatic optimisation only. A policy that learns has a group of its own, without weight decay, in the module's
+    optimiser: resuming such a run needs this callback, and ``LBFGS`` has no room for it.
+
+    Args:
+        teacher: A trained network or a :class:`~kd_lightning.FrozenTeacher`.
+        student_layer: Dotted name of the submodule whose output has the logits, such as ``"net"`` or ``"model.head"``.
+            None: the module's ``forward``.
+        temperature: A number, a schedule or a :class:`~kd_lightning.temperature.TemperaturePolicy`.
+        kd_loss: See :class:`~kd_lightning.Distiller`.
+        kd_weight: Number or schedule.
+        task_weight: Number or schedule; of the module's own loss.
+        inputs: What the teacher is called with: a key or an index of the batch, or a function of it. None: what the
+            student was called with; that does not do for a layer within the network, which sees features.
+        targets: Labels for losses and policies that ask for them, and for ``ignore_index``: a key, an index or a
+            function of the batch. None: the second of two, ``"labels"`` or ``"targets"``, where their shape fits; for
+            token logits ``(B, L, V)``, which task and label may align in two ways, that is an error.
+        forward_call: Which call of the student counts, where a step has several: 0 the first, −1 the last. None: there
+            must be one.
+        validate: Whether to run the teacher in validation too, and log ``val_kd_loss`` and ``val_agreement``.
+
+    Raises:
+        ValueError: At fit: manual optimisation, no such layer, a module that distils already, parameters that student
+            and teacher share.
+        RuntimeError: In the first step: the logits were not seen, or seen several times; when resuming, another
+            teacher.
+
+    State: the policy's and the losses', whether distillation is on, the teacher's fingerprint.
+
+    Example:
+        >>> teacher = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> _ = teacher[0].weight.data.mul_(3.0)  # stands for training
+        >>> callback = DistillationCallback(teacher, student_layer="net", temperature=4.0, kd_weight=0.9)
+        >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | FrozenTeacher,
+        student_layer: str | None = None,
+        temperature: float | Schedule | TemperaturePolicy | Callable[[Progress], float] = 4.0,
+        kd_loss: nn.Module | None = None,
+        kd_weight: float | Schedule | Callable[[Progress], float] = 0.9,
+        task_weight: float | Schedule | Callable[[Progress], float] = 0.1,
+        inputs: Callable[[Any], Any] | int | str | None = None,
+        targets: Callable[[Any], Any] | int | str | None = None,
+        forward_call: int | None = None,
+        validate: bool = False,
+    ) -> None:
+        super().__init__()
+        self.distiller = Distiller(teacher, temperature, kd_loss, None, kd_weight, task_weight)
+        if self.distiller.teacher is None:
+            raise TypeError("DistillationCallback needs a teacher, got None.")
+        self.student_layer = student_layer
+        self.inputs = inputs
+        self.targets = targets
+        self.forward_call = forward_call
+        self.validate = validate
+        self.last_output: DistillationOutput | None = None
+        self._run = DistillationRun(self.distiller, type(self).__name__)
+        self._trainer: Trainer | None = None
+        self._wrapped: list[tuple[nn.Module, str, Any]] = []
+        self._calls: list[_StudentCall] | None = None
+
+    @property
+    def progress(self) -> Progress:
+        """Where training stands."""
+        return self._run.progress(self._trainer)
+
+    def extract_logits(self, output: Any) -> Tensor:
+        """The logits in what the student, or the teacher, returned. Override for outputs of another kind.
+
+        By default the tensor itself, ``.logits`` as in Hugging Face's outputs, ``["logits"]`` or ``["out"]``.
+        """
+        return extract_logits(output)
+
+    # ---- onto the module, and off it --------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if isinstance(getattr(pl_module, "distiller", None), Distiller):
+            raise ValueError(
+                f"{type(pl_module).__name__} distils by itself: train it without DistillationCallback, or give its "
+                "student in a LightningModule of its own."
+            )
+        self._trainer = trainer
+        self._run.set_up(trainer)
+        self._wrap(pl_module, "training_step", self._distilling)
+        self._wrap(pl_module, "configure_optimizers", self._configuring)
+
+    def _configuring(self, configure: Callable[[], Any], pl_module: LightningModule) -> Callable[[], Any]:
+        """By the time optimisers are configured the module is whole, and on its device."""
+
+        def configure_optimizers() -> Any:
+            self._start(pl_module)
+            policy = self.distiller.temperature
+            taken = {id(parameter) for parameter in policy.parameters()}
+            rest = [p for p in self.distiller.parameters() if p.requires_grad and id(p) not in taken]
+            groups = [*([{"params": rest}] if rest else []), *policy.param_groups()]
+            return configure_with_groups(configure, groups)
+
+        return configure_optimizers
+
+    def _start(self, pl_module: LightningModule) -> None:
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                f"{type(pl_module).__name__} optimises manually, so nobody but its training_step can add a loss before "
+                "backward. Distil there, in two lines instead of this callback:\n"
+                "    self.distiller = Distiller(teacher, temperature=4.0)       # in __init__\n"
+                "    loss = self.distiller(inputs, student_logits, targets).loss  # in training_step, before backward"
+            )
+        self._run.check_student(pl_module)
+        trainer, distiller = self._trainer, self.distiller.train()
+        assert trainer is not None
+        trainer.precision_plugin.convert_module(distiller)
+        distiller.to(trainer.strategy.root_device)
+        self._run.check_ranks(trainer)
+        if _is_distributed(trainer):  # DDP does so for the module, which has no part in the Distiller
+            for tensor in distiller.state_dict().values():
+                dist.broadcast(tensor, src=0)
+        self._wrap(self._find_layer(pl_module), "forward", self._recording)
+
+    def _find_layer(self, pl_module: LightningModule) -> nn.Module:
+        if self.student_layer is None and pl_module._compiler_ctx is not None:
+            raise ValueError(
+                f"torch.compile({type(pl_module).__name__}) leaves no call of forward to see. Name the submodule whose "
+                "output has the logits (student_layer=...), or compile the network in place: module.net.compile()."
+            )
+        if self.student_layer is None:
+            return pl_module
+        try:
+            return pl_module.get_submodule(self.student_layer)
+        except AttributeError:
+            names = [name for name, _ in pl_module.named_modules() if name]
+            near = difflib.get_close_matches(self.student_layer, names, n=5, cutoff=0.5) or names[:10]
+            raise ValueError(
+                f"{type(pl_module).__name__} has no submodule {self.student_layer!r}. There are: "
+                f"{', '.join(near) or 'none'}. Set student_layer to the one whose output has the logits, or to None "
+                "for what forward returns."
+            ) from None
+
+    def _wrap(self, module: nn.Module, name: str, wrapper: Callable[..., Callable[..., Any]]) -> None:
+        """Put ``wrapper(method, module)`` over a method of this instance, until :meth:`_leave`."""
+        method = getattr(module, name)
+        self._wrapped.append((module, name, vars(module).get(name, _ABSENT)))
+        vars(module)[name] = functools.wraps(method)(wrapper(method, module))
+
+    def _leave(self) -> None:
+        while self._wrapped:
+            module, name, before = self._wrapped.pop()
+            if before is _ABSENT:
+                vars(module).pop(name, None)
+            else:
+                vars(module)[name] = before
+        if self._trainer is not None:
+            self.progress  # noqa: B018  (is read from the trainer, which goes)
+            self._trainer = self.last_output = self._calls = None
+            self.distiller.cpu()  # as Lightning does with the module
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._leave()
+
+    # ---- a step -----------------------------------------------------------------------------------------------------
+
+    def _recording(self, forward: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            if self._calls is None:
+                return forward(*args, **kwargs)
+            given = _versions((args, kwargs))
+            output = forward(*args, **kwargs)
+            self._calls.append(_StudentCall(args, kwargs, output, given, _versions(output)))
+            return output
+
+        return recorded
+
+    def _distilling(self, step: Callable[..., Any], pl_module: LightningModule) -> Callable[..., Any]:
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            self.last_output = None
+            self._calls = calls = []
+            try:
+                output = step(*args, **kwargs)
+            finally:
+                self._calls = None
+            task_loss = output.get("loss") if isinstance(output, Mapping) else output
+            if not isinstance(task_loss, Tensor):
+                return output  # a step that is skipped; or one that Lightning objects to
+            learning = [call for call in calls if any(leaf.requires_grad for leaf in _tensors(call.output))]
+            if not learning:
+                raise RuntimeError(self._says_unseen(pl_module, step, args, kwargs, calls))
+            batch = args[0] if args else next(iter(kwargs.values()), None)
+            out = self.last_output = self._distil(self._choose(learning), batch, task_loss)
+            return {**output, "loss": out.loss} if isinstance(output, Mapping) else out.loss
+
+        return training_step
+
+    def _distil(self, call: _StudentCall, batch: Any, task_loss: Tensor | None) -> DistillationOutput:
+        logits = self.extract_logits(call.output)
+        inputs = call.inputs() if self.inputs is None else _select(batch, self.inputs, "inputs")
+        if self.inputs is None and any(leaf.grad_fn is not None for leaf in _tensors((call.args, call.kwargs))):
+            raise RuntimeError(
+                f"{self._student} is called with what the student computed, on which the teacher cannot be run. Say "
+                "what the teacher gets: inputs=0 for the first part of the batch, or inputs=lambda batch: …"
+            )
+        if self.inputs is None and _changed((call.args, call.kwargs), call.given):
+            raise RuntimeError(
+                f"training_step changed the inputs of {self._student} in place, so the teacher would see others than "
+                "the student did. Make a copy there, or say what the teacher gets: inputs=lambda batch: …"
+            )
+        if _changed(call.output, call.returned):
+            raise RuntimeError(
+                f"training_step changed the output of {self._student} in place, so its logits are gone: write "
+                "x = x / 2, not x /= 2."
+            )
+        teacher_logits = self.extract_logits(self._run.teacher(inputs))
+        targets = self._find_targets(batch, logits)
+        return self.distiller(
+            inputs, logits, targets, self.progress, teacher_logits=teacher_logits, task_loss=task_loss
+        )
+
+    def _choose(self, calls: list[_StudentCall]) -> _StudentCall:
+        if self.forward_call is None and len(calls) > 1:
+            raise RuntimeError(
+                f"training_step calls {self._student} {len(calls)} times. Say which call gives the logits: "
+                "forward_call=0 for the first, forward_call=-1 for the last."
+            )
+        try:
+            return calls[self.forward_call or 0]
+        except IndexError:
+            raise RuntimeError(
+                f"forward_call is {self.forward_call}, but training_step calls {self._student} only {len(calls)} times."
+            ) from None
+
+    def _find_targets(self, batch: Any, logits: Tensor) -> Tensor | None:
+        if self.targets is not None:
+            return _select(batch, self.targets, "targets")
+        targets = None
+        if isinstance(batch, (tuple, list)) and len(batch) == 2:
+            targets = batch[1]
+        elif isinstance(batch, Mapping):
+            targets = next((batch[key] for key in ("labels", "targets") if key in batch), None)
+        if not isinstance(targets, Tensor):
+            return None
+        class_dim = self.distiller.class_dim
+        shape = logits.movedim(class_dim, -1).shape
+        if targets.shape == shape:
+            return targets
+        if targets.is_floating_point() or logits.dim() < 2:
+            return None
+        if targets.shape == shape[:-1]:
+            if logits.dim() == 3 and class_dim in (-1, 2):
+                raise RuntimeError(
+                    f"the batch has labels {tuple(targets.shape)} for token logits {tuple(logits.shape)}. Say how they "
+                    "go together: targets='labels' if the label of a token stands at its place; for a causal model, "
+                    "which predicts the next token, targets=lambda batch: F.pad(batch['labels'][:, 1:], (0, 1), "
+                    "value=-100); targets=lambda batch: None to distil every position, padding too."
+                )
+            return targets
+        if logits.dim() > 2 and targets.shape == logits.movedim(1, -1).shape[:-1]:
+            raise RuntimeError(
+                f"logits {tuple(logits.shape)} with targets {tuple(targets.shape)} have their classes in dimension 1, "
+                f"but the distillation loss has class_dim={class_dim}: give kd_loss=KDLoss(class_dim=1)."
+            )
+        return None
+
+    @property
+    def _student(self) -> str:
+        return "forward" if self.student_layer is None else f"the layer {self.student_layer!r}"
+
+    def _says_unseen(
+        self, pl_module: LightningModule, step: Callable[..., Any], args: Any, kwargs: Any, calls: list[_StudentCall]
+    ) -> str:
+        """The run ends here, so the step may be run again to see what it calls."""
+        if calls:
+            return (
+                f"training_step calls {self._student} without gradient, so distillation would teach it nothing. Was it "
+                "frozen, or run under no_grad?"
+            )
+        called: set[nn.Module] = set()
+        layers = {name: layer for name, layer in pl_module.named_modules() if name}
+        hooks = [layer.register_forward_hook(lambda layer, *_: called.add(layer)) for layer in layers.values()]
+        with torch.no_grad(), suppress(Exception):
+            step(*args, **kwargs)
+        for hook in hooks:
+            hook.remove()
+        names = sorted((name for name, layer in layers.items() if layer in called), key=lambda name: name.count("."))
+        shown = [f"{name} ({type(layers[name]).__name__})" for name in names]
+        listed = ", ".join([*shown[:12], *(["…"] if len(shown) > 12 else [])])
+        return (
+            f"the logits were not seen: training_step did not call {self._student}. It called: {listed or 'no layer'}. "
+            f"Set student_layer to the one whose output has the logits"
+            + (f", such as student_layer={names[0]!r}." if names else ".")
+        )
+
+    # ---- around the step --------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run.check_resumed()
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        out = self.last_output
+        if out is not None and is_logging_step(trainer):
+            pl_module.log_dict(step_readings(trainer, out), batch_size=len(out.student_logits))
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if _is_distributed(trainer) and not trainer.fit_loop._should_accumulate():
+            for parameter in self.distiller.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= dist.get_world_size()
+
+    # ---- validation -------------------------------------------------------------------------------------------------
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.last_output = None  # the callbacks have seen it; the memory is needed
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.validate and self._trainer is not None:
+            self._calls = []
+
+    @override
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        calls, self._calls = self._calls, None
+        if calls is None:
+            return
+        if not calls:
+            raise RuntimeError(
+                f"validate=True compares student and teacher in validation, but validation_step did not call "
+                f"{self._student}."
+            )
+        self.distiller.eval()
+        with trainer.precision_plugin.val_step_context():
+            out = self._distil(self._choose(calls), batch, task_loss=torch.zeros((), device=pl_module.device))
+        self.distiller.train()
+        student, teacher = (x.movedim(out.class_dim, -1).argmax(-1) for x in (out.student_logits, out.teacher_logits))
+        values = {"val_kd_loss": out.kd_loss, "val_agreement": (student == teacher).float().mean()}
+        pl_module.log_dict(values, sync_dist=True, batch_size=len(out.student_logits))
+
+    # ---- state ------------------------------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._run.state_dict(self._trainer), "distiller": dict(self.distiller.state_dict())}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._run.load_state_dict({name: value for name, value in state_dict.items() if name != "distiller"})
+        self.distiller.load_state_dict(state_dict["distiller"])
+
+
+@dataclass
+class _StudentCall:
+    """One call of the student: what it got, what it gave, and the version of both."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    given: list[int] | None
+    returned: list[int] | None
+
+    def inputs(self) -> Any:
+        """The same call, in its plainest form."""
+        if not self.kwargs:
+            return self.args[0] if len(self.args) == 1 and isinstance(self.args[0], Tensor) else self.args
+        return Call(self.args, self.kwargs) if self.args else self.kwargs
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _versions(value: Any) -> list[int] | None:
+    """How often each tensor in there has been changed in place; None where that cannot be known."""
+    if torch.compiler.is_compiling():
+        return None
+    return [0 if tensor.is_inference() else tensor._version for tensor in _tensors(value)]
+
+
+def _changed(value: Any, since: list[int] | None) -> bool:
+    return since is not None and _versions(value) != since
+
+
+def _select(batch: Any, how: Callable[[Any], Any] | int | str, name: str) -> Any:
+    if callable(how):
+        return how(batch)
+    try:
+        return batch[how]
+    except (KeyError, IndexError, TypeError):
+        there = f" with the keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
+        raise RuntimeError(
+            f"{name}={how!r} is no part of the batch, a {type(batch).__name__}{there}. Give a key, an index, or a "
+            "function of the batch."
+        ) from None
+
+
+def _is_distributed(trainer: Trainer) -> bool:
+    return trainer.world_size > 1 and dist.is_available() and dist.is_initialized()

@@ -1,0 +1,232 @@
+"""A Distiller in a run of Lightning: what the module that distils and the callback that distils share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+from typing_extensions import override
+
+from kd_lightning.distiller import DistillationOutput, Distiller
+from kd_lightning.teachers import FrozenTeacher
+from kd_lightning.temperature import Progress
+
+__all__ = ["DistillationRun", "configure_with_groups", "gather", "is_logging_step", "step_readings"]
+
+_T = TypeVar("_T")
+
+
+class DistillationRun:
+    """Where training stands, the teacher on every rank, and what a checkpoint says of both.
+
+    Args:
+        distiller: The run's.
+        owner: What holds it, for messages.
+    """
+
+    def __init__(self, distiller: Distiller, owner: str) -> None:
+        self.distiller = distiller
+        self.owner = owner
+        self._max_steps: int | None = None
+        self._last_progress = Progress(max_steps=1, max_epochs=1)  # at the start of a run
+        self._restored: dict[str, Any] = {}
+
+    @property
+    def teacher(self) -> FrozenTeacher:
+        """The teacher of a run, which has one."""
+        assert self.distiller.teacher is not None
+        return self.distiller.teacher
+
+    def progress(self, trainer: Trainer | None) -> Progress:
+        """Where training stands; outside of ``fit`` where the last fit, or the checkpoint, left it."""
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            return self._last_progress
+        if self._max_steps is None and trainer.training:
+            steps = trainer.estimated_stepping_batches
+            self._max_steps = int(steps) if 0 < steps < float("inf") else 0  # 0: it has no known end
+        max_epochs = trainer.max_epochs
+        self._last_progress = Progress(
+            step=trainer.global_step,
+            max_steps=self._max_steps or None,
+            epoch=trainer.current_epoch,
+            max_epochs=max_epochs if max_epochs and max_epochs > 0 else None,
+        )
+        return self._last_progress
+
+    def set_up(self, trainer: Trainer) -> None:
+        """Before a fit: the teacher's weights, and what the policy takes from the data."""
+        self.teacher.load()
+        self.distiller.temperature.setup_data(getattr(trainer, "datamodule", None))
+        self._max_steps = None
+        self._restored.pop("resumed_teacher", None)
+        rank_zero_info(f"Teacher: {self.teacher!r}, fingerprint {self.teacher.fingerprint()[:8]}")
+
+    def check_student(self, student: nn.Module) -> None:
+        """Student and teacher must not share parameters.
+
+        Raises:
+            ValueError: They do.
+        """
+        teacher = self.distiller.teacher
+        taught = set() if teacher is None else {id(parameter) for parameter in teacher.module.parameters()}
+        shared = [name for name, parameter in student.named_parameters() if id(parameter) in taught]
+        if shared:
+            raise ValueError(
+                f"student and teacher share parameters, and a teacher is frozen: {', '.join(shared[:5])}"
+                f"{', …' if len(shared) > 5 else ''}. Give the teacher its own: copy.deepcopy(network)."
+            )
+
+    def check_ranks(self, trainer: Trainer) -> None:
+        """The teacher must be the same on every rank. A collective: every rank must call it.
+
+        Raises:
+            RuntimeError: It is not.
+        """
+        fingerprints = gather(trainer, self.teacher.fingerprint())
+        if len(set(fingerprints)) > 1:
+            listed = ", ".join(f"rank {rank} {value[:8]}" for rank, value in enumerate(fingerprints))
+            raise RuntimeError(
+                f"the ranks have different teachers: fingerprints {listed}. A teacher is not synchronised; load it "
+                "from a checkpoint (FrozenTeacher(network, checkpoint=...)), the same on every rank."
+            )
+
+    def check_resumed(self) -> None:
+        """When training starts: the teacher must be the one of the checkpoint that it resumes from.
+
+        Raises:
+            RuntimeError: It is another.
+        """
+        before = self._restored.pop("resumed_teacher", None)
+        if before is not None and before["fingerprint"] != self.teacher.fingerprint():
+            raise RuntimeError(
+                f"this checkpoint was trained with the teacher {before['description']}, fingerprint "
+                f"{before['fingerprint'][:8]}, but the teacher now is {self.teacher!r}, fingerprint "
+                f"{self.teacher.fingerprint()[:8]}. Resume with the same teacher, or start a new run from the "
+                "student's weights."
+            )
+        self.warn_of_changes()
+
+    def state_dict(self, trainer: Trainer | None) -> dict[str, Any]:
+        """What a checkpoint holds of the run: tensors and primitives only."""
+        teacher = self.distiller.teacher
+        saved: dict[str, Any] = {
+            "progress": vars(self.progress(trainer)),
+            "configuration": self._configuration(),
+            "kd_enabled": self.distiller.kd_enabled,
+        }
+        if teacher is not None and teacher.loaded:
+            saved["teacher"] = {"fingerprint": teacher.fingerprint(), "description": repr(teacher)}
+        elif "teacher" in self._restored:
+            saved["teacher"] = self._restored["teacher"]
+        return saved
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take up where the checkpoint was; :meth:`check_resumed` compares the rest."""
+        self._restored = dict(saved)
+        if "progress" in saved:
+            self._last_progress = Progress(**saved["progress"])
+        if "teacher" in saved:
+            self._restored["resumed_teacher"] = saved["teacher"]
+        self.distiller.kd_enabled = saved.get("kd_enabled", True)
+
+    def warn_of_changes(self) -> None:
+        """Say, once, which settings are no longer those of the checkpoint."""
+        now = self._configuration()
+        for name, before in self._restored.pop("configuration", {}).items():
+            if now.get(name) != before:
+                rank_zero_warn(
+                    f"the checkpoint was trained with {name}={before}, but now {name}={now.get(name)}, "
+                    f"which is used from here on. To go on as before, give {self.owner} the same {name}."
+                )
+
+    def _configuration(self) -> dict[str, str]:
+        distiller = self.distiller
+        parts = {
+            "temperature": distiller.temperature,
+            "kd_loss": distiller.kd_loss,
+            "kd_weight": distiller.kd_weight,
+            "task_weight": distiller.task_weight,
+        }
+        return {name: repr(part) for name, part in parts.items()}
+
+    @override
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.owner})"
+
+
+def gather(trainer: Trainer, value: _T) -> list[_T]:
+    """What each rank has, in the order of ranks. A collective: every rank must call it."""
+    if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def is_logging_step(trainer: Trainer) -> bool:
+    """Whether the loggers write in this training step, or the epoch ends with it.
+
+    A call of ``self.log`` costs about a millisecond, so steps that nobody records do without.
+    """
+    every: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
+    return trainer.is_last_batch or (every > 0 and (trainer.global_step + 1) % every == 0)
+
+
+def step_readings(trainer: Trainer, out: DistillationOutput) -> dict[str, Tensor]:
+    """What a training step logs: both losses, and the temperature where no callback takes that over."""
+    values = {"train_kd_loss": out.kd_loss.detach(), "train_task_loss": out.task_loss.detach()}
+    callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
+    if not any(getattr(callback, "logs_temperature", False) for callback in callbacks):
+        values |= out.readings()
+    return {name: value.float() for name, value in values.items()}
+
+
+def configure_with_groups(configure: Callable[[], Any], groups: list[dict[str, Any]]) -> Any:
+    """What ``configure_optimizers`` returns, its first optimiser having these groups too.
+
+    They are there before a scheduler is made: with a group that comes later ``LambdaLR``, ``OneCycleLR`` and others
+    have too few rates.
+
+    Example:
+        >>> import torch
+        >>> weights, temperature = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+        >>> def configure():
+        ...     optimizer = torch.optim.SGD([weights], lr=0.1, weight_decay=0.5)
+        ...     return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)]
+        >>> optimizers, _ = configure_with_groups(configure, [{"params": [temperature], "weight_decay": 0.0}])
+        >>> [(group["weight_decay"], group["max_lr"]) for group in optimizers[0].param_groups]
+        [(0.5, 0.1), (0.0, 0.1)]
+    """
+    waiting, original = list(groups), Optimizer.__init__
+
+    def init(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        while waiting:
+            self.add_param_group(waiting.pop(0))
+
+    Optimizer.__init__ = init
+    try:
+        configured = configure()
+    finally:
+        Optimizer.__init__ = original
+    for optimizer in _find_optimizers(configured):  # one that was there before
+        while waiting:
+            optimizer.add_param_group(waiting.pop(0))
+    return configured
+
+
+def _find_optimizers(configured: Any) -> Iterator[Optimizer]:
+    """The optimisers in what ``configure_optimizers`` may return."""
+    if isinstance(configured, Optimizer):
+        yield configured
+    elif isinstance(configured, Mapping):
+        yield from _find_optimizers(configured.get("optimizer"))
+    elif isinstance(configured, (tuple, list)):
+        for part in configured:
+            yield from _find_optimizers(part)
