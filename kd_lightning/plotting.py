@@ -347,9 +347,7 @@ def plot_temperature_finder(
     return figure
 
 
-def plot_temperature_grid(
-    histories: Mapping[str, Sequence[_Curve]], *, columns: int = 4, log: bool = False
-) -> Figure:
+def plot_temperature_grid(histories: Mapping[str, Sequence[_Curve]], *, columns: int = 4, log: bool = False) -> Figure:
     """Draw the temperatures of several policies side by side over training, all to one scale.
 
     Solid: the student's mean, or both where they agree; dashed: the teacher's. The band runs from the smallest to the
@@ -375,9 +373,10 @@ def plot_temperature_grid(
         ['asymmetric', 'constant']
     """
     lengths = {name: {len(side) for term in terms for side in term} for name, terms in histories.items()}
-    if len(set().union(*lengths.values())) != 1 or not all(lengths.values()):
-        raise ValueError(f"each name needs a temperature for the same number of epochs, got {lengths}.")
-    epochs = range(*set().union(*lengths.values()))
+    counts = set().union(*lengths.values())
+    if len(counts) != 1 or 0 in counts or not all(lengths.values()):
+        raise ValueError(f"each name needs temperatures for the same number of epochs, got {lengths}.")
+    epochs = range(*counts)
     plt = _pyplot()
     columns = min(columns, len(histories))
     rows = math.ceil(len(histories) / columns)
