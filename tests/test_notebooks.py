@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import os
 import shutil
 import subprocess
 import sys
@@ -38,7 +37,6 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 def run(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, after: str = "pass") -> str:
     """Run it in a copy of the project's folder; what the code ``after`` it prints."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     (folder / "configs").symlink_to(ROOT / "configs")
     shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".*"))
     book = nbformat.read(path, as_version=4)
