@@ -208,3 +208,13 @@ def test_no_teacher() -> None:
 def test_a_schedule_without_an_end(teacher: nn.Module) -> None:
     with pytest.raises(ValueError, match="neither max_steps nor max_epochs"):
         Distiller(teacher, CosineSchedule(8, 2))(INPUTS, torch.zeros(5, 6), TARGETS)
+
+
+def test_a_task_loss_that_is_there_already(teacher: nn.Module) -> None:
+    logits = torch.randn(5, 6)
+    distiller = Distiller(teacher, kd_weight=0.5, task_weight=2.0)
+    own = logits.square().mean()
+    for targets in (TARGETS, None):
+        out = distiller(INPUTS, logits, targets, task_loss=own)
+        assert out.task_loss is own
+        torch.testing.assert_close(out.loss, 0.5 * out.kd_loss + 2.0 * own)

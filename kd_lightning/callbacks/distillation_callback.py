@@ -33,7 +33,7 @@ class DistillationCallback(Callback):
     :math:`L_{module}` is what the module's own ``training_step`` returns. The student's logits are what ``forward``, or
     the submodule ``student_layer``, returned in that step; the teacher is run on what it was called with. Optimiser,
     schedulers, metrics, validation and checkpoints stay the module's. After ``fit``, also after an exception, nothing
-    is left on it; its ``state_dict`` and its checkpoints never have a key of ours, so they load in its own class.
+    is left on it; its ``state_dict``, in checkpoints too, never has a key of ours, so it loads in the module's class.
 
     The step may return a tensor, a dictionary with ``"loss"`` (the other keys are kept) or None (no optimisation in
     this step). Calls of the student under ``no_grad`` do not count. With several that do, say which by
@@ -167,7 +167,7 @@ class DistillationCallback(Callback):
         self._wrap(self._find_layer(pl_module), "forward", self._recording)
 
     def _find_layer(self, pl_module: LightningModule) -> nn.Module:
-        if self.student_layer is None and pl_module._compiler_ctx is not None:
+        if self.student_layer is None and getattr(pl_module, "_compiler_ctx", None) is not None:
             raise ValueError(
                 f"torch.compile({type(pl_module).__name__}) leaves no call of forward to see. Name the submodule whose "
                 "output has the logits (student_layer=...), or compile the network in place: module.net.compile()."
@@ -199,7 +199,6 @@ class DistillationCallback(Callback):
             else:
                 vars(module)[name] = before
         if self._trainer is not None:
-            self.progress  # noqa: B018  (is read from the trainer, which goes)
             self._trainer = self.last_output = self._calls = None
             self.distiller.cpu()  # as Lightning does with the module
 
@@ -235,7 +234,7 @@ class DistillationCallback(Callback):
             task_loss = output.get("loss") if isinstance(output, Mapping) else output
             if not isinstance(task_loss, Tensor):
                 return output  # a step that is skipped; or one that Lightning objects to
-            learning = [call for call in calls if any(leaf.requires_grad for leaf in _tensors(call.output))]
+            learning = [call for call in calls if self.extract_logits(call.output).requires_grad]
             if not learning:
                 raise RuntimeError(self._says_unseen(pl_module, step, args, kwargs, calls))
             batch = args[0] if args else next(iter(kwargs.values()), None)
@@ -257,7 +256,7 @@ class DistillationCallback(Callback):
                 f"training_step changed the inputs of {self._student} in place, so the teacher would see others than "
                 "the student did. Make a copy there, or say what the teacher gets: inputs=lambda batch: …"
             )
-        if _changed(call.output, call.returned):
+        if _changed(logits, call.returned):
             raise RuntimeError(
                 f"training_step changed the output of {self._student} in place, so its logits are gone: write "
                 "x = x / 2, not x /= 2."
@@ -349,6 +348,10 @@ class DistillationCallback(Callback):
         self._run.check_resumed()
 
     @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run.progress(trainer)  # for a checkpoint that is written after the fit
+
+    @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         out = self.last_output
         if out is not None and is_logging_step(trainer):
@@ -414,8 +417,8 @@ class _StudentCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
-    given: list[int] | None
-    returned: list[int] | None
+    given: dict[int, int]
+    returned: dict[int, int]
 
     def inputs(self) -> Any:
         """The same call, in its plainest form."""
@@ -428,15 +431,15 @@ def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _versions(value: Any) -> list[int] | None:
-    """How often each tensor in there has been changed in place; None where that cannot be known."""
+def _versions(value: Any) -> dict[int, int]:
+    """How often each tensor in there was changed in place; of none where a graph is made, which cannot know."""
     if torch.compiler.is_compiling():
-        return None
-    return [0 if tensor.is_inference() else tensor._version for tensor in _tensors(value)]
+        return {}
+    return {id(tensor): tensor._version for tensor in _tensors(value) if not tensor.is_inference()}
 
 
-def _changed(value: Any, since: list[int] | None) -> bool:
-    return since is not None and _versions(value) != since
+def _changed(value: Any, since: dict[int, int]) -> bool:
+    return any(since.get(key, version) != version for key, version in _versions(value).items())
 
 
 def _select(batch: Any, how: Callable[[Any], Any] | int | str, name: str) -> Any:

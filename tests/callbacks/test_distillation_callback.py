@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
-from kd_lightning import DistillationModule, Distiller
+from kd_lightning import ClassificationModule, DistillationModule, Distiller
 from kd_lightning.callbacks import (
     AdaptiveTemperature,
     DistillationCallback,
@@ -364,6 +365,36 @@ def test_outputs_of_another_kind(teacher: nn.Module, make_trainer: MakeTrainer) 
     with pytest.raises(TypeError, match=r"found no logits in a model output of type tuple.*DistillationCallback"):
         make_trainer(callbacks=[DistillationCallback(Pair(teacher), "net")]).fit(module, make_loader())
     make_trainer(callbacks=[TakesSecond(Pair(teacher), "net")]).fit(module, make_loader())
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    loss: Tensor
+
+
+def test_other_parts_of_an_output_may_change(teacher: nn.Module, make_trainer: MakeTrainer) -> None:
+    module = Plain()
+    network = module.net
+
+    def forward(batch: Any) -> Output:
+        logits = network(batch[0])
+        return Output(logits, F.cross_entropy(logits, batch[1]))
+
+    def halved(batch: Any) -> Tensor:
+        loss = module(batch).loss
+        loss /= 2
+        return loss
+
+    module.forward, module.loss = forward, halved  # pyright: ignore[reportAttributeAccessIssue]
+    make_trainer(callbacks=[DistillationCallback(teacher, inputs=0)]).fit(module, make_loader())
+
+
+def test_with_a_module_of_this_package(teacher: nn.Module, make_trainer: MakeTrainer) -> None:
+    module = ClassificationModule(make_network())
+    trainer = make_trainer(callbacks=[DistillationCallback(teacher, "model"), AdaptiveTemperature("val_acc")])
+    trainer.fit(module, make_loader(), make_loader(16))
+    assert {"train_kd_loss", "train_acc", "val_acc", "val_calibration_error"} <= set(trainer.callback_metrics)
 
 
 # ---- targets -----------------------------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from kd_lightning import FrozenTeacher
 from kd_lightning.models import DigitsCNN
-from kd_lightning.teachers import call_model, extract_logits, fingerprint, load_weights
+from kd_lightning.teachers import Call, call_model, extract_logits, fingerprint, load_weights
 
 
 def network(num_classes: int = 3) -> nn.Sequential:
@@ -224,3 +224,11 @@ def test_extract_logits() -> None:
         assert extract_logits(output) is logits
     with pytest.raises(TypeError, match=r"type dict with keys \['scores'\]"):
         extract_logits({"scores": logits})
+
+
+def test_call_by_position_and_keyword() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, *, by: float) -> Tensor:
+            return x * by
+
+    assert torch.equal(call_model(Scaled(), Call((torch.ones(2),), {"by": 3.0})), torch.full((2,), 3.0))
