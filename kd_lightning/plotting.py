@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -17,12 +17,20 @@ if TYPE_CHECKING:
 
     from kd_lightning.temperature import Progress, Signals, TemperaturePolicy
 
-__all__ = ["plot_schedule", "plot_softening", "plot_sweep", "plot_temperature_finder", "plot_temperature_history"]
+__all__ = [
+    "plot_schedule",
+    "plot_softening",
+    "plot_sweep",
+    "plot_temperature_finder",
+    "plot_temperature_grid",
+    "plot_temperature_history",
+]
 
 _STUDENT, _TEACHER = "#1f6fb4", "#d9541e"
 _MAX_POINTS = 400
 _ABSENT = (math.nan, math.inf, -math.inf)  # no such term at this time
-_Curve: TypeAlias = tuple[list[tuple[float, float, float]], list[tuple[float, float, float]]]  # student, teacher
+_Spread: TypeAlias = tuple[float, float, float]  # mean, smallest, largest
+_Curve: TypeAlias = tuple[Sequence[_Spread], Sequence[_Spread]]  # student, teacher
 
 
 def plot_schedule(
@@ -88,13 +96,7 @@ def plot_schedule(
 
     figure, axes = plt.subplots(figsize=(7.0, 3.6), layout="constrained")
     plt.close(figure)  # pyplot keeps no reference to it; it can be shown and saved all the same
-    differ = any(student != teacher for student, teacher in curves)
-    for number, (student, teacher) in enumerate(curves):
-        shade = 1.0 if len(curves) == 1 else 1.0 - 0.65 * number / (len(curves) - 1)
-        label = "" if len(curves) == 1 else f" {number + 1}"
-        if differ:
-            _draw_curve(axes, times, teacher, _TEACHER, f"teacher{label}", shade, "--")
-        _draw_curve(axes, times, student, _STUDENT, f"student{label}" if differ else f"term{label}", shade, "-")
+    differ = _draw_terms(axes, times, curves)
     axes.set_xlabel("epoch")
     axes.set_ylabel("temperature T")
     axes.set_xlim(0, epochs)
@@ -249,6 +251,7 @@ def plot_temperature_history(
     else:
         figure, top = plt.subplots(figsize=(7.0, 3.6), layout="constrained")
         bottom = top
+    plt.close(figure)
 
     differ = list(student) != list(teacher)
     sides = [(teacher, _TEACHER, "teacher", "--")] if differ else []
@@ -307,6 +310,7 @@ def plot_temperature_finder(
         raise ValueError("there are no trials to draw.")
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7.0, 3.8), layout="constrained")
+    plt.close(figure)
     weights = sorted({weight for _, weight, _ in trials if weight is not None}) or [None]
     candidates = sorted({candidate for candidate, _, _ in trials})
     seeds = max(len(scores) for _, _, scores in trials)
@@ -447,6 +451,68 @@ def _mean_and_spread(scores: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(scores), statistics.stdev(scores) if len(scores) > 1 else None
 
 
+def plot_temperature_grid(histories: Mapping[str, Sequence[_Curve]], *, columns: int = 4, log: bool = False) -> Figure:
+    """Draw the temperatures of several policies side by side over training, all to one scale.
+
+    Solid: the student's mean, or both where they agree; dashed: the teacher's. The band runs from the smallest to the
+    largest temperature of a batch. Several loss terms are drawn one paler than the other.
+
+    Args:
+        histories: For each name one ``(student, teacher)`` per loss term, each of them a mean, smallest and largest
+            temperature for every epoch, from 0; all of the same length.
+        columns: Panels in a row.
+        log: Whether the temperatures are on a log scale, which shows small ones beside large ones.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There is nothing to draw, or not the same number of epochs for all.
+
+    Example:
+        >>> falling, constant = [(8.0, 8.0, 8.0), (4.0, 4.0, 4.0)], [(4.0, 4.0, 4.0)] * 2
+        >>> figure = plot_temperature_grid({"asymmetric": [(constant, falling)], "constant": [(constant, constant)]})
+        >>> [axes.get_title(loc="left") for axes in figure.axes]
+        ['asymmetric', 'constant']
+    """
+    lengths = {name: {len(side) for term in terms for side in term} for name, terms in histories.items()}
+    counts = set().union(*lengths.values())
+    if len(counts) != 1 or 0 in counts or not all(lengths.values()):
+        raise ValueError(f"each name needs temperatures for the same number of epochs, got {lengths}.")
+    epochs = range(*counts)
+    plt = _pyplot()
+    columns = min(columns, len(histories))
+    rows = math.ceil(len(histories) / columns)
+    size = (2.6 * columns, 1.6 * rows + 0.6)
+    shared: dict[str, Any] = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, grid = plt.subplots(rows, columns, figsize=size, **shared)
+    plt.close(figure)
+    handles = {}
+    panels = grid.flatten().tolist()
+    for axes, (name, terms) in zip(panels, histories.items(), strict=False):
+        differ = _draw_terms(axes, epochs, terms)
+        if differ:
+            handles = dict(zip(("student", "teacher"), reversed(axes.get_lines()[:2]), strict=True))
+        axes.set_title(name, fontsize=9, loc="left")
+        _tidy(axes)
+    for axes in panels[len(histories) :]:
+        axes.remove()
+    for axes in panels[len(histories) - columns : len(histories)]:
+        axes.tick_params(labelbottom=True)
+    panels[0].set_xlim(0, epochs[-1])
+    if log:
+        panels[0].set_yscale("log", base=2)
+        panels[0].yaxis.set_major_formatter("{x:g}")
+    else:
+        panels[0].set_ylim(bottom=0)
+    figure.supxlabel("epoch", fontsize=10)
+    figure.supylabel("temperature T", fontsize=10)
+    if handles:
+        figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=9, loc="lower right", ncols=2)
+    return figure
+
+
 def _pyplot() -> Any:
     try:
         import matplotlib.pyplot as plt
@@ -476,13 +542,13 @@ def _stand_ins(epochs: int, steps_per_epoch: int, num_classes: int, seed: int, l
 
 def _trace(
     policy: TemperaturePolicy, epochs: int, steps_per_epoch: int, num_classes: int, *, seed: int, learns: bool = True
-) -> tuple[list[float], list[_Curve]]:
+) -> tuple[list[float], Sequence[_Curve]]:
     """Times, and for each loss term and side the mean, smallest and largest temperature at each time."""
     from kd_lightning.temperature import Temperature
 
     policy = copy.deepcopy(policy).cpu().train()
     times: list[float] = []
-    curves: list[_Curve] = []
+    curves: list[tuple[list[_Spread], list[_Spread]]] = []
     for signals in _stand_ins(epochs, steps_per_epoch, num_classes, seed, learns):
         with torch.no_grad():
             computed = policy(signals)
@@ -497,10 +563,22 @@ def _trace(
     return times, curves
 
 
+def _draw_terms(axes: Axes, times: Sequence[float], curves: Sequence[_Curve]) -> bool:
+    """Student and teacher of each loss term, paler for later terms; whether student and teacher differ."""
+    differ = any(student != teacher for student, teacher in curves)
+    for number, (student, teacher) in enumerate(curves):
+        shade = 1.0 if len(curves) == 1 else 1.0 - 0.65 * number / (len(curves) - 1)
+        label = "" if len(curves) == 1 else f" {number + 1}"
+        if differ:
+            _draw_curve(axes, times, teacher, _TEACHER, f"teacher{label}", shade, "--")
+        _draw_curve(axes, times, student, _STUDENT, f"student{label}" if differ else f"term{label}", shade, "-")
+    return differ
+
+
 def _draw_curve(
     axes: Axes,
     times: Sequence[float],
-    values: Sequence[tuple[float, float, float]],
+    values: Sequence[_Spread],
     color: str,
     label: str,
     shade: float,

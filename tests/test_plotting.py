@@ -12,7 +12,14 @@ import torch
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
 
-from kd_lightning.plotting import plot_schedule, plot_softening, plot_sweep  # noqa: E402
+from kd_lightning.plotting import (  # noqa: E402
+    plot_schedule,
+    plot_softening,
+    plot_sweep,
+    plot_temperature_finder,
+    plot_temperature_grid,
+    plot_temperature_history,
+)
 from kd_lightning.temperature import (  # noqa: E402
     AsymmetricTemperature,
     CapacityTemperature,
@@ -102,6 +109,10 @@ class TestSchedule:
         before = plt.get_fignums()
         for _ in range(25):  # pyplot warns above 20
             plot_schedule(4.0, epochs=1)
+        plot_temperature_finder([(2, None, [0.8])], "val_acc")
+        constant = [(4.0, 4.0, 4.0)] * 2
+        plot_temperature_grid({"constant": [(constant, constant)]})
+        plot_temperature_history([0, 1], constant, constant)
         assert plt.get_fignums() == before
 
     def test_errors(self):
@@ -111,6 +122,41 @@ class TestSchedule:
             plot_schedule("4", epochs=2)  # pyright: ignore[reportArgumentType]
         with pytest.raises(ValueError, match="counts of 3 classes, but the logits have 10"):
             plot_schedule(ClassFrequencyTemperature([3, 2, 1]), epochs=2)
+
+
+class TestGrid:
+    constant = ((4.0, 4.0, 4.0), (4.0, 4.0, 4.0), (4.0, 4.0, 4.0))
+    falling = ((8.0, 6.0, 9.0), (4.0, 3.0, 5.0), (2.0, 2.0, 2.0))
+
+    def test_one_panel_for_each(self, tmp_path):
+        histories = {name: [(self.constant, self.constant)] for name in "abcd"}
+        histories["e"] = [(self.constant, self.falling), (self.falling, self.falling)]
+        figure = plot_temperature_grid(histories, columns=3)
+        assert [axes.get_title(loc="left") for axes in figure.axes] == list("abcde")
+        curves = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in figure.axes[-1].get_lines()}
+        assert curves["student 1"] == [4.0, 4.0, 4.0]
+        assert curves["teacher 1"] == curves["student 2"] == [8.0, 4.0, 2.0]
+        band = np.asarray(figure.axes[-1].collections[0].get_paths()[0].vertices)
+        assert (band[:, 1].min(), band[:, 1].max()) == (2.0, 9.0)
+        assert {axes.get_ylim() for axes in figure.axes} == {figure.axes[0].get_ylim()}
+        assert figure.axes[0].get_ylim()[0] == 0
+        assert (figure.get_supxlabel(), figure.get_supylabel()) == ("epoch", "temperature T")
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == ["student", "teacher"]
+        assert [line.get_linestyle() for line in legend.get_lines()] == ["-", "--"]
+        figure.savefig(tmp_path / "grid.png")
+
+    def test_log_scale(self):
+        figure = plot_temperature_grid({"a": [(self.falling, self.falling)]}, log=True)
+        assert figure.axes[0].get_yscale() == "log"
+        assert not figure.legends
+
+    @pytest.mark.parametrize(
+        "histories", [{}, {"a": []}, {"a": [((), ())]}, {"a": [(constant, constant)], "b": [(constant, constant[:2])]}]
+    )
+    def test_errors(self, histories):
+        with pytest.raises(ValueError, match="the same number of epochs"):
+            plot_temperature_grid(histories)
 
 
 class TestSoftening:
