@@ -1,7 +1,9 @@
 """What distillation gives on digits: the configs' student with and without its teacher, over seeds.
 
     uv run python benchmarks/digits.py --seeds 100 101 102 103 104
-    uv run python benchmarks/digits.py --only "T = 4"
+    uv run python benchmarks/digits.py --only "no teacher" "constant T = 4" --model.optimizer.init_args.lr=0.005
+
+What it does not know itself, such as the last, goes to each training as an argument of kd-lightning.
 
 Each seed changes the initial weights, the data order and the choice of the labelled images. Accuracies are those of the
 last epoch, without any choice by validation or test.
@@ -17,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,12 +40,12 @@ CHAIN = {  # each learns from the one before
 }
 
 
-def run(config: list[str], seed: int, weights: Path | None = None) -> tuple[float, float]:
+def run(config: list[str], seed: int, weights: Path | None = None, further: Sequence[str] = ()) -> tuple[float, float]:
     """Validation and test accuracy of one training run, which may leave its student's weights."""
     quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         seeds = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.default_root_dir={folder}"]
-        args = ["--config", *config, *quiet, *seeds]
+        args = ["--config", *config, *quiet, *seeds, *further]
         cli = KDLightningCLI(args=args, run=False, save_config_callback=None, auto_configure_optimizers=False)
         cli.trainer.fit(cli.model, cli.datamodule)
         val_acc = float(cli.trainer.callback_metrics["val_acc"])
@@ -55,8 +58,8 @@ def run(config: list[str], seed: int, weights: Path | None = None) -> tuple[floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102, 103, 104])
-    parser.add_argument("--only", default="", help="what a training's name must contain")
-    options = parser.parse_args()
+    parser.add_argument("--only", nargs="+", default=[""], help="trainings whose name contains one of these")
+    options, further = parser.parse_known_args()
     seeds = options.seeds
     sys.argv = sys.argv[:1]
     torch.set_num_threads(1)
@@ -66,13 +69,13 @@ def main() -> None:
     print(f"| training | val_acc | test_acc | (mean ± std, seeds {seeds})\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for name, config in (RUNS | CHAIN).items():
-            if options.only not in name:
+            if not any(part in name for part in options.only):
                 continue
             accuracies = []
             for seed in seeds:
                 weights = Path(folder) / f"{seed}.pt"
                 taught = [f"--model.teacher.checkpoint={weights}"] if weights.exists() else []
-                accuracies.append(run([*config, *taught], seed, weights if name in CHAIN else None))
+                accuracies.append(run([*config, *taught], seed, weights if name in CHAIN else None, further))
             val, test = zip(*accuracies, strict=True)
             cells = [f"{statistics.mean(acc):.3f} ± {statistics.stdev(acc):.3f}" for acc in (val, test)]
             print(f"| {name} | {cells[0]} | {cells[1]} |", flush=True)

@@ -24,8 +24,9 @@ NUM_CLASSES, NUM_FEATURES = 6, 8
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # of an earlier test: Lightning reseeds its processes with it
 
 
 class LearnedTemperature(TemperaturePolicy):

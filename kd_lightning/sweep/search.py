@@ -165,20 +165,28 @@ class _Sweep:
         self.temperatures, self.kd_weights, self.seeds = temperatures, kd_weights, seeds
         self.baseline, self.suggestions = baseline, suggestions
         self.trial: Trial | None = None  # the last that was claimed
+        self.interrupted = False
 
     def do(self) -> SweepResult:
         """Do what is left, in turn with the other processes, then measure and report."""
-        handler = signal.getsignal(signal.SIGINT)
+        in_main_thread = threading.current_thread() is threading.main_thread()  # others have no signals
+        handler = signal.signal(signal.SIGINT, self.interrupt) if in_main_thread else None
         try:
             self.share()
             return self.report()
         except (KeyboardInterrupt, SystemExit):  # Lightning makes the one of the other
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, handler)  # which Lightning has switched off
             if self.trial is not None:
                 self.queue.give_up(self.trial.number)
             _say("interrupted: {} of {} runs are finished and kept; the same command goes on".format(*self.progress()))
             raise KeyboardInterrupt from None
+        finally:
+            if in_main_thread:
+                signal.signal(signal.SIGINT, handler)  # Lightning switches it off when it is interrupted
+
+    def interrupt(self, *_: Any) -> None:
+        """Ctrl-C: now, or after this run where a library catches the exception and goes on."""
+        self.interrupted = True
+        raise KeyboardInterrupt
 
     def share(self) -> None:
         """Run what nobody else runs, until all runs are finished."""
@@ -186,6 +194,8 @@ class _Sweep:
 
         waited = False
         while self.progress()[0] < len(self.cells()) * len(self.seeds):
+            if self.interrupted:
+                raise KeyboardInterrupt
             jobs = self.jobs()
             self.queue.put(jobs)
             self.trial = self.queue.claim(jobs)

@@ -308,3 +308,19 @@ def test_several_devices_are_refused(tmp_path: Path) -> None:
     config["trainer"] |= {"devices": 2, "strategy": "ddp_spawn"}
     with pytest.raises(ValueError, match="each run of a sweep has one device"):
         sweep(config, [2.0], [0.5], output=str(tmp_path))
+
+
+def test_ctrl_c_that_a_library_catches_ends_the_sweep_after_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: Any) -> tuple[float, int]:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return 0.5, 1
+
+    monkeypatch.setattr("kd_lightning.sweep.search.train", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(short(), [2.0], [0.5, 0.9], seeds=1, output=str(tmp_path))
+    assert "interrupted: 1 of 3 runs are finished and kept" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is before
