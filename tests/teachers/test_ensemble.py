@@ -194,7 +194,9 @@ LOSSES = [KDLoss(), ReverseKDLoss(), DKDLoss(), NKDLoss(), DISTLoss()]
 @pytest.mark.parametrize("combine", COMBINE)
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
 @pytest.mark.parametrize(
-    "options", [{}, {"weights": "confidence"}, {"routing": lambda x, y: torch.zeros_like(y)}], ids=str
+    "options",
+    [{}, {"weights": "confidence"}, {"routing": lambda x, y: torch.zeros_like(y)}],
+    ids=["plain", "confidence", "routing"],
 )
 def test_one_teacher_is_itself_bit_for_bit(
     combine: Combine, policy: Any, options: dict[str, Any], teachers: list[nn.Module]
