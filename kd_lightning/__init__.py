@@ -5,7 +5,7 @@ from kd_lightning.distillation import DistillationModule
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.feature_extractor import FeatureExtractor
 from kd_lightning.layers import LayerTerm
-from kd_lightning.teachers import FrozenTeacher, TeacherEnsemble
+from kd_lightning.teachers import FrozenTeacher, TeacherCache, TeacherEnsemble
 
 __version__ = "0.1.0"
 
@@ -17,5 +17,6 @@ __all__ = [
     "FeatureExtractor",
     "FrozenTeacher",
     "LayerTerm",
+    "TeacherCache",
     "TeacherEnsemble",
 ]
