@@ -109,7 +109,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     '`precision="bf16"`': {"precision": "bf16"},
     "`channels_last=True`": {"channels_last": True},
     "`compile=True`": {"compile": True},
-    "channels_last=True, compile=True": {"channels_last": True, "compile": True},
+    "`channels_last=True, compile=True`": {"channels_last": True, "compile": True},
     "`micro_batch_size=8`": {"micro_batch_size": 8},
 }
 
