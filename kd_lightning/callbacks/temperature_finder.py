@@ -216,6 +216,8 @@ class TemperatureFinder(Callback):
         pairs = [a - b for a, b in zip(best.scores, second.scores, strict=True)]
         lead, error = abs(statistics.fmean(pairs)), statistics.stdev(pairs) / math.sqrt(len(pairs))
         worth = "more than two standard errors" if lead > 2 * error else "within the noise: take either, or more seeds"
+        if len(pairs) < 3:
+            worth = "too few to tell"
         return f"{text} ± {error:.4f} over {len(pairs)} seeds, {worth}"
 
     def _name(self, trial: Trial) -> str:

@@ -161,9 +161,9 @@ class SweepResult:
         best = ranking[0]
         lines = [f"best by {self.monitor}: {best.name}, {show(best.scores)}"]
         if len(ranking) > 1:
-            lines.append(f"it leads {ranking[1].name} by {self._lead(best, ranking[1])}")
+            lines.append(self._compare(best, ranking[1], ranking[1].name))
         if baseline is not None and baseline.complete:
-            lines.append(f"it leads no teacher ({show(baseline.scores)}) by {self._lead(best, baseline)}")
+            lines.append(self._compare(best, baseline, f"no teacher ({show(baseline.scores)})"))
         tests = best.test_scores(self.test_metric)
         if tests:
             without = [] if baseline is None else baseline.test_scores(self.test_metric)
@@ -173,14 +173,17 @@ class SweepResult:
             lines.append(f"{self.test_metric} was not measured{': ' if self.not_tested else ''}{self.not_tested}")
         return lines
 
-    def _lead(self, best: SweepCell, other: SweepCell) -> str:
-        lead = abs(best.mean - other.mean)
+    def _compare(self, best: SweepCell, other: SweepCell, name: str) -> str:
         pairs = [a - b for a, b in zip(best.scores, other.scores, strict=True)]
+        lead = statistics.fmean(pairs) * (1 if self.mode == "max" else -1)
+        text = f"it {'trails' if lead < 0 else 'leads'} {name} by {abs(lead):.4f}"
         if len(pairs) < 2:
-            return f"{lead:.4f} on one seed: --seeds 3 shows how noisy that is"
+            return f"{text} on one seed: --seeds 3 shows how noisy that is"
         error = statistics.stdev(pairs) / math.sqrt(len(pairs))
-        worth = "more than two standard errors" if lead > 2 * error else "within the noise"
-        return f"{lead:.4f} ± {error:.4f} (standard error over {len(pairs)} paired seeds): {worth}"
+        worth = "more than two standard errors" if abs(lead) > 2 * error else "within the noise"
+        if len(pairs) < 3:
+            worth = "too few to tell"
+        return f"{text} ± {error:.4f} (standard error over {len(pairs)} paired seeds): {worth}"
 
     def table(self) -> str:
         """Mean ± standard deviation for each cell, the baseline beneath, then the choice."""

@@ -266,8 +266,10 @@ def test_table_and_verdict() -> None:
         "suggestion: temperature 4; it leads temperature 16 by 0.0200 ± 0.0173 over 3 seeds, within the noise: "
         "take either, or more seeds"
     )
-    clear = found({1: [0.5, 0.6], 2: [0.4, 0.5]}, seeds=2, mode="min").table()
-    assert clear.endswith("it leads temperature 1 by 0.1000 ± 0.0000 over 2 seeds, more than two standard errors")
+    clear = found({1: [0.5, 0.6, 0.7], 2: [0.4, 0.5, 0.6]}, seeds=3, mode="min").table()
+    assert clear.endswith("it leads temperature 1 by 0.1000 ± 0.0000 over 3 seeds, more than two standard errors")
+    few = found({1: [0.5, 0.6], 2: [0.4, 0.5]}, seeds=2, mode="min").table()
+    assert few.endswith("it leads temperature 1 by 0.1000 ± 0.0000 over 2 seeds, too few to tell")
     assert found({1: [0.5], 2: [0.4]}, seeds=1).table().endswith("on one seed: how noisy that is, seeds=3 shows")
     broken = found({1: [math.nan, 0.9], 2: [0.4, 0.4]}, seeds=2)
     assert broken.suggestion() == 2
