@@ -283,12 +283,15 @@ def test_fast_path_is_the_definition(name, layout, chunk, masked, reduction, tem
 
     with mock.patch.object(row_loss, "CHUNK_CPU", chunk):
         fast = gradients(module(s, t, temp, targets) * weights, *wanted)
+    exact = [x.detach().double().requires_grad_() for x in wanted]  # in float32 the definition itself loses digits
+    if isinstance(temp, Temperature):
+        temp = Temperature(*(exact[1:] or (x.double() for x in temp[:2])))
     with fast_path_off():
-        slow = gradients(module(s, t, temp, targets) * weights, *wanted)
+        slow = gradients(module(exact[0], t.double(), temp, targets) * weights.double(), *exact)
     assert all(x.isfinite().all() for x in fast)
-    # T² ≤ 12 and the sum over up to 35 positions magnify the rounding of both sides
-    size = 1e-12 if dtype == torch.float64 else 5e-5
-    assert_close(fast, slow, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=size)
+    # T² ≤ 12 and the sum over up to 35 positions magnify the rounding
+    rtol, atol = (1e-12, 1e-12) if dtype == torch.float64 else (1e-5, 3e-5)
+    assert_close([x.double() for x in fast], [*slow], rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
