@@ -17,9 +17,17 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, DistributedSampler
 
-from kd_lightning import ClassificationModule, DistillationModule, Distiller
+from kd_lightning import (
+    ClassificationModule,
+    DistillationModule,
+    Distiller,
+    FrozenTeacher,
+    LayerTerm,
+    TeacherCache,
+    TeacherEnsemble,
+)
 from kd_lightning.functional import kd_loss, next_token_targets
-from kd_lightning.losses import CrossEntropyLoss, FusedLinearKDLoss, KDLoss
+from kd_lightning.losses import CrossEntropyLoss, FusedLinearKDLoss, KDLoss, SimilarityPreservingLoss
 from kd_lightning.models import CausalTransformer
 from kd_lightning.teachers import check_hidden_states, hidden_states
 from kd_lightning.temperature import CosineSchedule, LearnableTemperature, TokenDifficultyTemperature
@@ -412,6 +420,15 @@ def test_fused_errors(make_trainer: MakeTrainer) -> None:
     module = distil(student=plain, kd_loss=FusedLinearKDLoss())
     with pytest.raises(TypeError, match="the fused loss needs a network with `base_model`"):
         make_trainer(limit_train_batches=1).fit(module, DataLoader([(torch.zeros(5, dtype=torch.long),) * 2] * 2))  # pyright: ignore
+
+
+def test_fused_takes_one_teacher_that_runs(tmp_path: Path) -> None:
+    one, other = make_model(1), make_model(2)
+    cached = FrozenTeacher(one, cache=TeacherCache(tmp_path / "cache"))
+    term = LayerTerm("blocks.0", "blocks.0", SimilarityPreservingLoss())
+    for teacher, layers in ((TeacherEnsemble([one, other]), None), (cached, None), (one, [term])):
+        with pytest.raises(ValueError, match="no ensemble, no cache and no layers go with it"):
+            Distiller(teacher, kd_loss=FusedLinearKDLoss(), layers=layers)
 
 
 def test_what_comes_between_hidden_states_and_logits_is_noticed() -> None:

@@ -24,7 +24,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
-from kd_lightning import ClassificationModule, DistillationModule, Distiller, FrozenTeacher
+from kd_lightning import ClassificationModule, DistillationModule, Distiller, FrozenTeacher, TeacherEnsemble
 from kd_lightning.callbacks import (
     AdaptiveTemperature,
     DistillationCallback,
@@ -948,3 +948,20 @@ def test_the_way_that_the_error_shows(teacher: nn.Module, make_trainer: MakeTrai
     callbacks: list[Callback] = [AdaptiveTemperature("scripted", patience=1, factor=0.5), Script([0.5, 0.5], 4)]
     make_trainer(callbacks=callbacks).fit(module, make_loader(), make_loader(16))
     assert module.distiller.temperature.multiplier.item() == 0.5
+
+
+def test_an_ensemble_teaches_as_it_does_in_a_loop(teacher: nn.Module, make_trainer: MakeTrainer) -> None:
+    ensemble = TeacherEnsemble([teacher, copy.deepcopy(teacher)], temperatures=[2.0, 6.0], weights=[1.0, 3.0])
+    callback, module, seen = DistillationCallback(ensemble, temperature=4.0), Plain(), []
+
+    class Record(Callback):
+        def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+            assert callback.last_output is not None
+            seen.append((callback.last_output.student_logits.detach(), callback.last_output))
+
+    make_trainer(max_epochs=1, callbacks=[callback, Record()]).fit(module, make_loader(32))
+    assert len(seen) == 2
+    for (inputs, targets), (logits, out) in zip(make_loader(32), seen, strict=True):
+        expected = Distiller(ensemble, temperature=4.0)(inputs, logits, targets)
+        torch.testing.assert_close(out.kd_loss, expected.kd_loss)
+        assert out.temperature.teacher.item() == pytest.approx(0.25 * 2 + 0.75 * 6)
