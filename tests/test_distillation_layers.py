@@ -19,12 +19,12 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from kd_lightning import DistillationModule, LayerTerm
+from kd_lightning import DistillationModule, LayerTerm, TeacherEnsemble
 from kd_lightning.callbacks import TemperatureFinder, TemperatureMonitor
 from kd_lightning.distillation import _first_samples
 from kd_lightning.losses import ChannelWiseKDLoss, HintLoss, SimilarityKDLoss, SimilarityPreservingLoss
-from kd_lightning.temperature import DepthTemperature, LearnableTemperature, LinearSchedule
-from tests.conftest import make_data, make_network
+from kd_lightning.temperature import ConstantTemperature, DepthTemperature, LearnableTemperature, LinearSchedule
+from tests.conftest import make_data, make_loader, make_network
 from tests.test_distributed import InOrder
 from tests.test_layers import Net, hooks
 
@@ -377,3 +377,26 @@ def test_first_samples_of_any_loader() -> None:
     workers = DataLoader(data, batch_size=4, num_workers=2, persistent_workers=True)
     assert len(_first_samples(workers)[0]) == 2
     assert workers._iterator is None  # none was started
+
+
+def test_every_policy_is_told_of_the_data(make_trainer: MakeTrainer, teacher: nn.Module) -> None:
+    told: list[str] = []
+
+    class Told(ConstantTemperature):
+        def __init__(self, name: str) -> None:
+            super().__init__(4.0)
+            self.name = name
+
+        def setup_data(self, datamodule: object) -> None:
+            told.append(self.name)
+
+    term = LayerTerm("0", "0", SimilarityKDLoss(), temperature=Told("layer"))
+    module = DistillationModule(make_network(norm=False), teacher, Told("logits"), layers=[term])
+    make_trainer(max_epochs=1).fit(module, make_loader())
+    assert told == ["logits", "layer"]
+
+    told.clear()
+    members = [copy.deepcopy(teacher), teacher]
+    ensemble = TeacherEnsemble(members, temperatures=[Told("first"), Told("second")])
+    make_trainer(max_epochs=1).fit(DistillationModule(make_network(), ensemble, Told("logits")), make_loader())
+    assert told == ["logits", "first", "second"]
