@@ -17,7 +17,7 @@ from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.teachers import FrozenTeacher, TeacherEnsemble
 from kd_lightning.temperature import Progress
 
-__all__ = ["DistillationRun", "configure_with_groups", "gather", "is_logging_step", "step_readings"]
+__all__ = ["DistillationRun", "configure_with_groups", "gather", "is_distributed", "is_logging_step", "step_readings"]
 
 _T = TypeVar("_T")
 
@@ -166,9 +166,14 @@ class DistillationRun:
         return f"{type(self).__name__}({self.owner})"
 
 
+def is_distributed(trainer: Trainer) -> bool:
+    """Whether the run has several processes that can talk to each other."""
+    return trainer.world_size > 1 and dist.is_available() and dist.is_initialized()
+
+
 def gather(trainer: Trainer, value: _T) -> list[_T]:
     """What each rank has, in the order of ranks. A collective: every rank must call it."""
-    if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed(trainer):
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)

@@ -20,7 +20,7 @@ from typing_extensions import override
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.teachers import Call, FrozenTeacher, extract_logits
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
-from kd_lightning.training import DistillationRun, configure_with_groups, is_logging_step, step_readings
+from kd_lightning.training import DistillationRun, configure_with_groups, is_distributed, is_logging_step, step_readings
 
 __all__ = ["DistillationCallback"]
 
@@ -166,7 +166,7 @@ class DistillationCallback(Callback):
         trainer.precision_plugin.convert_module(distiller)
         distiller.to(trainer.strategy.root_device)
         self._run.check_ranks(trainer)
-        if _is_distributed(trainer):  # DDP does so for the module, which has no part in the Distiller
+        if is_distributed(trainer):  # DDP does so for the module, which has no part in the Distiller
             for tensor in distiller.state_dict().values():
                 dist.broadcast(tensor, src=0)
         self._wrap(self._find_layer(pl_module), "forward", self._recording)
@@ -364,7 +364,7 @@ class DistillationCallback(Callback):
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if _is_distributed(trainer) and not trainer.fit_loop._should_accumulate():
+        if is_distributed(trainer) and not trainer.fit_loop._should_accumulate():
             for parameter in self.distiller.parameters():
                 if parameter.grad is not None:
                     dist.all_reduce(parameter.grad)
@@ -458,7 +458,3 @@ def _select(batch: Any, how: Callable[[Any], Any] | int | str, name: str) -> Any
             f"{name}={how!r} is no part of the batch, a {type(batch).__name__}{there}. Give a key, an index, or a "
             "function of the batch."
         ) from None
-
-
-def _is_distributed(trainer: Trainer) -> bool:
-    return trainer.world_size > 1 and dist.is_available() and dist.is_initialized()

@@ -22,7 +22,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from kd_lightning.callbacks.common import DistillationHolder, Mode, find_holder, mean_over_ranks, read_metric
+from kd_lightning.callbacks.common import (
+    DistillationHolder,
+    Mode,
+    find_holder,
+    mean_over_ranks,
+    paired_lead,
+    read_metric,
+)
 from kd_lightning.callbacks.snapshot import Snapshot
 from kd_lightning.temperature import ConstantTemperature
 from kd_lightning.temperature.schedules import as_schedule
@@ -213,12 +220,9 @@ class TemperatureFinder(Callback):
         text += f"; it leads {self._name(second)} by {abs(best.mean - second.mean):.4f}"
         if len(best.scores) == 1:
             return f"{text} on one seed: how noisy that is, seeds=3 shows"
-        pairs = [a - b for a, b in zip(best.scores, second.scores, strict=True)]
-        lead, error = abs(statistics.fmean(pairs)), statistics.stdev(pairs) / math.sqrt(len(pairs))
-        worth = "more than two standard errors" if lead > 2 * error else "within the noise: take either, or more seeds"
-        if len(pairs) < 3:
-            worth = "too few to tell"
-        return f"{text} ± {error:.4f} over {len(pairs)} seeds, {worth}"
+        _, error, worth = paired_lead(best.scores, second.scores)
+        worth += ": take either, or more seeds" if worth == "within the noise" else ""
+        return f"{text} ± {error:.4f} over {len(best.scores)} seeds, {worth}"
 
     def _name(self, trial: Trial) -> str:
         weight = "" if trial.kd_weight is None else f" with kd_weight {trial.kd_weight:g}"

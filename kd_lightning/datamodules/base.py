@@ -23,6 +23,19 @@ def check(holds: bool, rule: str, value: object, way_out: str) -> None:
         raise ValueError(f"{rule}, got {value!r}. {way_out}")
 
 
+def check_loading(batch_size: int, eval_batch_size: int | None, val_fraction: float, num_workers: int) -> None:
+    """Checks the arguments that every datamodule has."""
+    check(batch_size >= 1, "batch_size must be at least 1", batch_size, "Give a positive integer.")
+    check(
+        eval_batch_size is None or eval_batch_size >= 1,
+        "eval_batch_size must be at least 1 or None",
+        eval_batch_size,
+        "None means batch_size.",
+    )
+    check(0 <= val_fraction < 1, "val_fraction must be in [0, 1)", val_fraction, "0 means no validation.")
+    check(num_workers >= 0, "num_workers must be at least 0", num_workers, "0 loads in the main process.")
+
+
 class ImageDataModule(LightningDataModule, ABC):
     """Base class of the image datamodules: subclasses say where the images are, this one does the rest.
 
@@ -96,14 +109,7 @@ class ImageDataModule(LightningDataModule, ABC):
         eval_transform: Callable | None = None,
     ) -> None:
         super().__init__()
-        check(batch_size >= 1, "batch_size must be at least 1", batch_size, "Give a positive integer.")
-        check(
-            eval_batch_size is None or eval_batch_size >= 1,
-            "eval_batch_size must be at least 1 or None",
-            eval_batch_size,
-            "None means batch_size.",
-        )
-        check(0 <= val_fraction < 1, "val_fraction must be in [0, 1)", val_fraction, "0 means no validation.")
+        check_loading(batch_size, eval_batch_size, val_fraction, num_workers)
         check(
             0 < train_fraction <= 1,
             "train_fraction must be in (0, 1]",
@@ -116,7 +122,6 @@ class ImageDataModule(LightningDataModule, ABC):
             imbalance_factor,
             "Write 0.01 for '100 to 1', 1.0 for data as they are.",
         )
-        check(num_workers >= 0, "num_workers must be at least 0", num_workers, "0 loads in the main process.")
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.val_fraction = val_fraction

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kd_lightning.datamodules.base import check
+from kd_lightning.datamodules.base import check, check_loading
 from kd_lightning.datamodules.splits import share
 
 _HEADING = re.compile(r"^(\S.*)\n([*=\-^~\"+])\2{2,}$", re.MULTILINE)  # a line, underlined
@@ -106,18 +106,10 @@ class PythonDocsDataModule(LightningDataModule):
         pin_memory: bool | None = None,
     ) -> None:
         super().__init__()
-        check(batch_size >= 1, "batch_size must be at least 1", batch_size, "Give a positive integer.")
-        check(
-            eval_batch_size is None or eval_batch_size >= 1,
-            "eval_batch_size must be at least 1 or None",
-            eval_batch_size,
-            "None means batch_size.",
-        )
+        check_loading(batch_size, eval_batch_size, val_fraction, num_workers)
         check(block_size >= 2, "block_size must be at least 2", block_size, "A token is predicted from those before.")
-        check(0 <= val_fraction < 1, "val_fraction must be in [0, 1)", val_fraction, "0 means no validation.")
         check(0 < test_fraction < 1, "test_fraction must be in (0, 1)", test_fraction, "0.1 is usual.")
         check(0 < train_fraction <= 1, "train_fraction must be in (0, 1]", train_fraction, "1.0 means all there is.")
-        check(num_workers >= 0, "num_workers must be at least 0", num_workers, "0 loads in the main process.")
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.block_size = block_size

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kd_lightning.callbacks.common import paired_lead
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -174,16 +176,12 @@ class SweepResult:
         return lines
 
     def _compare(self, best: SweepCell, other: SweepCell, name: str) -> str:
-        pairs = [a - b for a, b in zip(best.scores, other.scores, strict=True)]
-        lead = statistics.fmean(pairs) * (1 if self.mode == "max" else -1)
+        lead, error, worth = paired_lead(best.scores, other.scores)
+        lead *= 1 if self.mode == "max" else -1
         text = f"it {'trails' if lead < 0 else 'leads'} {name} by {abs(lead):.4f}"
-        if len(pairs) < 2:
+        if len(best.scores) < 2:
             return f"{text} on one seed: --seeds 3 shows how noisy that is"
-        error = statistics.stdev(pairs) / math.sqrt(len(pairs))
-        worth = "more than two standard errors" if abs(lead) > 2 * error else "within the noise"
-        if len(pairs) < 3:
-            worth = "too few to tell"
-        return f"{text} ± {error:.4f} (standard error over {len(pairs)} paired seeds): {worth}"
+        return f"{text} ± {error:.4f} (standard error over {len(best.scores)} paired seeds): {worth}"
 
     def table(self) -> str:
         """Mean ± standard deviation for each cell, the baseline beneath, then the choice."""
