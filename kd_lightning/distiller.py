@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from kd_lightning.functional import Scale, Temperature, loss_scale, predictive_entropy, without_padding
-from kd_lightning.functional.row_loss import valid_positions
-from kd_lightning.layers import LayerResult, LayerTerm, LayerTerms
+from kd_lightning.functional.rows import valid_positions
+from kd_lightning.layers.terms import LayerResult, LayerTerm, LayerTerms
 from kd_lightning.losses import CrossEntropyLoss, FusedLinearKDLoss, KDLoss
 from kd_lightning.losses.logits import LogitLoss
+from kd_lightning.schedules import as_schedule, weight_at
 from kd_lightning.teachers import FrozenTeacher, HiddenStates, TeacherEnsemble, as_teacher
 from kd_lightning.teachers.ensemble import LossTerm, Opinions
 from kd_lightning.temperature import Progress, Schedule, Signals, TemperaturePolicy, as_policy
 from kd_lightning.temperature.base import Temperatures
-from kd_lightning.temperature.schedules import as_schedule, weight_at
 
 __all__ = ["DistillationOutput", "Distiller"]
 

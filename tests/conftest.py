@@ -18,7 +18,7 @@ from kd_lightning.temperature import Signals, Temperature, TemperaturePolicy
 
 torch.set_num_threads(1)  # forked processes hang where the parent has used OpenMP threads; and CI has two cores
 
-collect_ignore_glob = ["examples/[!t]*.py"]  # scripts, which tests/examples/test_examples.py runs
+collect_ignore_glob = ["integration/examples/[!t]*.py"]  # test_examples.py beside them runs them
 
 NUM_CLASSES, NUM_FEATURES = 6, 8
 

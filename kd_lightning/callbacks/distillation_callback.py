@@ -18,9 +18,15 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from kd_lightning.distiller import DistillationOutput, Distiller
+from kd_lightning.modules.run import (
+    DistillationRun,
+    configure_with_groups,
+    is_distributed,
+    is_logging_step,
+    step_readings,
+)
 from kd_lightning.teachers import Call, FrozenTeacher, extract_logits
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
-from kd_lightning.training import DistillationRun, configure_with_groups, is_distributed, is_logging_step, step_readings
 
 __all__ = ["DistillationCallback"]
 

@@ -18,8 +18,8 @@ from kd_lightning.callbacks.common import (
     mean_over_ranks,
     read_metric,
 )
+from kd_lightning.modules.run import gather
 from kd_lightning.temperature import Progress
-from kd_lightning.training import gather
 
 __all__ = ["EarlyStopDistillation"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from kd_lightning.callbacks.common import find_holder
-from kd_lightning.training import gather
+from kd_lightning.modules.run import gather
 
 __all__ = ["ReplicaConsistency"]
 

@@ -31,9 +31,9 @@ from kd_lightning.callbacks.common import (
     read_metric,
 )
 from kd_lightning.callbacks.snapshot import Snapshot
+from kd_lightning.modules.run import gather
+from kd_lightning.schedules import as_schedule
 from kd_lightning.temperature import ConstantTemperature
-from kd_lightning.temperature.schedules import as_schedule
-from kd_lightning.training import gather
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -3,7 +3,7 @@
 - :mod:`~kd_lightning.functional.temperature`: the :class:`Temperature` of a loss term; tempered distributions.
 - :mod:`~kd_lightning.functional.logit_losses`: the losses between logits, :func:`kd_loss` first.
 - :mod:`~kd_lightning.functional.divergences`: the equation of each on one row, and the closed form of its gradient.
-- :mod:`~kd_lightning.functional.row_loss`: how an equation on rows becomes a loss: layout, masks, scale, reduction,
+- :mod:`~kd_lightning.functional.rows`: how an equation on rows becomes a loss: layout, masks, scale, reduction,
   and the fast path.
 - :mod:`~kd_lightning.functional.feature_losses`: the losses between the features of a layer in each network.
 - :mod:`~kd_lightning.functional.ensemble`: what several teachers say together.
@@ -49,7 +49,7 @@ from kd_lightning.functional.logit_losses import (
     soft_cross_entropy_loss,
     total_variation_loss,
 )
-from kd_lightning.functional.row_loss import Reduction, Scale, loss_scale, without_padding
+from kd_lightning.functional.rows import Reduction, Scale, loss_scale, without_padding
 from kd_lightning.functional.temperature import (
     Temperature,
     as_temperature,

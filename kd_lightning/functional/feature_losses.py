@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.functional.logit_losses import kd_loss
-from kd_lightning.functional.row_loss import Scale
+from kd_lightning.functional.rows import Scale
 from kd_lightning.functional.temperature import Temperature, as_temperature, compute_dtype, tempered_log_softmax
 
 __all__ = [

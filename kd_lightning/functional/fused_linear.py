@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.functional.divergences import ForwardKL
-from kd_lightning.functional.row_loss import (
+from kd_lightning.functional.rows import (
     SCALES,
     Reduction,
     Scale,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kd_lightning.functional import divergences
 from kd_lightning.functional.divergences import Divergence, ForwardKL, SoftCrossEntropy
-from kd_lightning.functional.row_loss import (
+from kd_lightning.functional.rows import (
     REDUCTIONS,
     SCALES,
     Reduction,

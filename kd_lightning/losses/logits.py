@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kd_lightning import functional
 from kd_lightning.functional import Convention, FusedTerms, Reduction, Scale, Temperature
 from kd_lightning.functional.logit_losses import check_convention
-from kd_lightning.functional.row_loss import REDUCTIONS, SCALES, check_option
+from kd_lightning.functional.rows import REDUCTIONS, SCALES, check_option
 
 __all__ = [
     "BernoulliKDLoss",

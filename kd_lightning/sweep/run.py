@@ -16,7 +16,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from typing_extensions import override
 
 from kd_lightning.cli import KDLightningCLI
-from kd_lightning.distillation import DistillationModule
+from kd_lightning.modules.distillation import DistillationModule
 
 __all__ = ["Parts", "Setting", "Validations", "build", "measure", "resolve", "train"]
 

@@ -14,12 +14,14 @@ from typing_extensions import override
 from kd_lightning.functional import Temperature
 from kd_lightning.functional.ensemble import confidence_weights, entropy_weights, mixed_log_softmax, mixed_logits
 from kd_lightning.functional.temperature import check_values, compute_dtype
+from kd_lightning.schedules import ConstantSchedule, Progress, Schedule, as_schedule
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import extract_logits
 from kd_lightning.teachers.frozen import FrozenTeacher
 from kd_lightning.teachers.indexed import IndexedDataset
-from kd_lightning.temperature.base import Signals, TemperaturePolicy, as_policy
-from kd_lightning.temperature.schedules import ConstantSchedule, Progress, Schedule, as_schedule
+from kd_lightning.temperature.base import TemperaturePolicy
+from kd_lightning.temperature.convert import as_policy
+from kd_lightning.temperature.signals import Signals
 
 __all__ = ["Combine", "LossTerm", "Opinions", "TeacherEnsemble"]
 

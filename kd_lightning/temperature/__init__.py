@@ -1,10 +1,22 @@
 """Every way of setting the temperature, one module per axis."""
 
 from kd_lightning.functional import Temperature
+from kd_lightning.schedules import (
+    ConstantSchedule,
+    CosineSchedule,
+    CyclicSchedule,
+    ExponentialSchedule,
+    JoinedSchedule,
+    LinearSchedule,
+    Progress,
+    Schedule,
+    StepSchedule,
+)
 from kd_lightning.temperature.asymmetric import AsymmetricTemperature, TransformedTeacherTemperature
-from kd_lightning.temperature.base import Signals, TemperatureLike, TemperaturePolicy, as_policy
+from kd_lightning.temperature.base import TemperaturePolicy
 from kd_lightning.temperature.class_wise import ClassFrequencyTemperature, CorrectWrongTemperature
 from kd_lightning.temperature.combined import JoinedTemperature, MultiTemperature, ProductTemperature
+from kd_lightning.temperature.convert import TemperatureLike, as_policy
 from kd_lightning.temperature.dynamic import CapacityTemperature, LossGapTemperature
 from kd_lightning.temperature.layer_wise import DepthTemperature
 from kd_lightning.temperature.learnable import InstanceTemperature, LearnableTemperature
@@ -18,17 +30,7 @@ from kd_lightning.temperature.sample_wise import (
     TargetConfidenceTemperature,
 )
 from kd_lightning.temperature.scheduled import ConstantTemperature, ScheduledTemperature
-from kd_lightning.temperature.schedules import (
-    ConstantSchedule,
-    CosineSchedule,
-    CyclicSchedule,
-    ExponentialSchedule,
-    JoinedSchedule,
-    LinearSchedule,
-    Progress,
-    Schedule,
-    StepSchedule,
-)
+from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.token_wise import TokenDifficultyTemperature
 
 __all__ = [

@@ -9,8 +9,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from kd_lightning.functional import Temperature, tempered_log_softmax
-from kd_lightning.temperature.base import Signals, TemperaturePolicy, as_policy
-from kd_lightning.temperature.schedules import Progress, Schedule
+from kd_lightning.schedules import Progress, Schedule
+from kd_lightning.temperature.base import TemperaturePolicy
+from kd_lightning.temperature.convert import as_policy
+from kd_lightning.temperature.signals import Signals
 
 __all__ = ["AsymmetricTemperature", "TransformedTeacherTemperature"]
 

@@ -1,77 +1,22 @@
-"""What every temperature policy is given, gives back and inherits."""
+"""What every temperature policy gives back and inherits."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from kd_lightning.functional import Temperature, as_temperature
-from kd_lightning.temperature._statistics import mean_over_valid
-from kd_lightning.temperature.schedules import Progress, Schedule
+from kd_lightning.temperature.signals import Signals
+from kd_lightning.temperature.statistics import mean_over_valid
 
-__all__ = ["Signals", "TemperatureLike", "TemperaturePolicy", "Temperatures", "as_policy"]
+__all__ = ["TemperaturePolicy", "Temperatures"]
 
 Temperatures: TypeAlias = Temperature | Sequence[Temperature]
-
-
-@dataclass(frozen=True)
-class Signals:
-    """What a policy may look at: one batch, and where training stands.
-
-    Attributes:
-        student_logits: ``(…, C)``, class dimension last.
-        teacher_logits: The same shape.
-        targets: Class indices in the logits' shape without the last dimension; None where there are none.
-        progress: Step and epoch.
-        ignore_index: Target value of positions that do not count; None where all count.
-        depth: Where in the student the logits come from: 0 is its first layer with a loss, 1 the last; 1 for the
-            logits themselves.
-
-    Example:
-        >>> signals = Signals(torch.zeros(2, 3), torch.zeros(2, 3), targets=torch.tensor([1, -100]))
-        >>> signals.valid
-        tensor([ True, False])
-    """
-
-    student_logits: Tensor
-    teacher_logits: Tensor
-    targets: Tensor | None = None
-    progress: Progress = field(default_factory=Progress)
-    ignore_index: int | None = -100
-    depth: float = 1.0
-
-    @property
-    def class_targets(self) -> Tensor | None:
-        """The targets where they are class indices, one per position; None otherwise (none, soft, multi-label)."""
-        targets = self.targets
-        if targets is None or targets.is_floating_point() or targets.shape != self.student_logits.shape[:-1]:
-            return None
-        return targets
-
-    @property
-    def valid(self) -> Tensor | None:
-        """Mask of the positions that count, in the logits' shape without the last dimension; None where all do."""
-        targets = self.class_targets
-        return None if targets is None or self.ignore_index is None else targets != self.ignore_index
-
-    def full(self, value: float) -> Tensor:
-        """A ``(1,)`` tensor on the device and in the dtype of the student's logits.
-
-        Inside a policy that is float32 (or float64) whatever torch's default dtype is at the moment; half-precision
-        trainers change it around the training step.
-        """
-        return self.student_logits.new_full((1,), value)
-
-    def replace(self, **changes: Any) -> Signals:
-        """A copy with some attributes changed."""
-        return dataclasses.replace(self, **changes)
 
 
 class TemperaturePolicy(nn.Module, ABC):
@@ -261,38 +206,3 @@ def _fill_left_out(values: Tensor, signals: Signals) -> Tensor:
     if not per_position or (valid := signals.valid) is None:
         return values
     return torch.where((valid | ~valid.any()).unsqueeze(-1), values, mean_over_valid(values.detach(), valid))
-
-
-TemperatureLike: TypeAlias = float | Schedule | TemperaturePolicy
-
-
-def as_policy(temperature: float | Callable[[Progress], float] | TemperaturePolicy) -> TemperaturePolicy:
-    """Turn what a user may write for a temperature into a policy.
-
-    Args:
-        temperature: A number → :class:`ConstantTemperature`; a schedule, or any function from :class:`Progress` to a
-            number → :class:`ScheduledTemperature`; a policy → itself.
-
-    Raises:
-        TypeError: Anything else.
-
-    Example:
-        >>> as_policy(4.0)
-        ConstantTemperature(value=4)
-        >>> from kd_lightning.temperature import CosineSchedule
-        >>> as_policy(CosineSchedule(init_value=8.0, end_value=1.0))
-        ScheduledTemperature(schedule=CosineSchedule(init_value=8.0, end_value=1.0, until=1.0))
-    """
-    from kd_lightning.temperature.scheduled import ConstantTemperature, ScheduledTemperature
-
-    if isinstance(temperature, TemperaturePolicy):
-        return temperature
-    if isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
-        return ConstantTemperature(temperature)
-    if callable(temperature) and not isinstance(temperature, (type, nn.Module)):
-        return ScheduledTemperature(temperature)
-    received = temperature.__name__ if isinstance(temperature, type) else type(temperature).__name__
-    raise TypeError(
-        f"temperature must be a number, a schedule (Progress → number) or a TemperaturePolicy, got {received}."
-        + (" Pass an instance, not the class." if isinstance(temperature, type) else "")
-    )

@@ -15,8 +15,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from kd_lightning.functional import Temperature
-from kd_lightning.temperature._statistics import centre, class_targets
-from kd_lightning.temperature.base import Signals, TemperaturePolicy
+from kd_lightning.temperature.base import TemperaturePolicy
+from kd_lightning.temperature.signals import Signals
+from kd_lightning.temperature.statistics import centre, class_targets
 
 __all__ = ["ClassFrequencyTemperature", "CorrectWrongTemperature"]
 

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from kd_lightning.functional import Temperature
-from kd_lightning.temperature.base import Signals, TemperaturePolicy, Temperatures, as_policy
-from kd_lightning.temperature.schedules import Progress, Schedule, Unit, check_boundaries, reached
+from kd_lightning.schedules import Progress, Schedule, Unit, check_boundaries, reached
+from kd_lightning.temperature.base import TemperaturePolicy, Temperatures
+from kd_lightning.temperature.convert import as_policy
+from kd_lightning.temperature.signals import Signals
 
 __all__ = ["JoinedTemperature", "MultiTemperature", "ProductTemperature"]
 

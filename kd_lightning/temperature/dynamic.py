@@ -9,9 +9,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from kd_lightning.functional import Temperature, kd_loss, predictive_entropy, tempered_log_softmax
-from kd_lightning.temperature._statistics import class_targets, sum_and_count, sum_over_ranks
-from kd_lightning.temperature.base import Signals, TemperaturePolicy
-from kd_lightning.temperature.schedules import Progress
+from kd_lightning.schedules import Progress
+from kd_lightning.temperature.base import TemperaturePolicy
+from kd_lightning.temperature.signals import Signals
+from kd_lightning.temperature.statistics import class_targets, sum_and_count, sum_over_ranks
 
 __all__ = ["CapacityTemperature", "LossGapTemperature"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing_extensions import override
 
 from kd_lightning.functional import Temperature
-from kd_lightning.temperature.base import Signals, TemperaturePolicy
+from kd_lightning.temperature.base import TemperaturePolicy
+from kd_lightning.temperature.signals import Signals
 
 __all__ = ["DepthTemperature"]
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from kd_lightning.functional import Temperature, tempered_log_softmax
-from kd_lightning.temperature.base import Signals, TemperaturePolicy
-from kd_lightning.temperature.schedules import Progress
+from kd_lightning.schedules import Progress
+from kd_lightning.temperature.base import TemperaturePolicy
+from kd_lightning.temperature.signals import Signals
 
 __all__ = ["InstanceTemperature", "LearnableTemperature"]
 

@@ -10,14 +10,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from kd_lightning.functional import Temperature, tempered_log_softmax
-from kd_lightning.temperature._statistics import (
+from kd_lightning.temperature.base import TemperaturePolicy
+from kd_lightning.temperature.signals import Signals
+from kd_lightning.temperature.statistics import (
     centre,
     check_class_count,
     class_targets,
     mean_over_valid,
     standard_deviation,
 )
-from kd_lightning.temperature.base import Signals, TemperaturePolicy
 
 __all__ = [
     "ConfidenceTemperature",

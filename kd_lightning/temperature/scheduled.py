@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing_extensions import override
 
 from kd_lightning.functional import Temperature
-from kd_lightning.temperature.base import Signals, TemperaturePolicy
-from kd_lightning.temperature.schedules import Progress, Schedule
+from kd_lightning.schedules import Progress, Schedule
+from kd_lightning.temperature.base import TemperaturePolicy
+from kd_lightning.temperature.signals import Signals
 
 __all__ = ["ConstantTemperature", "ScheduledTemperature"]
 

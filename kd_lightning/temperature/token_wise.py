@@ -8,8 +8,9 @@ import torch
 from typing_extensions import override
 
 from kd_lightning.functional import Temperature, tempered_log_softmax
-from kd_lightning.temperature._statistics import median_over_valid
-from kd_lightning.temperature.base import Signals, TemperaturePolicy
+from kd_lightning.temperature.base import TemperaturePolicy
+from kd_lightning.temperature.signals import Signals
+from kd_lightning.temperature.statistics import median_over_valid
 
 __all__ = ["TokenDifficultyTemperature"]
 

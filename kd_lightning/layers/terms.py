@@ -1,0 +1,368 @@
+"""Distillation between layers: terms of the loss, each with its own layers, loss, temperature, weight and projector."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from kd_lightning.functional import Temperature
+from kd_lightning.layers.extractor import FeatureExtractor, find_layers, layer_depths
+from kd_lightning.losses import FeatureLoss, SoftFeatureLoss
+from kd_lightning.schedules import as_schedule, weight_at
+from kd_lightning.teachers import FrozenTeacher, TeacherEnsemble, call_model
+from kd_lightning.temperature import Progress, Schedule, Signals, TemperaturePolicy, as_policy
+from kd_lightning.temperature.base import Temperatures
+
+__all__ = ["LayerResult", "LayerTerm", "LayerTerms"]
+
+_INTERPOLATION = {4: "bilinear", 5: "trilinear"}
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What a :class:`LayerTerm` computed.
+
+    Attributes:
+        loss: The term, unweighted.
+        weight: Its weight in this step.
+        temperature: Its temperatures, in the layout of the rows that its loss compares; None for a plain loss.
+    """
+
+    loss: Tensor
+    weight: float
+    temperature: Temperatures | None
+
+    def mean_temperature(self) -> Tensor | None:
+        """The student's temperature, averaged over what it differs by."""
+        if self.temperature is None:
+            return None
+        several = [self.temperature] if isinstance(self.temperature, Temperature) else list(self.temperature)
+        return torch.stack([temperature.student.detach().mean() for temperature in several]).mean()
+
+
+class LayerTerm(nn.Module):
+    r"""A term :math:`w \cdot L(P(f_s), f_t)` between one layer of the student and one of the teacher.
+
+    Where the features differ in size, the *student's* are made to fit, as far as the loss compares them:
+
+    - channels (``(N, D)``, tokens ``(N, L, D)``: the last dimension; maps ``(N, C, H, W)``: the second) by a projector
+      P, ``nn.Linear`` or a 1×1 ``nn.Conv2d``, that is trained along with the student and is no part of it;
+    - the height and width of maps by bilinear interpolation (antialiased), which learns nothing.
+
+    Losses between similarities (``SimilarityPreservingLoss``, ``RelationalLoss``, ``SimilarityKDLoss``) need neither,
+    those between attention maps no projector. The projector is built from the shapes of a first batch, before the
+    optimiser is: by ``DistillationModule`` itself, by ``distiller.build_projectors(student, inputs)`` elsewhere.
+
+    Args:
+        student_layer: Dotted name of a layer, as in ``named_modules()``, or a glob that matches one.
+        teacher_layer: The teacher's.
+        loss: A :class:`~kd_lightning.losses.FeatureLoss`.
+        temperature: A number, a schedule or a policy for a :class:`~kd_lightning.losses.SoftFeatureLoss`; None for a
+            loss without one. The policy sees the rows that the loss compares as the logits, no targets, and the depth
+            of the layer. Its ``multiplier`` is its own: callbacks that move the temperature move that of the logits.
+        weight: Number or schedule; not negative. ``LinearSchedule(0.0, w, until=0.1)`` warms it up.
+
+    Raises:
+        ValueError: A negative weight; a soft loss without a temperature, or another with one.
+        TypeError: An argument is none of these.
+
+    Example:
+        >>> from kd_lightning.losses import ChannelWiseKDLoss
+        >>> LayerTerm("layer1", "layer1", ChannelWiseKDLoss(), temperature=4.0, weight=2.0)
+        LayerTerm('layer1' → 'layer1', ChannelWiseKDLoss(), temperature=ConstantTemperature(value=4), weight=2.0)
+    """
+
+    def __init__(
+        self,
+        student_layer: str,
+        teacher_layer: str,
+        loss: FeatureLoss,
+        temperature: float | Schedule | TemperaturePolicy | Callable[[Progress], float] | None = None,
+        weight: float | Schedule | Callable[[Progress], float] = 1.0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(loss, FeatureLoss):
+            received = loss.__name__ if isinstance(loss, type) else type(loss).__name__
+            raise TypeError(
+                f"the loss of a LayerTerm must be a FeatureLoss, got {received}. Take one of kd_lightning.losses "
+                "(an instance), or subclass FeatureLoss."
+            )
+        soft = isinstance(loss, SoftFeatureLoss)
+        if soft and temperature is None:
+            raise ValueError(f"{type(loss).__name__} compares distributions: give LayerTerm a temperature.")
+        if not soft and temperature is not None:
+            raise ValueError(
+                f"{type(loss).__name__} has no temperature, got temperature={temperature!r}. Leave it out, or take a "
+                "soft loss such as ChannelWiseKDLoss."
+            )
+        self.student_layer = student_layer
+        self.teacher_layer = teacher_layer
+        self.loss = loss
+        self.temperature = None if temperature is None else as_policy(temperature)
+        self.weight = as_schedule(weight)
+        self.projector: nn.Module | None = None
+        self.depth = 0.5
+        self._channels: tuple[int, int, int] | None = None
+
+    @property
+    def built(self) -> bool:
+        """Whether it is known if a projector is needed, and it is there if so."""
+        return self._channels is not None or self.loss.compares != "all"
+
+    @property
+    def shapes(self) -> tuple[int, int, int] | None:
+        """What the projector was built for: number of dimensions, student's channels, teacher's channels."""
+        return self._channels
+
+    def build(self, dims: int, student_channels: int, teacher_channels: int) -> None:
+        """Make the projector, if these channels need one.
+
+        Args:
+            dims: Dimensions of the features, with the batch's: 2, 3, 4 or 5.
+            student_channels: Channels of the student's features.
+            teacher_channels: Channels of the teacher's features.
+
+        Raises:
+            ValueError: It was built for others.
+        """
+        channels = (dims, student_channels, teacher_channels)
+        if self._channels not in (None, channels):
+            raise ValueError(
+                f"the projector of {self.student_layer!r} was built for (dimensions, student's channels, teacher's "
+                f"channels) {self._channels}, but is asked for {channels}. Make a new LayerTerm for other networks."
+            )
+        if self._channels is None and student_channels != teacher_channels:
+            kinds: dict[int, Callable[..., nn.Module]] = {4: nn.Conv2d, 5: nn.Conv3d}
+            options = {} if dims < 4 else {"kernel_size": 1}
+            self.projector = kinds.get(dims, nn.Linear)(student_channels, teacher_channels, **options)
+        self._channels = channels
+
+    def build_for(self, student_features: Tensor, teacher_features: Tensor) -> None:
+        """Make the projector that joins these features, if they need one, on the student's device."""
+        if self.built:
+            return
+        self._check_alike(student_features, teacher_features)
+        channel_dim = _channel_dim(student_features)
+        channels = (features.shape[channel_dim] for features in (student_features, teacher_features))
+        self.build(student_features.dim(), *channels)
+        if self.projector is not None:
+            self.projector.to(student_features.device)
+
+    @override
+    def forward(
+        self, student_features: Tensor, teacher_features: Tensor, progress: Progress, enabled: bool = True
+    ) -> LayerResult:
+        """The term for one batch; with weight 0 where it is not enabled."""
+        weight = weight_at(self.weight, progress, f"the weight of {self!r}") if enabled else 0.0
+        student = self._fitted(student_features, teacher_features)
+        policy = self.temperature
+        if policy is None:
+            return LayerResult(self.loss(student, teacher_features), weight, None)
+        assert isinstance(self.loss, SoftFeatureLoss)
+        rows = self.loss.logits(student, teacher_features)
+        temperature = policy(Signals(*rows, None, progress, None, self.depth))
+        terms = (temperature,) if isinstance(temperature, Temperature) else temperature
+        softened = [policy.transform(logits) for logits in rows]
+        losses = [self.loss.compare(softened[0], softened[1], term) for term in terms]
+        return LayerResult(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), weight, temperature)
+
+    def _fitted(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The student's features in the size of the teacher's, as far as the loss compares it."""
+        if self.loss.compares == "samples":
+            return student
+        self._check_alike(student, teacher)
+        if not self.built:
+            raise RuntimeError(
+                f"the term of {self.student_layer!r} is not built: it may need a projector. Call "
+                "distiller.build_projectors(student, inputs) before the optimiser is made."
+            )
+        if self.projector is not None:
+            student = self.projector(student.to(next(self.projector.parameters()).dtype))
+        if student.shape[2:] != teacher.shape[2:] and student.dim() in _INTERPOLATION:
+            # half precision has no antialiased kernel, and the losses widen anyway
+            student = student.to(torch.promote_types(student.dtype, torch.float32))
+            mode, antialias = _INTERPOLATION[student.dim()], student.dim() == 4
+            student = F.interpolate(student, teacher.shape[2:], mode=mode, align_corners=False, antialias=antialias)
+        return student
+
+    def _check_alike(self, student: Tensor, teacher: Tensor) -> None:
+        where = f"the features of {self.student_layer!r} and {self.teacher_layer!r}"
+        way_out = "or take a loss between similarities, such as SimilarityKDLoss."
+        if student.dim() != teacher.dim() or len(student) != len(teacher) or not 2 <= student.dim() <= 5:
+            raise ValueError(
+                f"{where} have shapes {tuple(student.shape)} and {tuple(teacher.shape)}: both must be vectors (N, D), "
+                f"tokens (N, L, D) or maps (N, C, H, W) of the same batch. Name layers of the same kind, {way_out}"
+            )
+        if student.dim() == 3 and student.shape[1] != teacher.shape[1]:
+            raise ValueError(
+                f"{where} have {student.shape[1]} and {teacher.shape[1]} tokens, which no interpolation brings "
+                f"together. Name layers of the same sequence, {way_out}"
+            )
+
+    @override
+    def __repr__(self) -> str:
+        temperature = "" if self.temperature is None else f", temperature={self.temperature!r}"
+        weight = getattr(self.weight, "value", self.weight)
+        return (
+            f"LayerTerm({self.student_layer!r} → {self.teacher_layer!r}, {self.loss!r}{temperature}, weight={weight})"
+        )
+
+
+class LayerTerms(nn.ModuleList):
+    """The terms of a :class:`~kd_lightning.Distiller`, and the hooks that feed them."""
+
+    def __init__(self, terms: Sequence[LayerTerm] = ()) -> None:
+        for term in terms:
+            if not isinstance(term, LayerTerm):
+                raise TypeError(f"layers must hold LayerTerms, got {type(term).__name__}: LayerTerm(student_layer, …).")
+        super().__init__(terms)
+        self._extractors: tuple[FeatureExtractor, FeatureExtractor] | None = None
+        self._layers: list[tuple[str, str]] = []
+
+    @override
+    def __iter__(self) -> Iterator[LayerTerm]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().__iter__()  # pyright: ignore[reportReturnType]
+
+    @property
+    def built(self) -> bool:
+        """Whether all terms are."""
+        return all(term.built for term in self)
+
+    @property
+    def names(self) -> list[str]:
+        """What the terms are logged as: the student's layers, with the term's number where one has several."""
+        layers = [term.student_layer for term in self]
+        return [name if layers.count(name) == 1 else f"{name}_{index}" for index, name in enumerate(layers)]
+
+    def attach(self, student: nn.Module, teacher: FrozenTeacher) -> None:
+        """Put hooks on both networks, and tell the terms how deep their layers lie."""
+        self.detach()
+        network = _whole_network(teacher)
+        self._layers = [
+            (_one_layer(student, term.student_layer), _one_layer(network, term.teacher_layer)) for term in self
+        ]
+        students, teachers = zip(*self._layers, strict=True)
+        depths = layer_depths(student, list(dict.fromkeys(students)))
+        for term, name in zip(self, students, strict=True):
+            term.depth = depths[name]
+        extractors = FeatureExtractor(student, students), FeatureExtractor(network, teachers)
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # what is compiled already does not look for hooks again
+        self._extractors = extractors[0].attach(), extractors[1].attach()
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        for extractor in self._extractors or ():
+            extractor.detach()
+        self._extractors = None
+
+    def clear(self) -> None:
+        """Let go of the features at hand."""
+        for extractor in self._extractors or ():
+            extractor.clear()
+
+    def build(self, student: nn.Module, teacher: FrozenTeacher, inputs: Any) -> None:
+        """Make the projectors, from one forward of each network in eval mode that leaves no trace."""
+        attached = self._extractors is not None
+        if not attached:
+            self.attach(student, teacher)
+        try:
+            with torch.no_grad(), _in_eval(student), _random_state_kept(student):
+                call_model(student, inputs)
+                teacher(inputs)
+                for term, features in zip(self, self._features(), strict=True):
+                    term.build_for(*features)
+        finally:
+            if not attached:
+                self.detach()
+
+    def rebuild(self, shapes: Sequence[tuple[int, int, int] | None]) -> None:
+        """Make the projectors that a checkpoint has.
+
+        Args:
+            shapes: :attr:`LayerTerm.shapes` of each term.
+
+        Raises:
+            ValueError: Another number of terms, or a projector that was built for other shapes.
+        """
+        if len(shapes) != len(self):
+            raise ValueError(
+                f"the checkpoint was trained with {len(shapes)} layer terms, but here are {len(self)}. Give the same "
+                "layers, or load the student's weights alone."
+            )
+        for term, built_for in zip(self, shapes, strict=True):
+            if built_for is not None:
+                term.build(*built_for)
+
+    @override
+    def forward(self, progress: Progress, enabled: bool = True) -> dict[str, LayerResult]:
+        """All terms, from the last forward of each network."""
+        return {
+            name: term(*features, progress, enabled)
+            for name, term, features in zip(self.names, self, self._features(), strict=True)
+        }
+
+    def _features(self) -> list[tuple[Tensor, Tensor]]:
+        if self._extractors is None:
+            raise RuntimeError(
+                "the layers are not watched: run the loop within `with distiller.attach(student):`, which puts the "
+                "hooks on student and teacher and takes them off again."
+            )
+        student, teacher = (extractor.pop() for extractor in self._extractors)
+        return [(student[s], teacher[t]) for s, t in self._layers]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_extractors": None}  # a copy has no hooks
+
+
+def _whole_network(teacher: FrozenTeacher) -> nn.Module:
+    """The network whose one forward gives the features of a batch."""
+    if isinstance(teacher, TeacherEnsemble):
+        raise ValueError("layers are those of one network, and a TeacherEnsemble is several: leave them out, or take "
+                         "one FrozenTeacher.")  # fmt: skip
+    if teacher.micro_batch_size is not None:
+        raise ValueError(
+            "layers need the features of the whole batch, but the teacher has micro_batch_size="
+            f"{teacher.micro_batch_size}: leave it out."
+        )
+    return teacher.module
+
+
+def _one_layer(module: nn.Module, pattern: str) -> str:
+    found = list(find_layers(module, pattern))
+    if len(found) != 1:
+        raise ValueError(f"a LayerTerm joins one layer with one, but {pattern!r} matches {', '.join(found)}: "
+                         "give a term for each.")  # fmt: skip
+    return found[0]
+
+
+def _channel_dim(features: Tensor) -> int:
+    return 1 if features.dim() > 3 else -1
+
+
+@contextmanager
+def _in_eval(module: nn.Module) -> Iterator[None]:
+    """Eval mode, so that no buffer moves; then each part in the mode that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
+def _random_state_kept(module: nn.Module) -> Iterator[None]:
+    devices = {parameter.device for parameter in module.parameters()} - {torch.device("cpu")}
+    kinds = {device.type for device in devices}
+    with torch.random.fork_rng([device.index or 0 for device in devices], device_type=next(iter(kinds), "cuda")):
+        yield

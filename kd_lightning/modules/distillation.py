@@ -1,0 +1,486 @@
+"""The LightningModule that distils a teacher into a student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from typing_extensions import override
+
+from kd_lightning.distiller import DistillationOutput, Distiller
+from kd_lightning.export import ExportFormat, ExportReport, export_student
+from kd_lightning.layers.terms import LayerTerm
+from kd_lightning.losses import FusedLinearKDLoss
+from kd_lightning.modules.run import DistillationRun, is_logging_step, step_readings
+from kd_lightning.modules.supervised import SupervisedModule
+from kd_lightning.teachers import FrozenTeacher, TeacherEnsemble, check_hidden_states, hidden_states, split_index
+from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
+
+__all__ = ["DistillationModule"]
+
+_CHECKPOINT_KEY = "kd_lightning"
+
+
+class DistillationModule(SupervisedModule):
+    r"""Trains a student on a frozen teacher: :math:`L = w_{kd} L_{kd} + w_{task} L_{task}`.
+
+    Logged: ``train_loss``, ``train_kd_loss``, ``train_task_loss``, ``temperature_student``, ``temperature_teacher``,
+    ``effective_kd_weight`` (:math:`w_{kd} \cdot \text{scale}`, to be compared between runs), ``entropy_student``,
+    ``entropy_teacher`` (at their temperatures, in nats) when the logger writes (a
+    :class:`~kd_lightning.callbacks.TemperatureMonitor` takes over all but the losses); ``val_loss``, ``val_kd_loss``,
+    ``val_task_loss``, ``val_acc``, ``val_acc_top5`` (more than five classes), ``val_calibration_error``,
+    ``val_agreement`` and ``val_teacher_acc`` in validation, ``test_…`` in test. ``val_loss`` and ``val_kd_loss`` move
+    with the temperature: choose models by ``val_acc`` or ``val_task_loss``. With ``layers`` there is
+    ``train_layer_loss/<layer>`` too, unweighted, and ``temperature_<layer>``; ``val_loss`` is without them.
+
+    For ``(B, L, V)`` logits ``val_perplexity`` and ``val_teacher_perplexity`` take the place of the calibration error.
+
+    The teacher is read at the start of ``fit`` and never saved: not in checkpoints, not in the optimiser, out of
+    callbacks' reach; resuming with another teacher is an error. ``validate`` and ``predict`` do without its file.
+
+    A teacher with a :class:`~kd_lightning.teachers.TeacherCache` is run on training batches only as long as the cache
+    lacks them. This library's data modules then say by themselves which samples a batch has; other loaders are made of
+    ``teacher.index(dataset)``. Hooks and callbacks see the batches as they are without a cache.
+
+    Args:
+        student: The network to train. If it is a LightningModule and no optimiser is given, its own
+            ``configure_optimizers`` is used.
+        teacher: A trained network, a :class:`FrozenTeacher` or a :class:`TeacherEnsemble`. None will do for everything
+            but ``fit``.
+        temperature: A number, a schedule or a :class:`TemperaturePolicy`.
+        kd_loss: See :class:`~kd_lightning.Distiller`.
+        task_loss: See :class:`~kd_lightning.Distiller`.
+        kd_weight: Number or schedule.
+        task_weight: Number or schedule.
+        optimizer: A function from parameters to an optimiser. None: the student's own if it is a LightningModule, else
+            AdamW with a learning rate of 0.001. The policy's parameters are in a group without weight decay.
+        lr_scheduler: A function from the optimiser to a scheduler.
+        lr_scheduler_interval: Whether the scheduler steps each ``"epoch"`` or each ``"step"``.
+        layers: Terms between layers of the student and the teacher, a :class:`~kd_lightning.LayerTerm` each. Hooks are
+            on both networks during ``fit``. Projectors are built before the optimiser is, from two training samples
+            that leave no trace in loader or random numbers (a loader that can only be iterated gives its first batch);
+            they have an optimiser group of their own and are in checkpoints, but not in ``student.state_dict()``.
+        shift_labels: Whether the target of a position is the next one's label, as causal language models are trained
+            and as Hugging Face's data collators leave it to the model; see
+            :func:`~kd_lightning.functional.next_token_targets`.
+        mean_over: What a loss is the mean over: the labelled positions of the ``"batch"``, or of the whole optimiser
+            ``"step"``, all its accumulated batches and ranks; see
+            :class:`~kd_lightning.modules.SupervisedModule`.
+
+    Raises:
+        ValueError: Student and teacher share parameters; labels to shift without an ``ignore_index``; an unknown
+            interval or ``mean_over``; at fit, no teacher, or another one than the checkpoint's.
+
+    Example:
+        >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
+        >>> _ = teacher.weight.data.mul_(3.0)  # stands for training
+        >>> module = DistillationModule(student=student, teacher=teacher, temperature=4.0)
+        >>> sorted(module.state_dict())
+        ['distiller.temperature.multiplier', 'student.bias', 'student.weight']
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | FrozenTeacher | None = None,
+        temperature: float | Schedule | TemperaturePolicy | Callable[[Progress], float] = 4.0,
+        kd_loss: nn.Module | None = None,
+        task_loss: nn.Module | None = None,
+        kd_weight: float | Schedule | Callable[[Progress], float] = 0.9,
+        task_weight: float | Schedule | Callable[[Progress], float] = 0.1,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
+        layers: Sequence[LayerTerm] | None = None,
+        shift_labels: bool = False,
+        mean_over: Literal["batch", "step"] = "batch",
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler, lr_scheduler_interval, shift_labels, mean_over)
+        self._save_plain_hyperparameters()
+        self.student = student
+        self.distiller = Distiller(teacher, temperature, kd_loss, task_loss, kd_weight, task_weight, layers)
+        self.last_output: DistillationOutput | None = None
+        self._rows: Tensor | None = None  # of the batch at hand in the teacher's cache
+        self._heads_are_checked = False
+        self._run = DistillationRun(self.distiller, type(self).__name__)
+        self._temperature_state: dict[str, Tensor] = {}
+        self._run.check_student(student)
+        if shift_labels and self.distiller.ignore_index is None:
+            raise ValueError(
+                "shift_labels=True marks positions that do not count, the last one and padding, by ignore_index, but "
+                "kd_loss has ignore_index=None and would distil them. Give it the default, -100."
+            )
+
+    @property
+    @override
+    def network(self) -> nn.Module:
+        return self.student
+
+    @property
+    @override
+    def class_dim(self) -> int:
+        return self.distiller.class_dim
+
+    @property
+    @override
+    def ignore_index(self) -> int:
+        return self.distiller.task_ignore_index
+
+    @property
+    def teacher(self) -> FrozenTeacher | None:
+        """The frozen teacher."""
+        return self.distiller.teacher
+
+    @property
+    def progress(self) -> Progress:
+        """Where training stands; outside of ``fit`` where the last fit, or the checkpoint, left it."""
+        return self._run.progress(self._trainer)
+
+    # ---- steps ----------------------------------------------------------------------------------------------------
+
+    @override
+    def forward(self, inputs: Any) -> Tensor:
+        """The student's logits."""
+        return super().forward(
+            self.teacher.without_routing(inputs) if isinstance(self.teacher, TeacherEnsemble) else inputs
+        )
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        # no more than the computation, so that torch.compile(module) sees one graph; book-keeping comes after it
+        progress = _progress_outside_the_graph(self)  # not as an argument: torch 2.8 recompiles for what waits for it
+        self.last_output, self._last_targets = self._distil(batch, progress)
+        return self.last_output.loss
+
+    @override
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        # here, before any hook, so that the row numbers are not sent to the device, only to be waited for; it is what
+        # calls the hook of this name, and that one is the user's
+        batch, self._rows = split_index(batch)
+        return super()._on_before_batch_transfer(batch, dataloader_idx)
+
+    @override
+    def on_before_backward(self, loss: Tensor) -> None:
+        out = self.last_output
+        if out is not None:
+            self._update_metrics("train", out.student_logits, self._last_targets, out.teacher_logits)
+            if is_logging_step(self.trainer):
+                self._log_step(out)
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> None:
+        self._evaluate("val", batch, dataloader_idx)
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> None:
+        self._evaluate("test", batch, dataloader_idx)
+
+    def _distil(self, batch: Any, progress: Progress) -> tuple[DistillationOutput, Tensor | None]:
+        batch, rows = split_index(batch)  # still one where the step is called by hand
+        inputs, targets = self.inputs_and_targets(batch)
+        if self.teacher is None:
+            raise ValueError(f"{type(self).__name__} has no teacher: give one to learn from.")
+        rows = self._rows if rows is None else rows
+        if rows is None and self.training and self.teacher.caches:
+            raise ValueError(
+                "the teacher has a cache, but the training batch does not say which samples it has: make the loader of "
+                "teacher.index(dataset), or give the teacher no cache."
+            )
+        if self.training and isinstance(self.distiller.kd_loss, FusedLinearKDLoss):
+            if not self._heads_are_checked:
+                check_hidden_states(self.student, inputs)
+                self.teacher.hidden_states(inputs, check=True)
+                self._heads_are_checked = True
+            return self.distiller(inputs, hidden_states(self.student, inputs), targets, progress), targets
+        student_logits = self(inputs)
+        teacher_logits = self.teacher.logits(inputs, rows, self.extract_logits)
+        return self.distiller(inputs, student_logits, targets, progress, teacher_logits=teacher_logits), targets
+
+    def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:
+        if self.teacher is not None and self.teacher.loaded:
+            out, targets = self._distil(batch, self.progress)
+            losses = {"loss": out.loss, "kd_loss": out.kd_loss, "task_loss": out.task_loss}
+            logits, teacher_logits = out.student_logits, out.teacher_logits
+        else:
+            inputs, targets = self.inputs_and_targets(batch)
+            logits, teacher_logits = self(inputs), None
+            losses = {} if targets is None else {"task_loss": self.distiller.task_term(logits, targets)}
+        weight = len(logits) if self.distiller.ignore_index is None else self._weight(logits, targets)
+        self.log_dict({f"{stage}_{name}": value for name, value in losses.items()}, sync_dist=True, batch_size=weight)
+        self._update_metrics(stage, logits, targets, teacher_logits, dataloader_idx)
+
+    def _log_step(self, out: DistillationOutput) -> None:
+        size = max(len(out.student_logits), 1)
+        self.log("train_loss", out.loss.detach(), prog_bar=True, batch_size=size)
+        self.log_dict(step_readings(self.trainer, out), batch_size=size)
+
+    # ---- the teacher ----------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, stage: str) -> None:
+        teacher = self.teacher
+        if stage == "fit":
+            if teacher is None:
+                raise ValueError(
+                    f"fit needs a teacher, but {type(self).__name__} was made without one: "
+                    "DistillationModule(student=..., teacher=FrozenTeacher(network, checkpoint=...))."
+                )
+            self._index_data(teacher.index if teacher.caches else None)
+            self._set_cache_epoch(0)
+            self._run.set_up(self.trainer)
+            self._watch_layers()
+        elif stage in ("validate", "test") and teacher is not None and not teacher.loaded:
+            if teacher.available():
+                teacher.load()
+            else:
+                rank_zero_info(
+                    f"No teacher at {teacher.checkpoint}: the student is measured alone, without the losses and "
+                    "metrics that compare it with the teacher."
+                )
+
+    def _index_data(self, wrap: Callable[..., Any] | None) -> None:
+        """Have the data module wrap its training data, if it is one of those that can."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(datamodule, "wrap_train"):
+            datamodule.wrap_train = wrap
+
+    def _set_cache_epoch(self, epoch: int) -> None:
+        for cache in self.teacher.caches if self.teacher is not None else ():
+            cache.set_epoch(epoch)
+
+    @override
+    def teardown(self, stage: str) -> None:
+        self.distiller.detach()
+        if stage == "fit":
+            self._index_data(None)
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        self._set_cache_epoch(self.trainer.current_epoch)
+
+    @override
+    def on_fit_start(self) -> None:
+        self._run.teacher.to(self.device)  # strategies that do not move the module, such as FSDP
+        self._run.check_ranks(self.trainer)
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._set_cache_epoch(self.trainer.current_epoch)  # resumed within an epoch, there is no on_train_epoch_start
+        self._run.check_resumed()
+
+    @override
+    def on_fit_end(self) -> None:
+        values = self.trainer.callback_metrics
+        if "val_perplexity" in values and "val_teacher_perplexity" in values:
+            perplexities = values["val_perplexity"], values["val_teacher_perplexity"]
+            rank_zero_info("val_perplexity: student {:.3f}, teacher {:.3f}".format(*perplexities))
+        elif "val_acc" in values and "val_teacher_acc" in values:
+            rank_zero_info(
+                f"val_acc: student {values['val_acc']:.4f}, teacher {values['val_teacher_acc']:.4f} "
+                f"(agreement {values['val_agreement']:.4f})"
+            )
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.last_output, self._last_targets = None, None  # callbacks, whose hooks run first, have seen it
+
+    # ---- layers ---------------------------------------------------------------------------------------------------
+
+    def _watch_layers(self) -> None:
+        """Build the projectors that there are not yet, and put the hooks on."""
+        layers = self.distiller.layers
+        if not layers.built:
+            with isolate_rng():
+                self.distiller.build_projectors(self.student, self._first_inputs())
+            for callback in self._callbacks:
+                if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+                    callback.setup(self.trainer, self, "fit")  # it copied the module before there were projectors
+        self.distiller.attach(self.student)
+
+    def _first_inputs(self) -> Any:
+        source = self.trainer.fit_loop._data_source
+        batch = self._on_before_batch_transfer(_first_samples(source.dataloader()))
+        return self.unpack_batch(self._apply_batch_transfer_handler(batch))[0]
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        return [_DetachOnException()] if len(self.distiller.layers) else []
+
+    # ---- optimiser ------------------------------------------------------------------------------------------------
+
+    @override
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The student's (and the losses') parameters; the projectors'; the policies', without weight decay."""
+        policies = list(dict.fromkeys(self.distiller.policies().values()))
+        projectors = [p for term in self.distiller.layers if term.projector for p in term.projector.parameters()]
+        apart = {id(p) for p in projectors} | {id(p) for policy in policies for p in policy.parameters()}
+        groups = [{"params": [p for p in self.parameters() if p.requires_grad and id(p) not in apart]}]
+        if projectors:
+            groups.append({"params": projectors})
+        return groups + [group for policy in policies for group in policy.param_groups()]
+
+    # ---- the student alone ----------------------------------------------------------------------------------------
+
+    def export_student(
+        self,
+        path: str | Path,
+        format: ExportFormat | None = None,
+        example_inputs: Any = None,
+        *,
+        dynamic_dims: Sequence[int] = (0,),
+        overwrite: bool = False,
+    ) -> ExportReport:
+        """Write the bare student as safetensors, ``torch.export`` program or ONNX, and verify it by reading it back.
+
+        See :func:`kd_lightning.export.export_student`, which takes any network.
+
+        Args:
+            path: Where to write, with the format's suffix.
+            format: ``"safetensors"``, ``"torch.export"`` or ``"onnx"``. None: by the suffix.
+            example_inputs: What the student is called with. None: inputs of the shapes and types it was trained on, in
+                this process or before the checkpoint was written; else Lightning's ``example_input_array``.
+            dynamic_dims: Dimensions of the inputs that may have any size.
+            overwrite: Whether to replace a file that is there.
+
+        Example:
+            >>> import tempfile
+            >>> module = DistillationModule(student=nn.Linear(4, 3))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     module.export_student(f"{folder}/student.pt2", example_inputs=torch.ones(2, 4)).max_difference
+            0.0
+        """
+        inputs = (each for each in (example_inputs, self.example_inputs, self.example_input_array) if each is not None)
+        return export_student(
+            self.student,
+            path,
+            format,
+            next(inputs, None),
+            built_from=self.hparams.get("student"),
+            dynamic_dims=dynamic_dims,
+            overwrite=overwrite,
+        )
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_CHECKPOINT_KEY] = self._run.state_dict(self._trainer)
+        # weight averaging has put its average of the temperature's state here; it is no weight
+        weights = checkpoint.get("state_dict", {})
+        weights.update({name: value for name, value in self._live_temperature_state().items() if name in weights})
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._run.load_state_dict(checkpoint.get(_CHECKPOINT_KEY, {}))
+        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if fitting and "loops" in checkpoint:  # loader workers fetch their first batches before on_train_start
+            loop = checkpoint["loops"]["fit_loop"]
+            epochs = loop["epoch_progress"]["current"]
+            done = loop["epoch_loop.batch_progress"]["is_last_batch"]
+            self._set_cache_epoch(epochs["ready" if done else "processed"])
+        if not fitting:
+            self._run.warn_of_changes()  # else at the start of training: a callback may put back what it had set
+
+    # ---- the temperature's state is no weight: WeightAveraging swaps all buffers, these hooks put ours back -------
+
+    def _live_temperature_state(self) -> dict[str, Tensor]:
+        return {
+            f"distiller.{prefix}.{name}": buffer.detach()
+            for prefix, policy in self.distiller.policies().items()
+            for name, buffer in policy.named_buffers()
+        }
+
+    def _keep_temperature_state(self) -> None:
+        self._temperature_state = {name: value.clone() for name, value in self._live_temperature_state().items()}
+
+    def _put_temperature_state_back(self) -> None:
+        live = self._live_temperature_state()
+        for name, value in self._temperature_state.items():
+            live[name].copy_(value)
+
+    @property
+    def _weights_are_averaged(self) -> bool:
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        return fitting and any(isinstance(callback, WeightAveraging) for callback in self._callbacks)
+
+    @property
+    def _callbacks(self) -> list[Callback]:
+        return self.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
+
+    @override
+    def on_validation_start(self) -> None:
+        if self._weights_are_averaged:
+            self._keep_temperature_state()
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        if self._weights_are_averaged:
+            self._put_temperature_state_back()
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        if self._weights_are_averaged:
+            self._keep_temperature_state()
+
+    @override
+    def on_train_end(self) -> None:
+        if self._weights_are_averaged:
+            self._put_temperature_state_back()
+
+
+def _progress_of(module: DistillationModule) -> Progress:
+    return module.progress
+
+
+# numbers that a graph reads from the trainer would be compiled into it, step by step
+_progress_outside_the_graph = cast(Callable[[DistillationModule], Progress], torch.compiler.disable(_progress_of))
+
+
+class _DetachOnException(Callback):
+    """Takes the hooks off where a fit ends without ``teardown``; only callbacks are told of an exception."""
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(pl_module, DistillationModule):
+            pl_module.distiller.detach()
+
+
+def _first_samples(loader: Any, count: int = 2) -> Any:
+    """A batch of a loader's first samples, in the structure of its batches.
+
+    Of a DataLoader only data set, sampler and ``collate_fn`` are used, so that no worker starts.
+    """
+    if isinstance(loader, CombinedLoader):
+        return _first_samples(loader.flattened[0] if loader._mode == "sequential" else loader.iterables, count)
+    if isinstance(loader, Mapping):
+        return {name: _first_samples(part, count) for name, part in loader.items()}
+    if isinstance(loader, (list, tuple)):
+        return [_first_samples(part, count) for part in loader]
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return next(iter(loader))
+    generators = {id(g): g for part in (loader, loader.sampler) if (g := getattr(part, "generator", None)) is not None}
+    kept = [(generator, generator.get_state()) for generator in generators.values()]
+    try:
+        if loader.batch_sampler is None:  # the data set itself gives batches
+            return loader.collate_fn(loader.dataset[next(iter(loader.sampler))])
+        indices = next(iter(loader.batch_sampler))[:count]
+        together = getattr(loader.dataset, "__getitems__", None)
+        return loader.collate_fn(together(indices) if together else [loader.dataset[index] for index in indices])
+    finally:
+        for generator, state in kept:
+            generator.set_state(state)

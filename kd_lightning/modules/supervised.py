@@ -1,0 +1,324 @@
+"""What the LightningModules with and without a teacher share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.optimizer import Optimizer
+from torchmetrics import Metric
+from typing_extensions import override
+
+from kd_lightning.export import describe_inputs, inputs_like
+from kd_lightning.functional import next_token_targets
+from kd_lightning.metrics import ClassificationMetrics
+from kd_lightning.modules.run import configure_with_groups
+from kd_lightning.teachers import call_model, extract_logits
+
+__all__ = ["SupervisedModule"]
+
+_PLAIN = (int, float, str, bool, type(None))
+
+
+class SupervisedModule(LightningModule):
+    r"""What :class:`~kd_lightning.ClassificationModule` and :class:`~kd_lightning.DistillationModule` share.
+
+    Batches, logits, optimisers, metrics and hyper-parameters. Two methods adapt it to other data and models:
+    :meth:`unpack_batch` and :meth:`extract_logits`.
+
+    With ``mean_over="step"`` the gradient of an optimiser step is that of the mean over all its labelled positions,
+    :math:`\sum_{b,i} \nabla \ell_{b,i} / \sum_b n_b`, with :math:`n_b` positions in each accumulated batch :math:`b` of
+    each rank: what one batch of them all would give. ``"batch"`` takes the mean of the batches' means, in which a token
+    of a short batch weighs more. The two differ only where batches are accumulated, or spread over ranks, whose counts
+    differ. Exact for losses that are a mean over labelled positions, given their temperatures.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable | None,
+        lr_scheduler: LRSchedulerCallable | None,
+        lr_scheduler_interval: Literal["epoch", "step"],
+        shift_labels: bool = False,
+        mean_over: Literal["batch", "step"] = "batch",
+    ) -> None:
+        super().__init__()
+        if mean_over not in ("batch", "step"):
+            raise ValueError(f"mean_over must be 'batch' or 'step', got {mean_over!r}.")
+        if lr_scheduler_interval not in ("epoch", "step"):
+            raise ValueError(f"lr_scheduler_interval must be 'epoch' or 'step', got {lr_scheduler_interval!r}.")
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_scheduler_interval = lr_scheduler_interval
+        self.shift_labels = shift_labels
+        self.mean_over = mean_over
+        self.metrics = nn.ModuleDict()
+        self._input_description: Any = None
+        self._last_targets: Tensor | None = None
+        self._step_items: Tensor | None = None  # labelled positions of the optimiser step so far
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that is trained."""
+        raise NotImplementedError
+
+    @property
+    def class_dim(self) -> int:
+        """The class dimension of the logits."""
+        return -1
+
+    @property
+    def ignore_index(self) -> int:
+        """The target value of positions without a label."""
+        return -100
+
+    # ---- what a user may override ---------------------------------------------------------------------------------
+
+    def unpack_batch(self, batch: Any) -> tuple[Any, Tensor | None]:
+        """Split a batch into the networks' inputs and the targets. Override for batches of another shape.
+
+        By default ``(inputs, targets)``; or a mapping, whose ``labels`` (or ``targets``) are the targets and the rest
+        the networks' keywords; or a bare tensor of inputs, as in prediction.
+
+        Args:
+            batch: What the data loader gives.
+
+        Returns:
+            Inputs (a tensor; a tuple for positional arguments; a mapping for keywords), and targets or None.
+
+        Raises:
+            TypeError: A batch of another shape.
+        """
+        if isinstance(batch, Tensor):
+            return batch, None
+        if isinstance(batch, Mapping):
+            rest = dict(batch)
+            for key in ("labels", "targets"):
+                if key in rest:
+                    return rest, rest.pop(key)
+            return rest, None
+        if isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
+            return batch[0], batch[1] if len(batch) == 2 else None
+        size = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise TypeError(
+            "expected a batch (inputs, targets), a mapping with 'labels' or a tensor, got "
+            f"{type(batch).__name__}{size}. "
+            "Override unpack_batch(batch) to say what its inputs and targets are."
+        )
+
+    def extract_logits(self, output: Any) -> Tensor:
+        """The logits in a network's output, the student's and the teacher's. Override for outputs of another kind.
+
+        By default the tensor itself, ``.logits`` as in Hugging Face's outputs, ``["logits"]`` or ``["out"]``.
+        """
+        return extract_logits(output)
+
+    def inputs_and_targets(self, batch: Any) -> tuple[Any, Tensor | None]:
+        """What :meth:`unpack_batch` gives, the targets shifted by one where ``shift_labels`` says so.
+
+        Raises:
+            ValueError: Labels to shift that are not there, or no ``(B, L)`` indices.
+        """
+        inputs, targets = self.unpack_batch(batch)
+        if not self.shift_labels:
+            return inputs, targets
+        if targets is None:
+            raise ValueError(
+                "shift_labels=True shifts the batch's labels, but it has none: give (input_ids, labels) or a mapping "
+                "with 'labels', such as input_ids.clone() with -100 at what is not to be learnt."
+            )
+        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        return inputs, next_token_targets(targets, mask, self.ignore_index)
+
+    # ---- Lightning ------------------------------------------------------------------------------------------------
+
+    @override
+    def forward(self, inputs: Any) -> Tensor:
+        """The logits of the network that is trained."""
+        return self.extract_logits(call_model(self.network, inputs))
+
+    @override
+    def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
+        """Logits, in the batch's order."""
+        return self(self.unpack_batch(batch)[0])
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Optimiser groups: by default one, of all parameters that require a gradient."""
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
+    @override
+    def configure_optimizers(self) -> Any:
+        """The optimiser given; else the network's own, if it is a LightningModule with one; else AdamW, lr 0.001."""
+        first, *rest = self.parameter_groups()
+        if not first["params"]:
+            raise ValueError(
+                f"{type(self.network).__name__} has no parameter that requires a gradient: there is nothing to train. "
+                "Was it frozen, or shared with the teacher?"
+            )
+        if self.optimizer is None and self._network_optimizers is not None:
+            return configure_with_groups(self._network_optimizers, rest)
+        parameters = [first, *rest] if rest else first["params"]
+        optimizer = self.optimizer(parameters) if self.optimizer else torch.optim.AdamW(parameters, lr=1e-3)
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        config = {"scheduler": scheduler, "interval": self.lr_scheduler_interval}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config["monitor"] = getattr(scheduler, "monitor", "val_task_loss")
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    # ---- what the network is called with, for an export of it -----------------------------------------------------
+
+    @property
+    def example_inputs(self) -> Any:
+        """Inputs of the shapes and types of the first training batch, in this run or the checkpoint's; None before."""
+        return None if self._input_description is None else inputs_like(self._input_description)
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._input_description is None:
+            self._input_description = describe_inputs(self.unpack_batch(batch)[0])
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["example_inputs"] = self._input_description
+
+    @property
+    def _network_optimizers(self) -> Any:
+        network = self.network
+        if isinstance(network, LightningModule) and is_overridden("configure_optimizers", network, LightningModule):
+            return network.configure_optimizers
+        return None
+
+    @override
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.mean_over == "batch":
+            super().backward(loss, *args, **kwargs)
+            return
+        targets = self._last_targets
+        if targets is None or targets.is_floating_point():
+            raise ValueError(
+                "mean_over='step' counts the labelled positions of the step: it needs targets that are class indices. "
+                "Take mean_over='batch' for other targets, or none."
+            )
+        items = (targets != self.ignore_index).sum()
+        super().backward(loss.float() * items, *args, **kwargs)  # of the sum
+        self._step_items = items if self._step_items is None else self._step_items + items
+        if not self.trainer.fit_loop._should_accumulate():  # here, before any hook or clipping looks at gradients
+            # Lightning has divided by the accumulated batches, and the strategy by the ranks
+            means = self.trainer.accumulate_grad_batches * self.trainer.world_size
+            total = self.trainer.strategy.reduce(self._step_items, reduce_op="sum")
+            gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+            torch._foreach_mul_(gradients, means / total.clamp(min=1))  # pyright: ignore[reportPrivateImportUsage]
+
+    @override
+    def on_before_zero_grad(self, optimizer: Optimizer) -> None:
+        self._step_items = None
+
+    @override
+    def on_train_start(self) -> None:
+        if self.mean_over == "step" and self.trainer.strategy.handles_gradient_accumulation:
+            raise ValueError(
+                "mean_over='step' divides the accumulated gradients itself, but they are out of reach under "
+                f"{type(self.trainer.strategy).__name__}. Take ddp, say, or mean_over='batch'."
+            )
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        self._log_metrics("train")
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+
+    # ---- for the subclasses ---------------------------------------------------------------------------------------
+
+    def _update_metrics(
+        self,
+        stage: str,
+        logits: Tensor,
+        targets: Tensor | None,
+        teacher_logits: Tensor | None = None,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if targets is None:
+            return
+        logits = logits.movedim(self.class_dim, -1)
+        if targets.shape not in (logits.shape[:-1], logits.shape):
+            return  # a task whose targets are no classes has no accuracy
+        if teacher_logits is not None:
+            teacher_logits = teacher_logits.movedim(self.class_dim, -1)
+        key = f"{stage}_{dataloader_idx}"
+        if key not in self.metrics:
+            metrics = ClassificationMetrics(
+                logits.shape[-1], self.ignore_index, teacher_logits is not None, stage != "train", logits.dim() == 3
+            )
+            self.metrics[key] = metrics.to(self.device)
+        metrics = self.metrics[key]
+        assert isinstance(metrics, ClassificationMetrics)
+        metrics.observe(logits, targets, teacher_logits)
+
+    def _log_metrics(self, stage: str) -> None:
+        keys = [key for key in self.metrics if key.startswith(f"{stage}_")]
+        for key in keys:
+            suffix = f"/dataloader_idx_{key.rpartition('_')[2]}" if len(keys) > 1 else ""
+            metrics = self.metrics[key]
+            assert isinstance(metrics, ClassificationMetrics)
+            for name, metric in metrics.items():
+                assert isinstance(metric, Metric)
+                if not metric.update_called:
+                    continue  # an epoch without optimisation, such as StochasticWeightAveraging adds
+                self.log(
+                    f"{stage}_{name}{suffix}",
+                    metric,
+                    metric_attribute=f"metrics.{key}.{name}",  # made after Lightning listed the metrics there are
+                    add_dataloader_idx=False,
+                    prog_bar=stage != "train" and name == ("perplexity" if "perplexity" in metrics else "acc"),
+                )
+
+    def _weight(self, logits: Tensor, targets: Tensor | None) -> int:
+        """What a batch's mean losses weigh in an evaluation: its labelled positions where it has several a sample."""
+        if targets is None or targets.is_floating_point() or targets.dim() < 2:
+            return len(logits)
+        # times the ranks: Lightning takes the weights' mean over them in integers, and cuts what is left over
+        return int((targets != self.ignore_index).sum()) * self.trainer.world_size
+
+    def _save_plain_hyperparameters(self) -> None:
+        """Save the arguments of the ``__init__`` that calls this, so that checkpoints load with ``weights_only=True``.
+
+        From the command line that is the whole configuration, as Lightning gives it. In Python it is the arguments that
+        are primitives: networks and functions are given again to ``load_from_checkpoint``.
+        """
+        frame = inspect.currentframe()
+        init = frame.f_back if frame is not None else None
+        assert init is not None
+        if _given_hyperparameters.get() is not None:
+            self.save_hyperparameters(frame=init)
+            return
+        complex_arguments, caller = [], init
+        while caller is not None and caller.f_code.co_name == "__init__" and caller.f_locals.get("self") is self:
+            names = inspect.getargvalues(caller)[0]
+            complex_arguments += [name for name in names if not isinstance(caller.f_locals[name], _PLAIN)]
+            caller = caller.f_back
+        self.save_hyperparameters(ignore=complex_arguments, frame=init)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._input_description = checkpoint.get("example_inputs")
+        hparams = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
+        if hparams and "_instantiator" in hparams and self._trainer is None:
+            # load_from_checkpoint of a file from the command line: keep its plain configuration rather than the objects
+            # that were made of it, or the next checkpoint could not be loaded
+            self._set_hparams(dict(hparams))
+            self._hparams_name = "kwargs"

@@ -1,0 +1,46 @@
+"""What a user may write for a temperature, and the policy that it means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from torch import nn
+
+from kd_lightning.schedules import Progress, Schedule
+from kd_lightning.temperature.base import TemperaturePolicy
+from kd_lightning.temperature.scheduled import ConstantTemperature, ScheduledTemperature
+
+__all__ = ["TemperatureLike", "as_policy"]
+
+TemperatureLike: TypeAlias = float | Schedule | TemperaturePolicy
+
+
+def as_policy(temperature: float | Callable[[Progress], float] | TemperaturePolicy) -> TemperaturePolicy:
+    """Turn what a user may write for a temperature into a policy.
+
+    Args:
+        temperature: A number → :class:`ConstantTemperature`; a schedule, or any function from :class:`Progress` to a
+            number → :class:`ScheduledTemperature`; a policy → itself.
+
+    Raises:
+        TypeError: Anything else.
+
+    Example:
+        >>> as_policy(4.0)
+        ConstantTemperature(value=4)
+        >>> from kd_lightning.temperature import CosineSchedule
+        >>> as_policy(CosineSchedule(init_value=8.0, end_value=1.0))
+        ScheduledTemperature(schedule=CosineSchedule(init_value=8.0, end_value=1.0, until=1.0))
+    """
+    if isinstance(temperature, TemperaturePolicy):
+        return temperature
+    if isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
+        return ConstantTemperature(temperature)
+    if callable(temperature) and not isinstance(temperature, (type, nn.Module)):
+        return ScheduledTemperature(temperature)
+    received = temperature.__name__ if isinstance(temperature, type) else type(temperature).__name__
+    raise TypeError(
+        f"temperature must be a number, a schedule (Progress → number) or a TemperaturePolicy, got {received}."
+        + (" Pass an instance, not the class." if isinstance(temperature, type) else "")
+    )

@@ -1,0 +1,66 @@
+"""What a temperature policy is given: one batch, and where training stands."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from kd_lightning.schedules import Progress
+
+__all__ = ["Signals"]
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a policy may look at: one batch, and where training stands.
+
+    Attributes:
+        student_logits: ``(…, C)``, class dimension last.
+        teacher_logits: The same shape.
+        targets: Class indices in the logits' shape without the last dimension; None where there are none.
+        progress: Step and epoch.
+        ignore_index: Target value of positions that do not count; None where all count.
+        depth: Where in the student the logits come from: 0 is its first layer with a loss, 1 the last; 1 for the
+            logits themselves.
+
+    Example:
+        >>> signals = Signals(torch.zeros(2, 3), torch.zeros(2, 3), targets=torch.tensor([1, -100]))
+        >>> signals.valid
+        tensor([ True, False])
+    """
+
+    student_logits: Tensor
+    teacher_logits: Tensor
+    targets: Tensor | None = None
+    progress: Progress = field(default_factory=Progress)
+    ignore_index: int | None = -100
+    depth: float = 1.0
+
+    @property
+    def class_targets(self) -> Tensor | None:
+        """The targets where they are class indices, one per position; None otherwise (none, soft, multi-label)."""
+        targets = self.targets
+        if targets is None or targets.is_floating_point() or targets.shape != self.student_logits.shape[:-1]:
+            return None
+        return targets
+
+    @property
+    def valid(self) -> Tensor | None:
+        """Mask of the positions that count, in the logits' shape without the last dimension; None where all do."""
+        targets = self.class_targets
+        return None if targets is None or self.ignore_index is None else targets != self.ignore_index
+
+    def full(self, value: float) -> Tensor:
+        """A ``(1,)`` tensor on the device and in the dtype of the student's logits.
+
+        Inside a policy that is float32 (or float64) whatever torch's default dtype is at the moment; half-precision
+        trainers change it around the training step.
+        """
+        return self.student_logits.new_full((1,), value)
+
+    def replace(self, **changes: Any) -> Signals:
+        """A copy with some attributes changed."""
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,62 @@
+"""Imports run one way only."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import kd_lightning
+
+ROOT = Path(kd_lightning.__file__).parent
+LAYERS = [
+    {"functional", "schedules"},
+    {"temperature", "losses", "models"},
+    {"teachers"},
+    {"layers"},
+    {"distiller", "plotting", "export"},
+    {"metrics", "modules"},
+    {"callbacks"},
+    {"sweep", "cli", "__main__"},
+]
+ALONE = {"datamodules"}
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+WITHOUT_LIGHTNING = LAYERS[0] | LAYERS[1] | LAYERS[2] | LAYERS[3] | LAYERS[4]
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path) -> None:
+    room = room_of(path)
+    assert room in LEVEL or room in ALONE, f"{room} has no place among the layers"
+    used = {name.split(".")[1] for name in imported(path) if name.startswith("kd_lightning.")} - {room}
+    used &= set(LEVEL) | ALONE
+    if room in ALONE:
+        assert not used
+    else:
+        allowed = {other for other, level in LEVEL.items() if level <= LEVEL[room]}
+        alone = {"callbacks": {"plotting"}, "cli": ALONE, "__main__": ALONE}.get(room, set())
+        assert used <= allowed | alone
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_core_serves_a_bare_loop(path: Path) -> None:
+    if room_of(path) in WITHOUT_LIGHTNING:
+        assert not [name for name in imported(path) if name.split(".")[0] in ("lightning", "pytorch_lightning")]

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kd_lightning import FrozenTeacher
+from kd_lightning.cli import main
+
+ROOT = Path(__file__).parents[2]
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=false"]
+OUTPUT = "--output=made/ahead.cache"
+
+
+@pytest.fixture(autouse=True)
+def _project_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kd-lightning"])
+
+
+def build(*arguments: str, config: str = "digits_cached") -> None:
+    main(["cache-teacher", "--config", f"configs/{config}.yaml", *QUIET, *arguments])
+
+
+def test_a_cache_is_made_ahead_and_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    build("--data.num_workers=2")
+    path = Path("logs/digits_cached/teacher.cache")
+    assert f"TeacherCache({path}, 264 of 264 rows, 25 bytes each)" in capsys.readouterr().out
+    content = path.read_bytes()
+    assert len(content) == 4096 + 264 * 25
+
+    runs: list[bool] = []
+    call = FrozenTeacher.__call__
+    monkeypatch.setattr(FrozenTeacher, "__call__", lambda self, inputs: runs.append(True) or call(self, inputs))
+    fit = ["--trainer.max_epochs=5", "--trainer.limit_val_batches=0", "--trainer.callbacks=null"]
+    main(["fit", "--config", "configs/digits_cached.yaml", *QUIET, *fit])
+    assert len(runs) == 1
+    assert path.read_bytes() == content
+
+
+def test_an_interrupted_build_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = FrozenTeacher.logits
+    calls: list[int] = []
+
+    def stop(self: FrozenTeacher, *arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 6:
+            raise MemoryError
+        return stopped(self, *arguments)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(FrozenTeacher, "logits", stop)
+    with pytest.raises(MemoryError):
+        build(OUTPUT)
+    before = Path("made/ahead.cache").read_bytes()
+    build(OUTPUT)
+    assert len(calls) == 6 + 12 - 5
+    after = Path("made/ahead.cache").read_bytes()
+    written = 4096 + 4 * 264, 4096 + 4 * 264 + 20 * 22 * 5
+    assert before[slice(*written)] == after[slice(*written)]
+    build(OUTPUT)  # there is nothing left to do
+    assert len(calls) == 6 + 12 - 5
+    damaged = bytearray(after)
+    damaged[5200] ^= 1
+    Path("made/ahead.cache").write_bytes(damaged)
+    with pytest.raises(ValueError, match="row 2 does not match its checksum"):
+        build(OUTPUT)
+
+
+def test_output_gives_a_cache_to_a_teacher_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    build(OUTPUT, config="digits")
+    assert "TeacherCache(made/ahead.cache, 66 of 66 rows, 25 bytes each)" in capsys.readouterr().out
+
+
+def test_what_cannot_be_cached() -> None:
+    with pytest.raises(ValueError, match="this teacher has no cache"):
+        build(config="digits")
+    with pytest.raises(TypeError, match="needs a DistillationModule with a teacher, got ClassificationModule"):
+        build(config="digits_baseline")
+    with pytest.raises(ValueError, match="random augmentation"):
+        build(OUTPUT, "--data.augment=true", config="digits")
+
+
+def test_data_that_do_not_say_which_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from kd_lightning.datamodules import DigitsDataModule\n"
+        "class Mine(DigitsDataModule):\n"
+        "    wrap_train = property(lambda self: None, lambda self, value: None)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = yaml.safe_load((ROOT / "configs" / "digits_cached.yaml").read_text())
+    config["data"]["class_path"] = "mine.Mine"
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match="Mine does not say which samples its batches have"):
+        main(["cache-teacher", "--config", "mine.yaml", *QUIET])
