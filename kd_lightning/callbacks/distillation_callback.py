@@ -25,7 +25,7 @@ from kd_lightning.modules.run import (
     is_logging_step,
     step_readings,
 )
-from kd_lightning.teachers import Call, FrozenTeacher, extract_logits
+from kd_lightning.teachers import Call, Teacher, extract_logits
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 
 __all__ = ["DistillationCallback"]
@@ -86,7 +86,7 @@ class DistillationCallback(Callback):
 
     def __init__(
         self,
-        teacher: nn.Module | FrozenTeacher,
+        teacher: nn.Module | Teacher,
         student_layer: str | None = None,
         temperature: float | Schedule | TemperaturePolicy | Callable[[Progress], float] = 4.0,
         kd_loss: nn.Module | None = None,

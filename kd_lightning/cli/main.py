@@ -13,7 +13,6 @@ import yaml
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -25,7 +24,7 @@ from kd_lightning import ClassificationModule, DistillationModule, LayerTerm  # 
 from kd_lightning.callbacks import TemperatureFinder
 from kd_lightning.export import SUFFIXES, ExportFormat, export_student, inputs_like
 from kd_lightning.plotting import plot_schedule, plot_softening
-from kd_lightning.teachers import IndexedDataset, TeacherCache, split_index
+from kd_lightning.teachers import FrozenTeacher, IndexedDataset, TeacherCache, split_index
 from kd_lightning.teachers.indexed import Rows
 from kd_lightning.teachers.weights import load_weights
 
@@ -87,7 +86,7 @@ class CommandTrainer(Trainer):
         teacher = model.teacher if isinstance(model, DistillationModule) else None
         if not isinstance(model, DistillationModule) or teacher is None:
             raise TypeError(f"cache-teacher needs a DistillationModule with a teacher, got {type(model).__name__}.")
-        if output is not None and not teacher.caches:
+        if output is not None and isinstance(teacher, FrozenTeacher) and not teacher.caches:
             teacher.cache = TeacherCache(output)
         elif output is not None:
             teacher.caches[0].path = Path(output)
@@ -208,7 +207,7 @@ class _CacheBuilder(LightningModule):
         self.module = module
 
     @override
-    def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Any:
         batch, rows = split_index(batch)
         teacher = self.module.teacher
         assert teacher is not None

@@ -17,7 +17,7 @@ from kd_lightning.functional import Temperature
 from kd_lightning.layers.extractor import FeatureExtractor, find_layers, layer_depths
 from kd_lightning.losses import FeatureLoss, SoftFeatureLoss
 from kd_lightning.schedules import as_schedule, weight_at
-from kd_lightning.teachers import FrozenTeacher, TeacherEnsemble, call_model
+from kd_lightning.teachers import Teacher, call_model
 from kd_lightning.temperature import Progress, Schedule, Signals, TemperaturePolicy, as_policy
 from kd_lightning.temperature.base import Temperatures
 
@@ -242,10 +242,10 @@ class LayerTerms(nn.ModuleList):
         layers = [term.student_layer for term in self]
         return [name if layers.count(name) == 1 else f"{name}_{index}" for index, name in enumerate(layers)]
 
-    def attach(self, student: nn.Module, teacher: FrozenTeacher) -> None:
+    def attach(self, student: nn.Module, teacher: Teacher) -> None:
         """Put hooks on both networks, and tell the terms how deep their layers lie."""
         self.detach()
-        network = _whole_network(teacher)
+        network = teacher.network()
         self._layers = [
             (_one_layer(student, term.student_layer), _one_layer(network, term.teacher_layer)) for term in self
         ]
@@ -269,7 +269,7 @@ class LayerTerms(nn.ModuleList):
         for extractor in self._extractors or ():
             extractor.clear()
 
-    def build(self, student: nn.Module, teacher: FrozenTeacher, inputs: Any) -> None:
+    def build(self, student: nn.Module, teacher: Teacher, inputs: Any) -> None:
         """Make the projectors, from one forward of each network in eval mode that leaves no trace."""
         attached = self._extractors is not None
         if not attached:
@@ -277,7 +277,7 @@ class LayerTerms(nn.ModuleList):
         try:
             with torch.no_grad(), _in_eval(student), _random_state_kept(student):
                 call_model(student, inputs)
-                teacher(inputs)
+                teacher.logits(inputs, extract=_anything)
                 for term, features in zip(self, self._features(), strict=True):
                     term.build_for(*features)
         finally:
@@ -323,17 +323,8 @@ class LayerTerms(nn.ModuleList):
         return {**vars(self), "_extractors": None}  # a copy has no hooks
 
 
-def _whole_network(teacher: FrozenTeacher) -> nn.Module:
-    """The network whose one forward gives the features of a batch."""
-    if isinstance(teacher, TeacherEnsemble):
-        raise ValueError("layers are those of one network, and a TeacherEnsemble is several: leave them out, or take "
-                         "one FrozenTeacher.")  # fmt: skip
-    if teacher.micro_batch_size is not None:
-        raise ValueError(
-            "layers need the features of the whole batch, but the teacher has micro_batch_size="
-            f"{teacher.micro_batch_size}: leave it out."
-        )
-    return teacher.module
+def _anything(output: Any) -> Any:
+    return output
 
 
 def _one_layer(module: nn.Module, pattern: str) -> str:

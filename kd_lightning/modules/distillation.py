@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
-from kd_lightning.distiller import DistillationOutput, Distiller
+from kd_lightning.distiller import DistillationOutput
 from kd_lightning.export import ExportFormat, ExportReport, export_student
-from kd_lightning.layers.terms import LayerTerm
-from kd_lightning.losses import FusedLinearKDLoss
+from kd_lightning.fused_distiller import make_distiller
+from kd_lightning.layers import LayerTerm
 from kd_lightning.modules.run import DistillationRun, is_logging_step, step_readings
 from kd_lightning.modules.supervised import SupervisedModule
-from kd_lightning.teachers import FrozenTeacher, TeacherEnsemble, check_hidden_states, hidden_states, split_index
+from kd_lightning.teachers import Teacher, split_index
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 
 __all__ = ["DistillationModule"]
@@ -93,7 +93,7 @@ class DistillationModule(SupervisedModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | FrozenTeacher | None = None,
+        teacher: nn.Module | Teacher | None = None,
         temperature: float | Schedule | TemperaturePolicy | Callable[[Progress], float] = 4.0,
         kd_loss: nn.Module | None = None,
         task_loss: nn.Module | None = None,
@@ -109,10 +109,9 @@ class DistillationModule(SupervisedModule):
         super().__init__(optimizer, lr_scheduler, lr_scheduler_interval, shift_labels, mean_over)
         self._save_plain_hyperparameters()
         self.student = student
-        self.distiller = Distiller(teacher, temperature, kd_loss, task_loss, kd_weight, task_weight, layers)
+        self.distiller = make_distiller(teacher, temperature, kd_loss, task_loss, kd_weight, task_weight, layers)
         self.last_output: DistillationOutput | None = None
         self._rows: Tensor | None = None  # of the batch at hand in the teacher's cache
-        self._heads_are_checked = False
         self._run = DistillationRun(self.distiller, type(self).__name__)
         self._temperature_state: dict[str, Tensor] = {}
         self._run.check_student(student)
@@ -138,8 +137,8 @@ class DistillationModule(SupervisedModule):
         return self.distiller.task_ignore_index
 
     @property
-    def teacher(self) -> FrozenTeacher | None:
-        """The frozen teacher."""
+    def teacher(self) -> Any:
+        """The :class:`~kd_lightning.teachers.Teacher`, or None."""
         return self.distiller.teacher
 
     @property
@@ -152,9 +151,7 @@ class DistillationModule(SupervisedModule):
     @override
     def forward(self, inputs: Any) -> Tensor:
         """The student's logits."""
-        return super().forward(
-            self.teacher.without_routing(inputs) if isinstance(self.teacher, TeacherEnsemble) else inputs
-        )
+        return super().forward(inputs if self.teacher is None else self.teacher.student_inputs(inputs))
 
     @override
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
@@ -197,15 +194,9 @@ class DistillationModule(SupervisedModule):
                 "the teacher has a cache, but the training batch does not say which samples it has: make the loader of "
                 "teacher.index(dataset), or give the teacher no cache."
             )
-        if self.training and isinstance(self.distiller.kd_loss, FusedLinearKDLoss):
-            if not self._heads_are_checked:
-                check_hidden_states(self.student, inputs)
-                self.teacher.hidden_states(inputs, check=True)
-                self._heads_are_checked = True
-            return self.distiller(inputs, hidden_states(self.student, inputs), targets, progress), targets
-        student_logits = self(inputs)
-        teacher_logits = self.teacher.logits(inputs, rows, self.extract_logits)
-        return self.distiller(inputs, student_logits, targets, progress, teacher_logits=teacher_logits), targets
+        student = self.distiller.run_student(self, self.student, inputs)
+        teacher_logits = self.distiller.teacher_logits(inputs, rows, self.extract_logits)
+        return self.distiller(inputs, student, targets, progress, teacher_logits=teacher_logits), targets
 
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:
         if self.teacher is not None and self.teacher.loaded:

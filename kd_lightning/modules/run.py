@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
 from kd_lightning.distiller import DistillationOutput, Distiller
-from kd_lightning.teachers import FrozenTeacher, TeacherEnsemble
+from kd_lightning.teachers import Teacher
 from kd_lightning.temperature import Progress
 
 __all__ = ["DistillationRun", "configure_with_groups", "gather", "is_distributed", "is_logging_step", "step_readings"]
@@ -38,7 +38,7 @@ class DistillationRun:
         self._restored: dict[str, Any] = {}
 
     @property
-    def teacher(self) -> FrozenTeacher:
+    def teacher(self) -> Teacher:
         """The teacher of a run, which has one."""
         assert self.distiller.teacher is not None
         return self.distiller.teacher
@@ -75,7 +75,7 @@ class DistillationRun:
             ValueError: They do.
         """
         teacher = self.distiller.teacher
-        taught = set() if teacher is None else {id(parameter) for parameter in teacher.module.parameters()}
+        taught = set() if teacher is None else {id(parameter) for parameter in teacher.parameters()}
         shared = [name for name, parameter in student.named_parameters() if id(parameter) in taught]
         if shared:
             raise ValueError(
@@ -158,8 +158,8 @@ class DistillationRun:
             "task_weight": distiller.task_weight,
             "layers": list(distiller.layers),
         }
-        ensemble = {"teacher": distiller.teacher.settings} if isinstance(distiller.teacher, TeacherEnsemble) else {}
-        return {name: repr(part) for name, part in parts.items()} | ensemble
+        settings = "" if distiller.teacher is None else distiller.teacher.settings
+        return {name: repr(part) for name, part in parts.items()} | ({"teacher": settings} if settings else {})
 
     @override
     def __repr__(self) -> str:

@@ -12,14 +12,19 @@ from kd_lightning.teachers.calls import (
 from kd_lightning.teachers.ensemble import TeacherEnsemble
 from kd_lightning.teachers.frozen import FrozenTeacher, as_teacher
 from kd_lightning.teachers.indexed import Indexed, IndexedDataset, split_index
+from kd_lightning.teachers.teacher import GivenLogits, LossTerm, Opinions, Teacher
 from kd_lightning.teachers.weights import fingerprint, load_weights
 
 __all__ = [
     "Call",
     "FrozenTeacher",
+    "GivenLogits",
     "HiddenStates",
     "Indexed",
     "IndexedDataset",
+    "LossTerm",
+    "Opinions",
+    "Teacher",
     "TeacherCache",
     "TeacherEnsemble",
     "as_teacher",

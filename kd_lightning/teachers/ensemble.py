@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import signature
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,40 +20,19 @@ from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import extract_logits
 from kd_lightning.teachers.frozen import FrozenTeacher
 from kd_lightning.teachers.indexed import IndexedDataset
+from kd_lightning.teachers.teacher import LossTerm, Opinions, Teacher
 from kd_lightning.temperature.base import TemperaturePolicy
 from kd_lightning.temperature.convert import as_policy
 from kd_lightning.temperature.signals import Signals
 
-__all__ = ["Combine", "LossTerm", "Opinions", "TeacherEnsemble"]
+__all__ = ["Combine", "TeacherEnsemble"]
 
 Combine: TypeAlias = Literal["probs", "logits", "losses"]
 Confidence: TypeAlias = Literal["confidence", "entropy"]
 Routing: TypeAlias = Callable[[Any, Tensor | None], Tensor]
 
 
-class Opinions(NamedTuple):
-    """What the members of an ensemble say of one batch, class dimension last.
-
-    Attributes:
-        logits: One ``(…, C)`` for each member. In rows that a member does not know, the consensus stands.
-        weights: ``(K, 1)``, or ``(K, …, 1)`` where they differ by row; the sum over the members is 1.
-        consensus: What they say together at temperature 1, as logits: what policies and metrics see.
-    """
-
-    logits: Sequence[Tensor]
-    weights: Tensor
-    consensus: Tensor
-
-
-class LossTerm(NamedTuple):
-    """A teacher's part in the loss: logits, class dimension last; their temperature; their weight, ``None`` for 1."""
-
-    logits: Tensor
-    temperature: Temperature
-    weight: Tensor | None = None
-
-
-class TeacherEnsemble(FrozenTeacher):
+class TeacherEnsemble(Teacher):
     r"""Several frozen teachers in the place of one; each runs once per batch.
 
     With the members' logits :math:`t_k`, temperatures :math:`T_k` and weights :math:`w_k`, :math:`\sum_k w_k = 1`, the
@@ -111,7 +91,7 @@ class TeacherEnsemble(FrozenTeacher):
 
     def __init__(
         self,
-        teachers: Sequence[nn.Module | FrozenTeacher],
+        teachers: Sequence[nn.Module | Teacher],
         temperatures: Sequence[float | Schedule | TemperaturePolicy | Callable[[Progress], float]] | None = None,
         weights: Sequence[float | Schedule | Callable[[Progress], float]] | Confidence | None = None,
         combine: Combine = "probs",
@@ -123,8 +103,7 @@ class TeacherEnsemble(FrozenTeacher):
             raise TypeError("a TeacherEnsemble within another is not supported: list all teachers in one.")
         if combine not in get_args(Combine):
             raise ValueError(f"combine must be one of {', '.join(map(repr, get_args(Combine)))}, got {combine!r}.")
-        self.teachers = [t if isinstance(t, FrozenTeacher) else FrozenTeacher(t) for t in teachers]
-        self.module = nn.ModuleList(member.module for member in self.teachers)
+        self.teachers: list[Teacher] = [t if isinstance(t, Teacher) else FrozenTeacher(t) for t in teachers]
         waiting = [member.checkpoint for member in self.teachers if member.checkpoint is not None]
         self.checkpoint = ", ".join(waiting) or None
         self.temperatures = [as_policy(temperature) for temperature in temperatures or ()]
@@ -148,7 +127,7 @@ class TeacherEnsemble(FrozenTeacher):
 
     @property
     @override
-    def loaded(self) -> bool:
+    def loaded(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return all(teacher.loaded for teacher in self.teachers)
 
     @override
@@ -170,22 +149,22 @@ class TeacherEnsemble(FrozenTeacher):
         return self._fingerprint
 
     @override
-    def __call__(self, inputs: Any) -> tuple[Any, ...]:
-        """Each member's own output for these inputs."""
-        inputs = self.without_routing(inputs)
-        return tuple(teacher(inputs) for teacher in self.teachers)
-
-    @override
     def logits(
         self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
     ) -> tuple[Tensor, ...]:
-        inputs = self.without_routing(inputs)
-        return tuple(teacher.logits(inputs, index, extract) for teacher in self.teachers)
+        inputs = self.student_inputs(inputs)
+        members: Any = (teacher.logits(inputs, index, extract) for teacher in self.teachers)
+        return tuple(members)
+
+    @override
+    def __call__(self, inputs: Any) -> tuple[Any, ...]:
+        """Return each member's own output for these inputs."""
+        inputs = self.student_inputs(inputs)
+        return tuple(teacher(inputs) for teacher in self.teachers)
 
     @property
     @override
-    def caches(self) -> tuple[TeacherCache, ...]:
-        """The members' caches."""
+    def caches(self) -> tuple[TeacherCache, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return tuple(cache for teacher in self.teachers for cache in teacher.caches)
 
     @override
@@ -200,8 +179,32 @@ class TeacherEnsemble(FrozenTeacher):
                 "the caches of an ensemble must draw the same augmentation, got (augmentation, slots, seed) of "
                 f"{', '.join(map(str, sorted(draws, key=str)))}: give them the same."
             )
-        first, *_ = [teacher.index(dataset, collate_fn) for teacher in self.teachers if teacher.cache is not None]
+        first, *_ = [teacher.index(dataset, collate_fn) for teacher in self.teachers if teacher.caches]
         return first
+
+    @override
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return (parameter for teacher in self.teachers for parameter in teacher.parameters())
+
+    @override
+    def network(self) -> nn.Module:
+        raise ValueError("layers are those of one network, and a TeacherEnsemble is several: leave them out, or take "
+                         "one FrozenTeacher.")  # fmt: skip
+
+    @override
+    def check_loss(self, kd_loss: nn.Module) -> None:
+        """Raise if the loss has no softmax for ``"probs"``, or no loss by row for weights by row."""
+        if self.combine == "probs" and not getattr(kd_loss, "compares_distributions", True):
+            raise ValueError(
+                f"{type(kd_loss).__name__} sees logits without a softmax, and combine='probs' mixes what softmax "
+                "gives. Take TeacherEnsemble(..., combine='logits') or combine='losses'."
+            )
+        by_row = self.confidence is not None or self.routing is not None
+        if self.combine == "losses" and by_row and "reduction" not in signature(kd_loss.forward).parameters:
+            raise TypeError(
+                "combine='losses' with weights by row needs the loss of each row: derive "
+                f"{type(kd_loss).__name__} from kd_lightning.losses.LogitLoss, or take combine='probs'."
+            )
 
     @override
     def to(self, *args: Any, **kwargs: Any) -> TeacherEnsemble:
@@ -219,8 +222,9 @@ class TeacherEnsemble(FrozenTeacher):
         return f"{type(self).__name__}([{', '.join(map(repr, self.teachers))}], {self.settings})"
 
     @property
-    def settings(self) -> str:
-        """How the members are combined, for the eye and for checkpoints."""
+    @override
+    def settings(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """How the members are combined."""
         weights = repr(self.confidence) if self.confidence else str(self.weights or None)
         routing = getattr(self.routing, "__qualname__", None) or repr(self.routing)
         temperatures = self.temperatures or None
@@ -228,12 +232,18 @@ class TeacherEnsemble(FrozenTeacher):
 
     # ---- what they say together -----------------------------------------------------------------------------------
 
-    def without_routing(self, inputs: Any) -> Any:
-        """The networks' inputs, without the key that ``routing`` names."""
+    @override
+    def student_inputs(self, inputs: Any) -> Any:
+        """Return the networks' inputs, without the key that ``routing`` names."""
         if isinstance(self.routing, str) and isinstance(inputs, Mapping):
             return {key: value for key, value in inputs.items() if key != self.routing}
         return inputs
 
+    @override
+    def members(self, logits: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+        return tuple(logits)
+
+    @override
     def weigh(self, logits: Sequence[Tensor], signals: Signals, inputs: Any = None) -> Opinions:
         """Who knows what, who counts how much, and what they say together at temperature 1.
 
@@ -252,7 +262,7 @@ class TeacherEnsemble(FrozenTeacher):
             known = self._check_known(torch.stack(counted), signals)
             logits = [z.masked_fill(~mask, 0.0) for z, mask in zip(logits, known, strict=True)]
         if len(logits) == 1:
-            return Opinions(logits, logits[0].new_ones(1, 1), logits[0])
+            return Opinions(logits, None, logits[0])
         shares = self._shares(logits, weights, known, signals)
         if self.combine == "logits":
             consensus = mixed_logits(logits, [1.0] * len(logits), [*shares])
@@ -263,6 +273,7 @@ class TeacherEnsemble(FrozenTeacher):
             logits = [torch.where(mask, z, consensus) for z, mask in zip(logits, known, strict=True)]
         return Opinions(logits, shares, consensus)
 
+    @override
     def loss_terms(
         self,
         opinions: Opinions,
@@ -280,7 +291,8 @@ class TeacherEnsemble(FrozenTeacher):
             policy: That policy.
             temperatures: The members' own policies, or none.
         """
-        logits, weights = [policy.transform(z) for z in opinions.logits], opinions.weights
+        logits = [policy.transform(z) for z in opinions.logits]
+        weights = logits[0].new_ones(1, 1) if opinions.weights is None else opinions.weights
         own: list[Tensor] = []
         if temperatures:
             given = [*zip(temperatures, opinions.logits, strict=True)]
@@ -412,7 +424,7 @@ class TeacherEnsemble(FrozenTeacher):
         if len(logits) != len(self.teachers):
             raise ValueError(f"an ensemble of {len(self.teachers)} teachers needs as many logits, got {len(logits)}.")
         if len({z.shape for z in logits}) > 1:
-            names = [type(teacher.module).__name__ for teacher in self.teachers]
+            names = [_name(teacher) for teacher in self.teachers]
             each = [
                 f"teacher {k} ({name}) {z.shape[-1]}" for k, (name, z) in enumerate(zip(names, logits, strict=True))
             ]
@@ -420,6 +432,10 @@ class TeacherEnsemble(FrozenTeacher):
             shapes = ", ".join(each) if differ else ", ".join(str(tuple(z.shape)) for z in logits)
             what = "number of classes" if differ else "shape of logits"
             raise ValueError(f"the teachers of an ensemble must have the same {what}, got {shapes}.")
+
+
+def _name(teacher: Teacher) -> str:
+    return type(getattr(teacher, "module", teacher)).__name__
 
 
 def _weighted_sum(weights: Tensor, values: Sequence[Tensor]) -> Tensor:

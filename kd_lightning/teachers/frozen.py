@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from typing_extensions import override
 
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import (
@@ -22,6 +23,7 @@ from kd_lightning.teachers.calls import (
     in_micro_batches,
 )
 from kd_lightning.teachers.indexed import IndexedDataset
+from kd_lightning.teachers.teacher import Teacher
 from kd_lightning.teachers.weights import fingerprint, load_weights, looks_untrained
 
 __all__ = ["FrozenTeacher", "Precision", "as_teacher"]
@@ -30,7 +32,7 @@ Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class FrozenTeacher:
+class FrozenTeacher(Teacher):
     """A trained network that only ever predicts.
 
     Its parameters need no gradient, it stays in eval mode whatever is called on the module around it, and it runs under
@@ -105,7 +107,7 @@ class FrozenTeacher:
         self._parts = tuple(module.modules())
         self._compiled: Callable[..., Any] | None = None
         self._fingerprint: str | None = None
-        self._loaded = checkpoint is None
+        self.loaded = checkpoint is None
         if checkpoint is None and looks_untrained(module):
             warnings.warn(
                 f"the teacher {type(module).__name__} still has the weights of its initialisation: the student would "
@@ -117,21 +119,16 @@ class FrozenTeacher:
         if channels_last:
             module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
-    @property
-    def loaded(self) -> bool:
-        """Whether the weights are in place."""
-        return self._loaded
-
     def available(self) -> bool:
         """Whether the weights are in place, or their file is there to be read."""
-        return self._loaded or (self.checkpoint is not None and Path(self.checkpoint).is_file())
+        return self.loaded or (self.checkpoint is not None and Path(self.checkpoint).is_file())
 
     def load(self) -> FrozenTeacher:
         """Read the checkpoint, the first time only. Called by itself on first use."""
-        if not self._loaded:
+        if not self.loaded:
             assert self.checkpoint is not None
             load_weights(self.module, self.checkpoint, self.prefix)
-            self._loaded = True
+            self.loaded = True
         return self
 
     def fingerprint(self) -> str:
@@ -169,8 +166,8 @@ class FrozenTeacher:
 
     def logits(
         self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
-    ) -> Any:
-        """The logits for these inputs, from the cache where it has them; of an ensemble one tensor for each member.
+    ) -> Tensor:
+        """Return the logits for these inputs, from the cache where it has them.
 
         Args:
             inputs: See :func:`call_model`.
@@ -192,9 +189,32 @@ class FrozenTeacher:
         return next(self.module.parameters(), None)
 
     @property
-    def caches(self) -> tuple[TeacherCache, ...]:
-        """Its cache, if it has one."""
+    @override
+    def caches(self) -> tuple[TeacherCache, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return () if self.cache is None else (self.cache,)
+
+    @property
+    @override
+    def gives_hidden_states(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.cache is None
+
+    @override
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.module.parameters()
+
+    @override
+    def network(self) -> nn.Module:
+        if self.cache is not None:
+            raise ValueError(
+                "layers need the features of a teacher that runs, and a cache keeps its logits only. Leave out the "
+                "cache, or the layers."
+            )
+        if self.micro_batch_size is not None:
+            raise ValueError(
+                "layers need the features of the whole batch, but the teacher has micro_batch_size="
+                f"{self.micro_batch_size}: leave it out."
+            )
+        return self.module
 
     def index(self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None) -> IndexedDataset:
         """Wrap the training data so that their batches, ``(batch, index)``, name their rows in the cache.
@@ -254,9 +274,6 @@ class FrozenTeacher:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_compiled": None}  # compiled code is not pickled, but made again
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
-        return self  # frozen, and often large: copies of a distiller share it
-
     def __repr__(self) -> str:
         count = sum(parameter.numel() for parameter in self.module.parameters())
         parts = [type(self.module).__name__, f"{count:,} frozen parameters"]
@@ -271,6 +288,6 @@ class FrozenTeacher:
 _outside_graphs = cast(Callable[[Callable[..., Tensor]], Callable[..., Tensor]], torch.compiler.disable)
 
 
-def as_teacher(teacher: nn.Module | FrozenTeacher | None) -> FrozenTeacher | None:
+def as_teacher(teacher: nn.Module | Teacher | None) -> Teacher | None:
     """Wrap a bare network in a :class:`FrozenTeacher`; leave a teacher, or its absence, as it is."""
-    return teacher if teacher is None or isinstance(teacher, FrozenTeacher) else FrozenTeacher(teacher)
+    return teacher if teacher is None or isinstance(teacher, Teacher) else FrozenTeacher(teacher)

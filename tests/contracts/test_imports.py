@@ -15,7 +15,7 @@ LAYERS = [
     {"temperature", "losses", "models"},
     {"teachers"},
     {"layers"},
-    {"distiller", "plotting", "export"},
+    {"output", "distiller", "fused_distiller", "plotting", "export"},
     {"metrics", "modules"},
     {"callbacks"},
     {"sweep", "cli", "__main__"},

@@ -27,6 +27,7 @@ from kd_lightning import (
     TeacherEnsemble,
 )
 from kd_lightning.functional import kd_loss, next_token_targets
+from kd_lightning.fused_distiller import FusedDistiller
 from kd_lightning.losses import CrossEntropyLoss, FusedLinearKDLoss, KDLoss, SimilarityPreservingLoss
 from kd_lightning.models import CausalTransformer
 from kd_lightning.teachers import check_hidden_states, hidden_states
@@ -392,7 +393,7 @@ def test_fused_in_a_bare_loop_with_a_wider_teacher() -> None:
     batch = whole_batch()
     inputs, targets = {k: batch[k] for k in ("input_ids", "attention_mask")}, next_token_targets(batch["labels"])
     student, teacher = make_model(1), make_model(2, dim=16, vocabulary=VOCABULARY + 3)
-    out = Distiller(teacher, 2.0, FusedLinearKDLoss(chunk_size=7))(inputs, hidden_states(student, inputs), targets)
+    out = FusedDistiller(teacher, 2.0, FusedLinearKDLoss(chunk_size=7))(inputs, hidden_states(student, inputs), targets)
     s, t = student(**inputs), teacher(**inputs)[..., :VOCABULARY]
     expected = 0.9 * kd_loss(s, t, 2.0, targets=targets) + 0.1 * F.cross_entropy(s.flatten(0, 1), targets.flatten())
     assert_close(out.loss, expected)
@@ -401,10 +402,11 @@ def test_fused_in_a_bare_loop_with_a_wider_teacher() -> None:
     assert out.student_logits.shape == (0, VOCABULARY)
     with pytest.raises(ValueError, match="hidden states are for FusedLinearKDLoss"):
         Distiller(teacher, 2.0)(inputs, hidden_states(student, inputs), targets)
+    fused, hidden = FusedDistiller(teacher, 2.0, FusedLinearKDLoss()), hidden_states(student, inputs)
     with pytest.raises(ValueError, match="a teacher that is run"):
-        Distiller(teacher, 2.0, FusedLinearKDLoss())(inputs, hidden_states(student, inputs), targets, teacher_logits=t)
+        fused(inputs, hidden, targets, teacher_logits=t)
     with pytest.raises(ValueError, match=r"task_weight is 0\.1 but the batch has no targets"):
-        Distiller(teacher, 2.0, FusedLinearKDLoss())(inputs, hidden_states(student, inputs))
+        fused(inputs, hidden)
 
 
 def test_fused_errors(make_trainer: MakeTrainer) -> None:
@@ -428,7 +430,7 @@ def test_fused_takes_one_teacher_that_runs(tmp_path: Path) -> None:
     term = LayerTerm("blocks.0", "blocks.0", SimilarityPreservingLoss())
     for teacher, layers in ((TeacherEnsemble([one, other]), None), (cached, None), (one, [term])):
         with pytest.raises(ValueError, match="no ensemble, no cache and no layers go with it"):
-            Distiller(teacher, kd_loss=FusedLinearKDLoss(), layers=layers)
+            FusedDistiller(teacher, kd_loss=FusedLinearKDLoss(), layers=layers)
 
 
 def test_what_comes_between_hidden_states_and_logits_is_noticed() -> None:

@@ -65,7 +65,8 @@ def distil(
     into its own class, strictly.
     """
     assert callback.distiller.teacher is not None
-    teacher = callback.distiller.teacher.load().module
+    frozen: Any = callback.distiller.teacher
+    teacher = frozen.load().module
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     keys = list(module.state_dict())
     losses = Losses(callback)

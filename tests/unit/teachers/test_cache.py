@@ -137,7 +137,7 @@ def test_logits_of_more_dimensions(path: Path) -> None:
 )
 def test_logits_that_float16_cannot_hold(path: Path, size: float, message: str) -> None:
     frozen = FrozenTeacher(nn.Linear(2, 3, bias=False), cache=TeacherCache(path), checkpoint="none")
-    frozen._loaded = True
+    frozen.loaded = True
     frozen.module.weight.data.fill_(size)  # pyright: ignore
     data = frozen.index(TensorDataset(torch.tensor([[1.0, 0.0]])))
     with pytest.raises(ValueError, match=message):

@@ -570,9 +570,8 @@ def test_a_loss_of_ones_own_and_weights_by_row(teachers: list[nn.Module]) -> Non
     shared = Distiller(TeacherEnsemble(teachers, combine="losses"), 2.0, kd_loss=OneNumber())
     ours = Distiller(TeacherEnsemble(teachers, combine="losses"), 2.0)
     torch.testing.assert_close(shared(INPUTS, logits, TARGETS).loss, ours(INPUTS, logits, TARGETS).loss)
-    by_row = Distiller(TeacherEnsemble(teachers, combine="losses", weights="entropy"), 2.0, kd_loss=OneNumber())
     with pytest.raises(TypeError, match="weights by row needs the loss of each row: derive OneNumber"):
-        by_row(INPUTS, logits, TARGETS)
+        Distiller(TeacherEnsemble(teachers, combine="losses", weights="entropy"), 2.0, kd_loss=OneNumber())
 
 
 # ---- in a fit ----------------------------------------------------------------------------------------------------
@@ -727,6 +726,7 @@ def test_members_read_their_caches(teachers: list[nn.Module], tmp_path: Path) ->
             for ours, theirs in zip(ensemble.logits(inputs, rows), teachers, strict=True):
                 torch.testing.assert_close(ours, theirs(inputs), rtol=1e-3, atol=1e-3)
     assert [len(cache.missing()) for cache in ensemble.caches] == [0, 0]
-    ensemble.teachers[1].cache = TeacherCache(tmp_path / "other.kdl", augmentation="replay", slots=2)
+    second: Any = ensemble.teachers[1]
+    second.cache = TeacherCache(tmp_path / "other.kdl", augmentation="replay", slots=2)
     with pytest.raises(ValueError, match="must draw the same augmentation"):
         ensemble.index(data)

@@ -1,0 +1,152 @@
+"""The Distiller for large vocabularies, which takes hidden states in place of logits while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from kd_lightning.distiller import Distiller, check_targets
+from kd_lightning.functional import Temperature
+from kd_lightning.losses import CrossEntropyLoss, FusedLinearKDLoss
+from kd_lightning.output import DistillationOutput
+from kd_lightning.schedules import Progress
+from kd_lightning.teachers import HiddenStates, check_hidden_states, extract_logits, hidden_states
+from kd_lightning.temperature import Signals, TemperaturePolicy
+
+__all__ = ["FusedDistiller", "make_distiller"]
+
+
+class FusedDistiller(Distiller):
+    """A :class:`~kd_lightning.Distiller` for :class:`~kd_lightning.losses.FusedLinearKDLoss`.
+
+    Called with the student's hidden states it runs the teacher up to its output layer and computes both terms a chunk
+    of rows at a time. Called with logits, as in validation, it is the plain Distiller. Arguments are those of
+    :class:`~kd_lightning.Distiller`; :class:`~kd_lightning.DistillationModule` takes this one for that loss by itself.
+
+    Raises:
+        ValueError: If the teacher is an ensemble or cached, layers are given, the temperature reads logits, or the loss
+            or the task loss is not the one that the fused equation computes.
+
+    Example:
+        >>> from kd_lightning.models import CausalTransformer
+        >>> student, teacher = CausalTransformer(dim=32, depth=1), CausalTransformer(dim=32, depth=1)
+        >>> _ = [parameter.data.mul_(3.0) for parameter in teacher.parameters()]  # stands for training
+        >>> distiller = FusedDistiller(teacher, 2.0, FusedLinearKDLoss(chunk_size=256))
+        >>> tokens = torch.zeros(2, 5, dtype=torch.long)
+        >>> distiller(tokens, hidden_states(student, tokens), tokens).loss.requires_grad
+        True
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._heads_are_checked = False
+        self._check()
+
+    @override
+    def run_student(self, logits: Callable[[Any], Tensor], network: nn.Module, inputs: Any) -> Any:
+        if not self.training:
+            return super().run_student(logits, network, inputs)
+        if not self._heads_are_checked:
+            check_hidden_states(network, inputs)
+            self._teaching.hidden_states(inputs, check=True)
+            self._heads_are_checked = True
+        return hidden_states(network, inputs)
+
+    @override
+    def teacher_logits(
+        self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
+    ) -> Any:
+        return None if self.training else super().teacher_logits(inputs, index, extract)
+
+    @override
+    def forward(
+        self,
+        inputs: Any,
+        student_logits: Tensor | HiddenStates,
+        targets: Tensor | None = None,
+        progress: Progress | None = None,
+        *,
+        teacher_logits: Tensor | Sequence[Tensor] | None = None,
+        index: Tensor | None = None,
+        task_loss: Tensor | None = None,
+    ) -> DistillationOutput:
+        """Weigh both losses, as :meth:`kd_lightning.Distiller.forward`; ``student_logits`` may be hidden states.
+
+        Args:
+            inputs: What the teacher is called with.
+            student_logits: What :func:`~kd_lightning.teachers.hidden_states` returned, or logits.
+            targets: Of the task, ``(B, L)``.
+            progress: Where training stands, for schedules.
+            teacher_logits: For logits only.
+            index: For logits only.
+            task_loss: For logits only.
+        """
+        if not isinstance(student_logits, HiddenStates):
+            given: dict[str, Any] = {"teacher_logits": teacher_logits, "index": index, "task_loss": task_loss}
+            return super().forward(inputs, student_logits, targets, progress, **given)
+        if teacher_logits is not None or task_loss is not None:
+            raise ValueError("hidden states go with a teacher that is run: leave teacher_logits and task_loss out.")
+        self._check()  # the temperature may have been replaced
+        progress = progress or Progress()
+        kd_weight, task_weight = self._weights(progress)
+        check_targets(targets, task_weight)
+        student, kd_loss = student_logits, self.kd_loss
+        assert isinstance(kd_loss, FusedLinearKDLoss)
+        shape = (*student.hidden.shape[:-1], student.weight.shape[0])
+        no_logits = student.hidden.new_zeros((), dtype=torch.float32).expand(shape)  # a shape without memory
+        temperature = self.temperature(Signals(no_logits, no_logits, targets, progress, self.ignore_index))
+        if not isinstance(temperature, Temperature):
+            raise ValueError(f"FusedLinearKDLoss takes one temperature, but {self.temperature!r} gives several.")
+        teacher = self._teaching.hidden_states(inputs)
+        terms = kd_loss.from_hidden(student, teacher, temperature, targets, kd_weight, task_weight)
+        empty = student.hidden.new_empty(0, shape[-1])
+        return DistillationOutput(
+            *terms,
+            temperature=temperature,
+            student_logits=empty,
+            teacher_logits=empty,
+            kd_weight=kd_weight,
+            task_weight=task_weight,
+            scale_rule=kd_loss.scale,
+        )
+
+    def _check(self) -> None:
+        policy, task, kd_loss = self.temperature, self.task_loss, self.kd_loss
+        if not isinstance(kd_loss, FusedLinearKDLoss):
+            raise ValueError(
+                f"a FusedDistiller computes FusedLinearKDLoss, got {type(kd_loss).__name__}: take Distiller."
+            )
+        if len(self.layers) or not self._teaching.gives_hidden_states:
+            raise ValueError(
+                "FusedLinearKDLoss takes the hidden states of one teacher that runs: no ensemble, no cache and no "
+                "layers go with it. Take KDLoss."
+            )
+        if self.class_dim != -1 or kd_loss.reduction != "mean":
+            raise ValueError(f"from hidden states the classes are last and the loss is a mean, got {kd_loss!r}.")
+        parts = [part for part in policy.modules() if isinstance(part, TemperaturePolicy)]
+        if any(part.reads_logits or type(part).transform is not TemperaturePolicy.transform for part in parts):
+            raise ValueError(
+                f"FusedLinearKDLoss never has the logits, but the temperature {policy!r} is computed from them or "
+                "changes them. Take a number, a schedule or LearnableTemperature, or KDLoss."
+            )
+        if (
+            type(task) is not CrossEntropyLoss
+            or (task.ignore_index, task.label_smoothing, task.reduction) != (self.task_ignore_index, 0.0, "mean")
+            or task.weight is not None
+        ):
+            raise ValueError(
+                f"FusedLinearKDLoss computes the cross-entropy along with the divergence, so task_loss must be the "
+                f"default, got {task!r}. Leave task_loss out, or take KDLoss."
+            )
+
+
+def make_distiller(
+    teacher: Any, temperature: Any, kd_loss: nn.Module | None, task_loss: nn.Module | None, *args: Any
+) -> Distiller:
+    """Return the Distiller that computes this loss; arguments are those of :class:`~kd_lightning.Distiller`."""
+    kind = FusedDistiller if isinstance(kd_loss, FusedLinearKDLoss) else Distiller
+    return kind(teacher, temperature, kd_loss, task_loss, *args)

@@ -1,0 +1,245 @@
+"""The protocol of what teaches: the opinions of a batch, their weights, and the loss terms that follow.
+
+A network is in :mod:`~kd_lightning.teachers.frozen`, several are in :mod:`~kd_lightning.teachers.ensemble`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from kd_lightning.functional import Temperature
+from kd_lightning.functional.rows import valid_positions
+from kd_lightning.teachers.cache import TeacherCache
+from kd_lightning.teachers.calls import HiddenStates, extract_logits
+from kd_lightning.teachers.indexed import IndexedDataset
+from kd_lightning.temperature import Signals, TemperaturePolicy
+
+__all__ = ["GivenLogits", "LossTerm", "Opinions", "Teacher"]
+
+
+class Opinions(NamedTuple):
+    """The logits that a teacher gives for one batch, class dimension last.
+
+    Attributes:
+        logits: One ``(…, C)`` for each member. In rows that a member does not know, the consensus stands.
+        weights: ``(K, 1)``, or ``(K, …, 1)`` where they differ by row; they sum to 1 over the members. None: one
+            member.
+        consensus: The members' common logits at temperature 1, which policies and metrics see.
+    """
+
+    logits: Sequence[Tensor]
+    weights: Tensor | None
+    consensus: Tensor
+
+
+class LossTerm(NamedTuple):
+    """A term of the loss: the teacher's logits, class dimension last, their temperature, and a weight (None: 1)."""
+
+    logits: Tensor
+    temperature: Temperature
+    weight: Tensor | None = None
+
+    def loss(
+        self, kd_loss: nn.Module, student: Tensor, targets: Tensor | None, class_dim: int, ignore_index: int | None
+    ) -> Tensor:
+        """Return this term, weighted. ``kd_loss`` sees the logits in its own layout.
+
+        Args:
+            kd_loss: The distillation loss.
+            student: Student logits, class dimension last.
+            targets: Of the batch.
+            class_dim: The class dimension in the loss's layout.
+            ignore_index: Target value of the positions that do not count.
+        """
+        student, teacher = student.movedim(-1, class_dim), self.logits.movedim(-1, class_dim)
+        temperature = _to_layout(self.temperature, class_dim, student.dim())
+        if self.weight is None or self.weight.numel() == 1:
+            loss = kd_loss(student, teacher, temperature, targets=targets)
+            return loss if self.weight is None else loss * self.weight.squeeze()
+        rows = kd_loss(student, teacher, temperature, targets=targets, reduction="none") * self.weight.squeeze(-1)
+        reduction = getattr(kd_loss, "reduction", "mean")
+        if reduction == "none":
+            return rows
+        valid = valid_positions(targets, student, class_dim, ignore_index)
+        count = 1 if reduction == "sum" else rows.numel() if valid is None else valid.sum().clamp(min=1)
+        return rows.sum() / count
+
+
+class Teacher(ABC):
+    """Anything that teaches. A subclass implements :meth:`logits` and :meth:`fingerprint`; the rest has defaults.
+
+    A teacher is no ``nn.Module``, so that the module that holds it does not register it: it is absent from state dicts,
+    checkpoints, optimisers and DDP's broadcasts, and out of reach of weight averaging and pruning.
+
+    Example:
+        >>> import torch
+        >>> class Uniform(Teacher):
+        ...     '''Knows nothing: equal logits for ten classes.'''
+        ...     def logits(self, inputs, index=None, extract=extract_logits):
+        ...         return torch.zeros(len(inputs), 10)
+        ...     def fingerprint(self):
+        ...         return "uniform"
+        >>> from kd_lightning import Distiller
+        >>> Distiller(Uniform(), task_weight=0.0)(torch.ones(2, 4), torch.zeros(2, 10)).kd_loss
+        tensor(0.)
+    """
+
+    checkpoint: str | None = None
+    """The file whose weights are read at first use."""
+    loaded: bool = True
+    """False while the weights wait in the checkpoint."""
+    caches: tuple[TeacherCache, ...] = ()
+    """The caches that hold its logits."""
+    temperatures: Sequence[TemperaturePolicy] = ()
+    """The teacher's own policies, which the Distiller registers, trains and checkpoints."""
+    settings: str = ""
+    """How the teacher is set up beyond its weights; a checkpoint compares it."""
+    gives_hidden_states: bool = False
+    """Whether :meth:`hidden_states` works."""
+
+    @abstractmethod
+    def logits(
+        self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Return the logits for these inputs, without gradient; a tuple where there are several members.
+
+        Args:
+            inputs: See :func:`call_model`.
+            index: The samples' rows in the teacher's cache, as batches of :meth:`index` carry them.
+            extract: Finds the logits in a network's output.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a hash of all that the logits depend on. Ranks compare it, and checkpoints store it."""
+
+    def __call__(self, inputs: Any) -> Any:
+        """Return what the teacher gives for these inputs."""
+        return self.logits(inputs)
+
+    # ---- opinions -------------------------------------------------------------------------------------------------
+
+    def members(self, logits: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the logits of each member."""
+        return (logits,) if isinstance(logits, Tensor) else logits
+
+    def weigh(self, logits: Sequence[Tensor], signals: Signals, inputs: Any = None) -> Opinions:
+        """Return the opinions and their consensus: by default those of a single member.
+
+        Args:
+            logits: One ``(…, C)`` for each member, class dimension last.
+            signals: Of the batch, for its targets and progress; its ``teacher_logits`` are not read.
+            inputs: Of the batch.
+        """
+        (only,) = logits
+        return Opinions(logits, None, only)
+
+    def loss_terms(
+        self,
+        opinions: Opinions,
+        signals: Signals,
+        terms: Sequence[Temperature],
+        policy: TemperaturePolicy,
+        temperatures: Sequence[TemperaturePolicy],
+    ) -> tuple[list[LossTerm], list[Temperature]]:
+        """Return the terms whose sum is the loss, and the temperature that stands for all members in each of ``terms``.
+
+        Args:
+            opinions: What :meth:`weigh` returned.
+            signals: Of the batch, the consensus as the teacher's logits.
+            terms: The temperatures of the Distiller's policy, one loss term each.
+            policy: That policy.
+            temperatures: The Distiller's copies of :attr:`temperatures`.
+        """
+        logits = policy.transform(opinions.consensus)
+        return [LossTerm(logits, term) for term in terms], [*terms]
+
+    def check_loss(self, kd_loss: nn.Module) -> None:  # noqa: B027  (a default, not a method to implement)
+        """Raise if the distillation loss cannot take what this teacher gives."""
+
+    # ---- weights and devices --------------------------------------------------------------------------------------
+
+    def available(self) -> bool:
+        """Return True if the weights are in place or can be read."""
+        return True
+
+    def load(self) -> Self:
+        """Read the checkpoint, the first time only."""
+        return self
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Return the teacher's parameters, none of which the student may share."""
+        return ()
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast the teacher, as ``nn.Module.to``."""
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:  # noqa: B027
+        """Follow a move or cast of the Distiller."""
+
+    # ---- what only some teachers have -----------------------------------------------------------------------------
+
+    def network(self) -> nn.Module:
+        """Return the network whose one forward gives the features of a batch, for layers.
+
+        Raises:
+            ValueError: If there is no such network.
+        """
+        raise ValueError(f"layers need the features of a network, and {type(self).__name__} has none: leave them out.")
+
+    def hidden_states(self, inputs: Any, check: bool = False) -> HiddenStates:
+        """Run the teacher up to its output layer; see :func:`hidden_states`.
+
+        Raises:
+            TypeError: If the teacher has no hidden states.
+        """
+        raise TypeError(f"{type(self).__name__} has no hidden states. Take KDLoss.")
+
+    def index(self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None) -> IndexedDataset:
+        """Wrap the training data so that their batches, ``(batch, index)``, name their rows in the cache.
+
+        Raises:
+            ValueError: If the teacher has no cache.
+        """
+        raise ValueError("this teacher has no cache: FrozenTeacher(..., cache=TeacherCache(path)).")
+
+    def student_inputs(self, inputs: Any) -> Any:
+        """Return the part of the inputs that is meant for networks, the student's included."""
+        return inputs
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # frozen, and often large: copies of a distiller share it
+
+
+class GivenLogits(Teacher):
+    """The teacher of a Distiller without one: its logits come with every call."""
+
+    def logits(
+        self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
+    ) -> Tensor:
+        """Raise, since the logits must be given."""
+        raise ValueError("this Distiller has no teacher: give one, or pass teacher_logits with each call.")
+
+    def fingerprint(self) -> str:
+        """Return the hash of nothing."""
+        return ""
+
+    def network(self) -> nn.Module:
+        """Raise, since no network runs."""
+        raise ValueError("this Distiller has no teacher: layers need one that runs.")
+
+
+def _to_layout(temperature: Temperature, class_dim: int, rank: int) -> Temperature:
+    """Move a temperature from class-last, as policies give it, to the layout of the logits."""
+
+    def move(value: Tensor) -> Tensor:
+        return value.movedim(-1, class_dim) if value.dim() == rank else value
+
+    scale = None if temperature.scale is None else move(temperature.scale)
+    return Temperature(move(temperature.student), move(temperature.teacher), scale)
