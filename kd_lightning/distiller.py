@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from kd_lightning.functional import Scale, Temperature, loss_scale, predictive_entropy, without_padding
-from kd_lightning.functional.rows import valid_positions
+from kd_lightning.functional import Scale, Temperature, predictive_entropy
+from kd_lightning.functional.rows import loss_scale, valid_positions, without_padding
 from kd_lightning.layers.terms import LayerResult, LayerTerm, LayerTerms
 from kd_lightning.losses import CrossEntropyLoss, FusedLinearKDLoss, KDLoss
 from kd_lightning.losses.logits import LogitLoss
