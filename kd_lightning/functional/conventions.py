@@ -99,7 +99,7 @@ def torchdistill_kd_loss(
     Example:
         >>> student, teacher = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[1.0, 0.0, 5.0]])
         >>> torchdistill_kd_loss(student, teacher, 2.0, targets=torch.tensor([2]), alpha=0.5)
-        tensor(0.3468)
+        tensor(0.3068)
     """
     targets, reduction = options.get("targets"), options.get("reduction", "mean")
     if not alpha or targets is None:
