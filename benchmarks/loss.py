@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning import functional
-from kd_lightning.functional import Temperature, rows
+from kd_lightning.functional import Temperature, rows_fast
 
 OUT = Path(__file__).parent / "out"
 SMALL = [(128, 100), (256, 1000)]
@@ -225,16 +225,16 @@ def fused_rows(rows: int, classes: int, options: Any, width: int = 256) -> Itera
 
 
 def chunk_rows(options: Any) -> Iterator[Row]:
-    """How ``rows.CHUNK_CPU`` was chosen."""
+    """How ``rows_fast.CHUNK_CPU`` was chosen."""
     name = "CHUNK_CPU" if options.device == "cpu" else "CHUNK_ACCELERATOR"
-    kept = getattr(rows, name)
+    kept = getattr(rows_fast, name)
     for shape in (*SMALL[1:], *LARGE[:2]):
         s, t = torch.randn(shape, device=options.device).requires_grad_(), torch.randn(shape, device=options.device)
 
         def step(size: int | None, s: Tensor = s, t: Tensor = t) -> Callable[[], None]:
             def run() -> None:
                 s.grad = None
-                setattr(rows, name, size or kept)
+                setattr(rows_fast, name, size or kept)
                 (peers.kd_batchmean(s, t, T) if size is None else functional.kd_loss(s, t, T)).backward()
 
             return run
@@ -247,7 +247,7 @@ def chunk_rows(options: Any) -> Iterator[Row]:
         for variant, seconds in times.items():
             ratio = seconds / next(iter(times.values()))
             yield Row("chunks", str(shape), "float32", variant, 1e3 * seconds, ratio, float("nan"), float("nan"))
-        setattr(rows, name, kept)
+        setattr(rows_fast, name, kept)
 
 
 def rows_of(options: Any) -> Iterator[Row]:

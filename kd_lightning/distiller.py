@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from kd_lightning.functional import Temperature, without_padding
+from kd_lightning.functional import Temperature
+from kd_lightning.functional.rows import without_padding
 from kd_lightning.layers import LayerResult, LayerTerm, LayerTerms
 from kd_lightning.losses import CrossEntropyLoss, KDLoss
 from kd_lightning.output import DistillationOutput, as_terms

@@ -2,11 +2,15 @@
 
 - :mod:`~kd_lightning.functional.temperature`: the :class:`Temperature` of a loss term; tempered distributions.
 - :mod:`~kd_lightning.functional.logit_losses`: the losses between logits, :func:`kd_loss` first.
-- :mod:`~kd_lightning.functional.divergences`: the equation of each on one row, and the closed form of its gradient.
-- :mod:`~kd_lightning.functional.rows`: how an equation on rows becomes a loss: layout, masks, scale, reduction,
-  and the fast path.
-- :mod:`~kd_lightning.functional.feature_losses`: the losses between the features of a layer in each network.
-- :mod:`~kd_lightning.functional.ensemble`: what several teachers say together.
+- :mod:`~kd_lightning.functional.correlation_losses`: the one between logits that is no sum over rows.
+- :mod:`~kd_lightning.functional.conventions`: what other libraries compute under the name of :func:`kd_loss`.
+- :mod:`~kd_lightning.functional.divergences`: the equation of each loss on one row, with its gradient in closed form.
+- :mod:`~kd_lightning.functional.row_loss`: the options of the losses between logits, and the call behind them.
+- :mod:`~kd_lightning.functional.rows`: layout, masks, scale and reduction of rows.
+- :mod:`~kd_lightning.functional.rows_fast`: value and gradient of a loss on rows in one pass.
+- :mod:`~kd_lightning.functional.feature_losses`: the losses between features, position by position.
+- :mod:`~kd_lightning.functional.similarity_losses`: the losses between features that compare samples of the batch.
+- :mod:`~kd_lightning.functional.ensemble`: the mixture and the weights of several teachers.
 - :mod:`~kd_lightning.functional.fused_linear`: the loss from hidden states and heads, without the logits.
 - :mod:`~kd_lightning.functional.tokens`: the targets of a causal language model.
 
@@ -14,6 +18,7 @@ Notation used in all docstrings: ``s`` and ``t`` are student and teacher logits,
 temperatures, ``p_s = softmax(s / T_s)``, ``p_t = softmax(t / T_t)``, ``C`` the number of classes.
 """
 
+from kd_lightning.functional.correlation_losses import dist_loss
 from kd_lightning.functional.ensemble import (
     confidence_weights,
     entropy_weights,
@@ -27,18 +32,10 @@ from kd_lightning.functional.feature_losses import (
     channel_logits,
     channel_wise_kd_loss,
     hint_loss,
-    info_nce_logits,
-    info_nce_loss,
-    relational_loss,
-    similarity_kd_loss,
-    similarity_logits,
-    similarity_preserving_loss,
 )
 from kd_lightning.functional.fused_linear import FusedTerms, fused_linear_kd_loss, fused_linear_kd_terms
 from kd_lightning.functional.logit_losses import (
-    Convention,
     bernoulli_kd_loss,
-    dist_loss,
     dkd_loss,
     jsd_loss,
     kd_loss,
@@ -49,10 +46,17 @@ from kd_lightning.functional.logit_losses import (
     soft_cross_entropy_loss,
     total_variation_loss,
 )
-from kd_lightning.functional.rows import Reduction, Scale, loss_scale, without_padding
+from kd_lightning.functional.rows import Reduction, Scale
+from kd_lightning.functional.similarity_losses import (
+    info_nce_logits,
+    info_nce_loss,
+    relational_loss,
+    similarity_kd_loss,
+    similarity_logits,
+    similarity_preserving_loss,
+)
 from kd_lightning.functional.temperature import (
     Temperature,
-    as_temperature,
     predictive_entropy,
     tempered_log_softmax,
     tempered_softmax,
@@ -60,12 +64,10 @@ from kd_lightning.functional.temperature import (
 from kd_lightning.functional.tokens import next_token_targets
 
 __all__ = [
-    "Convention",
     "FusedTerms",
     "Reduction",
     "Scale",
     "Temperature",
-    "as_temperature",
     "attention_kd_loss",
     "attention_logits",
     "attention_transfer_loss",
@@ -83,7 +85,6 @@ __all__ = [
     "info_nce_loss",
     "jsd_loss",
     "kd_loss",
-    "loss_scale",
     "mixed_log_softmax",
     "mixed_logits",
     "mse_logits_loss",
@@ -100,5 +101,4 @@ __all__ = [
     "tempered_log_softmax",
     "tempered_softmax",
     "total_variation_loss",
-    "without_padding",
 ]

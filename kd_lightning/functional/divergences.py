@@ -57,7 +57,7 @@ class Divergence(ABC):
 
     Attributes:
         needs_labels: Whether it looks at the target class.
-        min_classes: The fewest classes for which it means something.
+        min_classes: The fewest classes for which the equation is defined.
     """
 
     needs_labels: ClassVar[bool] = False
@@ -65,7 +65,7 @@ class Divergence(ABC):
 
     @abstractmethod
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
-        """The divergence per row, in differentiable torch.
+        """Return the divergence per row, in differentiable torch.
 
         Args:
             a: Tempered student logits.
@@ -79,14 +79,14 @@ class Divergence(ABC):
 
     @abstractmethod
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
-        """Value and gradient. ``a`` and ``b`` are scratch: it may write over them.
+        """Return value and gradient. ``a`` and ``b`` are scratch, which the method may overwrite.
 
         Args:
             a: Tempered student logits.
             b: Tempered teacher logits.
             dim: The class dimension.
             labels: As in :meth:`definition`.
-            teacher: Whether the gradient with respect to ``b`` is wanted.
+            teacher: True to compute the gradient with respect to ``b``.
         """
 
 
@@ -96,7 +96,7 @@ class ForwardKL(Divergence):
 
     @override
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
-        """With the normalisers outside the sum autograd's gradient is p − q to the last bit: 0 for equal logits."""
+        """Return the KL with the normalisers outside the sum, whose gradient is exactly p − q: 0 for equal logits."""
         log_z_a, log_z_b = a.logsumexp(dim, keepdim=True), b.logsumexp(dim, keepdim=True)
         q = (b - log_z_b).exp()
         return (q * _where_positive(q, b - a)).sum(dim, keepdim=True) - log_z_b + log_z_a
@@ -109,7 +109,7 @@ class ForwardKL(Divergence):
         weighted = difference * q if teacher else difference.mul_(q)
         mean = weighted.nansum(dim, keepdim=True)
         teacher_gradient = weighted.sub_(q * mean) if teacher else None
-        p = torch.softmax(a, dim, out=b)  # three copies of the chunk in all: this one decides the fused loss's memory
+        p = torch.softmax(a, dim, out=b)  # in place, because the copies of a chunk decide the fused loss's memory
         return ClosedForm(_log_z_ratio(peaks, p, q, dim).add_(mean), p.sub_(q), teacher_gradient)
 
 
@@ -118,7 +118,7 @@ def _peaks(a: Tensor, b: Tensor, dim: int) -> Tensor:
 
 
 def _log_z_ratio(peaks: Tensor, p: Tensor, q: Tensor, dim: int) -> Tensor:
-    """``log Σ exp(a) − log Σ exp(b)`` from the softmaxes: at its peak ``log p = a − log Z``. No second exponential.
+    """Return ``log Σ exp(a) − log Σ exp(b)`` without a second exponential: at the peak ``log p = a − log Z``.
 
     Args:
         peaks: Difference of the largest ``a`` and the largest ``b``; written over.
@@ -366,17 +366,17 @@ def _confidence(b: Tensor, dim: int, labels: Tensor) -> Tensor:
 
 
 def _nan_to_zero(x: Tensor) -> Tensor:
-    """In place: NaN from 0 · ∞ becomes 0, and ∞ stays."""
+    """Replace the NaN of 0 · ∞ by 0 in place, and keep ∞."""
     return x.nan_to_num_(0.0, math.inf, -math.inf)
 
 
 def _where_positive(probability: Tensor, logits: Tensor) -> Tensor:
-    """0 where the probability is 0: 0 · (±∞) is 0 by continuity, and NaN in floating point."""
+    """Return 0 where the probability is 0, because 0 · (±∞) is 0 by continuity and NaN in floating point."""
     return torch.where(probability > 0, logits, 0.0)
 
 
 def _two_point_kl(teacher_odds: Tensor, student_odds: Tensor) -> Tensor:
-    """Between two yes-or-no distributions that are given by their log-odds."""
+    """Return the KL between two yes-or-no distributions that are given by their log-odds."""
     yes = F.logsigmoid(teacher_odds) - F.logsigmoid(student_odds)
     no = F.logsigmoid(-teacher_odds) - F.logsigmoid(-student_odds)
     return teacher_odds.sigmoid() * yes + (-teacher_odds).sigmoid() * no

@@ -1,4 +1,4 @@
-"""What several teachers say together: their mixture, and how much each of them counts."""
+"""The mixture of several teachers, and the weight of each."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def mixed_log_softmax(
 ) -> Tensor:
     r"""Logarithm of the mixture of softened distributions, :math:`\log \sum_k w_k \, \mathrm{softmax}(t_k / T_k)`.
 
-    In log-space throughout. It is not the softmax of the mean logits, where whoever has the larger logits decides: see
-    the example.
+    Computed in log-space. The mixture differs from the softmax of the mean logits, which the teacher with the larger
+    logits dominates, as the example shows.
 
     Args:
         logits: :math:`t_k`, each ``(…, C)``, class dimension last.
         temperatures: :math:`T_k`, as many.
-        weights: :math:`w_k`, as many, each of one element or ``(…, 1)``; not negative, their sum 1 at every position.
+        weights: :math:`w_k`, as many, each of one element or ``(…, 1)``; not negative, and 1 in sum at every position.
 
     Returns:
         ``(…, C)``, in float32 (float64 stays).
@@ -41,12 +41,12 @@ def mixed_log_softmax(
     stacked = torch.stack(torch.broadcast_tensors(*parts))
     if not stacked.requires_grad:
         return stacked.logsumexp(0)
-    masked = (stacked == -torch.inf).all(0)  # the gradient of logsumexp would be NaN there
+    masked = (stacked == -torch.inf).all(0)  # because the gradient of logsumexp over −inf is NaN
     return stacked.masked_fill(masked, 0.0).logsumexp(0).masked_fill(masked, -torch.inf)
 
 
 def mixed_logits(logits: Sequence[Tensor], temperatures: Sequence[float | Tensor], weights: Sequence[Tensor]) -> Tensor:
-    r"""The weighted mean of the tempered logits, :math:`\sum_k w_k \, t_k / T_k`.
+    r"""Return the weighted mean of the tempered logits, :math:`\sum_k w_k \, t_k / T_k`.
 
     Its softmax is the normalised geometric mean of the softened distributions. Arguments and result:
     :func:`mixed_log_softmax`.
@@ -56,7 +56,7 @@ def mixed_logits(logits: Sequence[Tensor], temperatures: Sequence[float | Tensor
         >>> mixed_logits(both, [1.0, 2.0], [torch.tensor([0.75]), torch.tensor([0.25])])
         tensor([[1.5000, 0.5000]])
     """
-    parts = [  # 0 · −inf would be NaN
+    parts = [  # without the product, because 0 · −inf is NaN
         torch.where(weight > 0, weight * widened_over(z, t), 0.0)
         for z, t, weight in zip(logits, temperatures, weights, strict=True)
     ]
@@ -64,19 +64,18 @@ def mixed_logits(logits: Sequence[Tensor], temperatures: Sequence[float | Tensor
 
 
 def confidence_weights(logits: Sequence[Tensor], targets: Tensor, known: Tensor | None = None) -> Tensor:
-    r"""How much each teacher counts on each sample, by its cross-entropy with the label.
+    r"""Return the weight of each teacher on each sample, by its cross-entropy with the label.
 
     .. math::
         w_k = \frac{1}{n - 1} \Bigl( 1 - \frac{\exp(\mathrm{CE}_k)}{\sum_j \exp(\mathrm{CE}_j)} \Bigr), \qquad
         \mathrm{CE}_k = -\log \mathrm{softmax}(t_k)_y
 
-    over the :math:`n` teachers that know the sample; one alone has weight 1.
+    over the :math:`n` teachers that know the sample; a single teacher has weight 1.
 
     Args:
         logits: :math:`t_k`, each ``(…, C)``, class dimension last; their temperature is 1.
-        targets: Class indices ``(…)``. Where one is out of range, as for a sample without a label, all weights are
-            alike.
-        known: ``(K, …, 1)``, true where the teacher knows the sample. None: everywhere.
+        targets: Class indices ``(…)``. A sample whose index is out of range, as without a label, has equal weights.
+        known: ``(K, …, 1)``, True where the teacher knows the sample. None: everywhere.
 
     Returns:
         ``(K, …, 1)``; the sum over the teachers is 1.
@@ -99,22 +98,23 @@ def confidence_weights(logits: Sequence[Tensor], targets: Tensor, known: Tensor 
 
 
 def entropy_weights(logits: Sequence[Tensor], known: Tensor | None = None) -> Tensor:
-    r"""How much each teacher counts on each sample, by the entropy :math:`H_k` of its distribution: no labels needed.
+    r"""Return the weight of each teacher on each sample, by the entropy :math:`H_k` of its distribution.
 
     .. math:: w_k = \frac{1}{n - 1} \Bigl( 1 - \frac{H_k}{\sum_j H_j} \Bigr)
 
-    over the :math:`n` teachers that know the sample. A teacher that is sure of itself counts more, right or wrong.
+    over the :math:`n` teachers that know the sample. It needs no labels: a confident teacher weighs more, right or
+    wrong.
 
     Args:
         logits: As in :func:`confidence_weights`.
-        known: As there.
+        known: As in :func:`confidence_weights`.
 
     Returns:
         ``(K, …, 1)``; the sum over the teachers is 1.
 
     Source: K. Kwon et al., "Adaptive Knowledge Distillation Based on Entropy", ICASSP 2020 (lower entropy, larger
-    weight), in the form of the code of CA-MKD, where it is the method EBKD; we divide by :math:`n - 1`, so that the
-    weights' sum is 1.
+    weight), in the form of the code of CA-MKD, where it is the method EBKD; here divided by :math:`n - 1`, so that the
+    weights sum to 1.
 
     Example:
         >>> sure, unsure = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 1.0]])
@@ -129,7 +129,7 @@ def entropy_weights(logits: Sequence[Tensor], known: Tensor | None = None) -> Te
 
 
 def _share(values: Tensor, known: Tensor | None) -> Tensor:
-    """Each teacher's share of the sum over those that know the sample; equal shares where the sum is 0."""
+    """Return each teacher's share of the sum over the teachers that know the sample; equal shares where it is 0."""
     known = torch.ones_like(values) if known is None else known.to(values.dtype)
     values = values * known
     total = values.sum(0)

@@ -1,7 +1,7 @@
 """The distillation loss from hidden states and output heads, without ever holding all the logits.
 
-With a vocabulary of 150 000 the logits are what fills the memory, not the model. Here a chunk of rows goes through both
-heads, the loss and the gradients of hidden states and head at once; then its logits are dropped. Memory grows with the
+With a vocabulary of 150 000 the logits take more memory than the model. Here both heads, the loss and the gradients of
+hidden states and head are computed for a chunk of rows at a time, whose logits are then freed. Memory grows with the
 chunk, not with the batch.
 """
 
@@ -21,20 +21,20 @@ from kd_lightning.functional.rows import (
     check_num_items,
     check_option,
     in_compute_dtype,
-    known_to_be_one,
     loss_factor,
     valid_positions,
 )
+from kd_lightning.functional.rows_fast import known_to_be_one
 from kd_lightning.functional.temperature import Temperature, as_temperature, compute_dtype, in_transform
 
 __all__ = ["FusedTerms", "fused_linear_kd_loss", "fused_linear_kd_terms"]
 
 
 class FusedTerms(NamedTuple):
-    """What :func:`fused_linear_kd_terms` gives.
+    """Result of :func:`fused_linear_kd_terms`.
 
     Attributes:
-        loss: The weighted sum; only this has a gradient.
+        loss: The weighted sum, the only field with a gradient.
         kd_loss: The divergence, unweighted; 0 where its weight is 0.
         task_loss: The cross-entropy, unweighted; 0 where its weight is 0.
     """
@@ -63,18 +63,18 @@ def fused_linear_kd_loss(
     num_items: float | Tensor | None = None,
     chunk_size: int = 256,
 ) -> Tensor:
-    r"""The :func:`kd_loss` of ``hidden @ weight.T``, and the cross-entropy if asked for, a chunk of rows at a time.
+    r"""Return the :func:`kd_loss` of ``hidden @ weight.T`` plus the weighted cross-entropy, a chunk of rows at a time.
 
     .. math::
         L = w_{kd} \, \mathrm{kd\_loss}(h_s W_s^\top, h_t W_t^\top, T) + w_{task} \, \mathrm{CE}(h_s W_s^\top, y)
 
     Gradients flow to the student's hidden states, weight and bias and to the temperature; the teacher is a constant.
-    They are computed in the forward, so that no logits wait for the backward. A second derivative, or a second backward
-    through one graph, is computed from the whole logits.
+    They are computed in the forward, so that no logits are kept for the backward. A second derivative, or a second
+    backward through one graph, is computed from the whole logits.
 
     Args:
-        student_hidden: ``(N, H)`` or ``(B, L, H)``: what goes into the student's output layer.
-        student_weight: ``(V, H)``: that layer's weight.
+        student_hidden: ``(N, H)`` or ``(B, L, H)``: the input of the student's output layer.
+        student_weight: ``(V, H)``: the weight of that output layer.
         teacher_hidden: ``(N, H_t)`` or ``(B, L, H_t)``; None with ``teacher_logits``.
         teacher_weight: ``(V, H_t)``, or more rows than the student's: padding of the vocabulary, which is cut.
         temperature: As in :func:`kd_loss`, in the layout of the logits ``(…, V)``; a class-wise one without gradient.
@@ -87,15 +87,15 @@ def fused_linear_kd_loss(
         scale: As in :func:`kd_loss`.
         ignore_index: Target value of the positions to leave out, of both terms.
         reduction: ``"mean"`` over the valid positions or ``"sum"``.
-        num_items: What the mean divides by; see :func:`kd_loss`.
+        num_items: The divisor of the mean; see :func:`kd_loss`.
         chunk_size: Rows at a time. Four chunks of logits in float32 are held: with 256 rows and 150 000 classes 600 MB.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: Shapes that do not belong together; a teacher that is given twice or not at all; a teacher that
-            requires gradients; a cross-entropy without targets; an unknown option.
+        ValueError: If shapes do not fit together, if the teacher is given twice or not at all, if the teacher requires
+            gradients, if the cross-entropy lacks targets, or if an option has an unknown value.
 
     Source: the chunked losses of P. Hsu et al., "Liger Kernel", 2024, arXiv 2410.10989, in closed form.
 
@@ -145,7 +145,7 @@ def fused_linear_kd_terms(
     num_items: float | Tensor | None = None,
     chunk_size: int = 256,
 ) -> FusedTerms:
-    """The :func:`fused_linear_kd_loss` together with its two terms, for logs. Arguments and errors are the same.
+    """Return :func:`fused_linear_kd_loss` together with its two terms, for logs. Arguments and errors are the same.
 
     Example:
         >>> import torch
@@ -202,7 +202,7 @@ class _Heads(NamedTuple):
     teacher_logits: Tensor | None
 
     def check(self) -> None:
-        """Refuse what does not belong together."""
+        """Raise if shapes do not fit together, or if the teacher requires gradients."""
         hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, teacher_logits = self
         by_head = teacher_hidden is not None and teacher_weight is not None
         if by_head == (teacher_logits is not None) or (teacher_hidden is None) != (teacher_weight is None):
@@ -228,7 +228,7 @@ class _Heads(NamedTuple):
             raise ValueError("the teacher is a constant here, but requires gradients: detach it, or use kd_loss.")
 
     def without_padding(self) -> _Heads:
-        """Surplus rows of the teacher's head pad its vocabulary."""
+        """Return the heads without the teacher's surplus classes, which pad its vocabulary."""
         classes = self.weight.shape[0]
         return _Heads(
             self.hidden,
@@ -241,7 +241,7 @@ class _Heads(NamedTuple):
         )
 
     def in_one_dtype(self) -> _Heads:
-        """What a linear layer would do under autocast."""
+        """Return the heads in autocast's dtype, as a linear layer would cast them."""
         device = self.hidden.device.type
         if not torch.is_autocast_enabled(device):
             return self
@@ -249,14 +249,14 @@ class _Heads(NamedTuple):
         return _Heads(*(None if x is None else x.to(dtype) for x in self))  # pyright: ignore[reportArgumentType]
 
     def flattened(self) -> _Heads:
-        """One row per position."""
+        """Return the heads with one row per position."""
         return _Heads(
             *(x if x is None or x.dim() < 2 else x.reshape(-1, x.shape[-1]) for x in self)  # pyright: ignore
         )
 
 
 class _Flat(NamedTuple):
-    """What belongs to the rows: ``(N, 1)``, ``(1, V)``, ``(N, V)`` or one element."""
+    """Temperatures, factors, mask and labels of the rows: ``(N, 1)``, ``(1, V)``, ``(N, V)`` or one element."""
 
     student_temperature: Any
     teacher_temperature: Any
@@ -266,12 +266,12 @@ class _Flat(NamedTuple):
     labels: Any
 
     def of(self, part: slice) -> _Flat:
-        """What belongs to some of the rows."""
+        """Return the fields of some of the rows."""
         return _Flat(*(x if x is None or x.dim() == 0 or x.shape[0] == 1 else x[part] for x in self))
 
 
 def _flat(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-    """From the layout of the logits to ``(N, V)``, keeping a dimension that is 1 throughout."""
+    """Return a tensor in the layout of the logits as ``(N, V)``, keeping a dimension that is 1 throughout."""
     if x is None or x.dim() == 0:
         return x
     if all(size == 1 for size in x.shape[:-1]):
@@ -280,7 +280,7 @@ def _flat(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
 
 
 def _definition(*tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from the whole logits, in differentiable torch: the loss, and its two parts as constants."""
+    """Return the loss and its two terms as constants, from the whole logits in differentiable torch."""
     heads, rows = _Heads(*tensors[:7]), _Flat(*tensors[7:])
     s = F.linear(heads.hidden, heads.weight, heads.bias)
     t = heads.teacher_logits
@@ -391,12 +391,12 @@ class _FusedLinear(torch.autograd.Function):
 
 
 def _kept(x: Tensor) -> torch.dtype:
-    """Float16 would underflow before a gradient scaler's factor comes in backward."""
+    """Return the dtype of a gradient buffer: float32 for float16, which underflows before the gradient scaler acts."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 def _teacher_logits(heads: _Heads, part: slice, dtype: torch.dtype) -> Tensor:
-    """A fresh tensor, in the dtype to compute in."""
+    """Return the teacher's logits of a chunk as a fresh tensor in the dtype to compute in."""
     if heads.teacher_logits is not None:
         return heads.teacher_logits[part].to(dtype, copy=True)
     assert heads.teacher_hidden is not None
@@ -405,7 +405,7 @@ def _teacher_logits(heads: _Heads, part: slice, dtype: torch.dtype) -> Tensor:
 
 
 def _cross_entropy(s: Tensor, labels: Tensor | None, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Value per row and gradient, both times the factor."""
+    """Return the cross-entropy per row and its gradient, both multiplied by the factor."""
     if labels is None:
         return None, None
     p = s.softmax(-1)
@@ -423,7 +423,7 @@ def _through_linear(
     d_weight: Tensor | None,
     d_bias: Tensor | None,
 ) -> None:
-    """Backward of the output layer for one chunk, added to what the others gave."""
+    """Add the gradients of the output layer from one chunk to those of the chunks before."""
     if d_bias is not None:
         d_bias += gradient.sum(0)
     if weight.dtype == torch.float16:

@@ -1,4 +1,4 @@
-"""The temperature of a loss term, and what it does to a distribution."""
+"""The temperature of a loss term, and the distributions it softens."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Temperature(NamedTuple):
 
 
 def tempered_log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    """``log softmax(logits / T)`` over the last dimension, in float32 (float64 stays).
+    """Return ``log softmax(logits / T)`` over the last dimension, in float32 (float64 stays).
 
     Finite for every finite logit and ``T`` from 0.05 to 100; a logit of −inf keeps probability 0 and passes no NaN to
     the gradient of the logits or of the temperature.
@@ -66,7 +66,7 @@ def tempered_log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
 
 
 def tempered_softmax(logits: Tensor, temperature: float | Tensor, *, class_dim: int = -1) -> Tensor:
-    r"""Softened probabilities :math:`\mathrm{softmax}(z / T)`.
+    r"""Return the softened probabilities :math:`\mathrm{softmax}(z / T)`.
 
     ``T → ∞`` gives the uniform distribution, ``T → 0`` all mass on the largest logit.
 
@@ -79,7 +79,7 @@ def tempered_softmax(logits: Tensor, temperature: float | Tensor, *, class_dim: 
         Probabilities in the logits' shape, float32 (float64 stays).
 
     Raises:
-        ValueError: The temperature is not positive and finite, or its shape does not fit.
+        ValueError: If the temperature is not positive and finite, or if its shape does not fit.
 
     Example:
         >>> tempered_softmax(torch.tensor([[2.0, 0.0]]), 2.0)
@@ -92,7 +92,7 @@ def tempered_softmax(logits: Tensor, temperature: float | Tensor, *, class_dim: 
 def predictive_entropy(
     logits: Tensor, temperature: float | Tensor = 1.0, *, class_dim: int = -1, normalize: bool = False
 ) -> Tensor:
-    r"""Entropy of the softened distribution, :math:`H = -\sum_k p_k \log p_k` with :math:`p = \mathrm{softmax}(z / T)`.
+    r"""Return the entropy :math:`H = -\sum_k p_k \log p_k` of the softened :math:`p = \mathrm{softmax}(z / T)`.
 
     Args:
         logits: Any shape with a class dimension.
@@ -104,7 +104,7 @@ def predictive_entropy(
         Entropy in nats (0 to ``log C``), or normalised (0 to 1), in the logits' shape without the class dimension.
 
     Raises:
-        ValueError: As :func:`tempered_softmax`; or normalising over a single class, whose entropy is always 0.
+        ValueError: If :func:`tempered_softmax` raises, or if ``normalize`` is set for a single class.
 
     Example:
         >>> predictive_entropy(torch.zeros(1, 4))  # uniform over four: log 4
@@ -126,12 +126,12 @@ def as_temperature(temperature: float | Tensor | Temperature, logits: Tensor) ->
     """Bring a number, a tensor or a :class:`Temperature` to a checked :class:`Temperature` for these logits.
 
     Shapes are checked on the host. Values are checked on the host where that is free (numbers, CPU tensors) and by an
-    asynchronous device assertion elsewhere, so that no training step waits for the device. Under ``torch.compile`` and
-    ``torch.func`` there are no values to check.
+    asynchronous device assertion elsewhere, so that no training step has a host sync. Under ``torch.compile`` and
+    ``torch.func`` values are not checked.
 
     Raises:
-        ValueError: The rule that is broken, the value received and the way out.
-        TypeError: Anything else than a number, a tensor or a ``Temperature``.
+        ValueError: If a value is not positive and finite, or if a shape does not fit the logits.
+        TypeError: If the temperature is no number, tensor or ``Temperature``.
 
     Example:
         >>> as_temperature(2.0, torch.zeros(4, 3))
@@ -162,29 +162,29 @@ def as_temperature(temperature: float | Tensor | Temperature, logits: Tensor) ->
 
 
 def is_number(temperature: object) -> TypeGuard[float]:
-    """Whether it is a Python number; ``True`` is none."""
+    """Return True if the temperature is a Python number; a bool is none."""
     return isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
 
 
 def checked_number(temperature: float) -> float:
-    """The temperature, refused where it is not positive and finite."""
+    """Return the temperature as a float, or raise if it is not positive and finite."""
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive, finite number, got {temperature}. {_USUAL}")
     return float(temperature)
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
-    """Float32 for everything narrower; float64 stays."""
+    """Return float64 for float64 logits, and float32 for all others."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def widened_over(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    """``logits / T``, the logits widened first. A logit of −inf stays and passes no NaN to the temperature."""
+    """Return ``logits / T``, the logits widened first. A logit of −inf stays and passes no NaN to the temperature."""
     if logits.dtype != (dtype := compute_dtype(logits)):
         logits = logits.to(dtype)
     if not isinstance(temperature, Tensor) or not (temperature.requires_grad and torch.is_grad_enabled()):
         return logits / temperature
-    masked = logits == -math.inf  # −inf · 0 in the temperature's gradient would be NaN
+    masked = logits == -math.inf  # because −inf · 0 in the temperature's gradient is NaN
     return (logits.masked_fill(masked, 0.0) / temperature).masked_fill(masked, -math.inf)
 
 
@@ -227,7 +227,7 @@ def _check_range(value: Tensor, name: str, minimum_included: bool) -> None:
 
 
 def check_values(fits: Tensor, message: str) -> None:
-    """Raise a ValueError where a condition on values, ``()``, does not hold; on a device without waiting for it."""
+    """Raise a ValueError if a condition on values, ``()``, does not hold; on an accelerator without a host sync."""
     if not _has_values(fits):
         return
     if fits.device.type != "cpu":
@@ -237,12 +237,12 @@ def check_values(fits: Tensor, message: str) -> None:
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Whether there are values to look at: not on the meta device, while a graph is traced, or in a transform."""
+    """Return True if the tensor has values to read: not on the meta device, while tracing, or in a transform."""
     return not (torch.compiler.is_compiling() or tensor.device.type == "meta" or in_transform())
 
 
 def in_transform() -> bool:
-    """Whether a ``torch.func`` transform (vmap, grad, jvp) or forward-mode differentiation is running."""
+    """Return True while a ``torch.func`` transform (vmap, grad, jvp) or forward-mode differentiation is running."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

@@ -1,4 +1,4 @@
-"""What a causal language model is held against."""
+"""The targets of a causal language model."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ __all__ = ["next_token_targets"]
 
 
 def next_token_targets(labels: Tensor, attention_mask: Tensor | None = None, ignore_index: int = -100) -> Tensor:
-    r"""The target of each position of a causal language model: the label of the next one, :math:`y_i = l_{i+1}`.
+    r"""Return the target of each position of a causal language model, the next label :math:`y_i = l_{i+1}`.
 
-    Labels are shifted where others shift logits, ``logits[:, :-1]`` against ``labels[:, 1:]``: the loss is the same,
-    and the logits, by far the larger tensor, stay as they are. What does not count is ``ignore_index``: the last
-    position, labels that are so already, and every position that is padding or is followed by it.
+    The labels are shifted rather than the logits (``logits[:, :-1]`` against ``labels[:, 1:]``), because the logits are
+    by far the larger tensor; the loss is the same. The target is ``ignore_index`` at the last position, before a label
+    that is ``ignore_index``, and at every position that is padding or is followed by padding.
 
     Args:
         labels: ``(B, L)`` token indices, or ``ignore_index``; unshifted, as Hugging Face's models take them.
-        attention_mask: ``(B, L)``, 0 at padding. None: the labels say it all.
-        ignore_index: The target of positions that do not count.
+        attention_mask: ``(B, L)``, 0 at padding. None: the labels mark the padding.
+        ignore_index: The target of the positions to leave out.
 
     Returns:
         ``(B, L)``.
 
     Raises:
-        ValueError: Labels that are not ``(B, L)`` indices, or a mask of another shape.
+        ValueError: If the labels are no ``(B, L)`` indices, or if the mask has another shape.
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
 """Losses between the features of student and teacher: options in the constructor, one call into functional.
 
-Equations, shapes and sources are those of the functions in :mod:`kd_lightning.functional.feature_losses`. A
-:class:`~kd_lightning.LayerTerm` puts one between a layer of the student and one of the teacher.
+Equations, shapes and sources are those of the functions of the same name in :mod:`kd_lightning.functional`. A
+:class:`~kd_lightning.LayerTerm` puts a feature loss between a layer of the student and a layer of the teacher.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from kd_lightning import functional
 from kd_lightning.functional import Scale, Temperature
-from kd_lightning.functional.feature_losses import check_power, check_same_shape, check_views, check_weights, contrast
+from kd_lightning.functional.feature_losses import check_power, check_same_shape
+from kd_lightning.functional.similarity_losses import check_views, check_weights, contrast
 
 __all__ = [
     "AttentionKDLoss",
@@ -31,12 +32,12 @@ __all__ = [
 
 
 class FeatureLoss(nn.Module):
-    """What the losses between features share. A loss of your own without a temperature: define ``forward``.
+    """Base of the losses between features. For a loss of your own without a temperature define ``forward``.
 
     Attributes:
-        compares: What must agree between the two, and is made to agree by a
-            :class:`~kd_lightning.LayerTerm`: ``"all"`` (channels and positions), ``"positions"``, or ``"samples"``
-            (nothing else: no projector is ever needed).
+        compares: The sizes that must agree between student and teacher, and that a
+            :class:`~kd_lightning.LayerTerm` makes agree: ``"all"`` (channels and positions), ``"positions"``, or
+            ``"samples"`` (no projector is needed).
 
     Example:
         >>> import torch
@@ -51,16 +52,16 @@ class FeatureLoss(nn.Module):
 
 
 class SoftFeatureLoss(FeatureLoss):
-    """A loss between distributions at a temperature. One of your own: define ``logits``, and ``compare`` for no KL.
+    """A loss between distributions at a temperature. For one of your own define ``logits``; the KL is the default.
 
     Attributes:
-        own_scale: The rule that holds where ``scale`` is None.
+        own_scale: The scale where ``scale`` is None.
 
     Args:
         scale: The factor per row, as in :func:`~kd_lightning.functional.kd_loss`. None: ``own_scale``.
 
     Raises:
-        ValueError: An unknown option.
+        ValueError: If ``scale`` has an unknown value.
 
     Example:
         >>> import torch
@@ -82,19 +83,19 @@ class SoftFeatureLoss(FeatureLoss):
 
     @abstractmethod
     def logits(self, student_features: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of logits ``(rows, classes)`` of both: what the temperature divides, and a policy looks at."""
+        """Return the logits ``(rows, classes)`` of student and teacher, which the temperature divides."""
 
     def compare(
         self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor | Temperature
     ) -> Tensor:
-        """The loss between rows of logits: :func:`~kd_lightning.functional.kd_loss`."""
+        """Return the loss between rows of logits, :func:`~kd_lightning.functional.kd_loss`."""
         return functional.kd_loss(student_logits, teacher_logits, temperature, scale=self.scale)
 
     @override
     def forward(
         self, student_features: Tensor, teacher_features: Tensor, temperature: float | Tensor | Temperature
     ) -> Tensor:
-        """The loss; the temperature is in the layout of the rows."""
+        """Return the loss; the temperature is in the layout of the rows."""
         return self.compare(*self.logits(student_features, teacher_features), temperature)
 
     @override
@@ -177,7 +178,7 @@ class RelationalLoss(FeatureLoss):
 
 
 class ChannelWiseKDLoss(SoftFeatureLoss):
-    """Where in the image each channel looks (CWD): :func:`~kd_lightning.functional.channel_wise_kd_loss`."""
+    """Positions of each channel as a distribution (CWD): :func:`~kd_lightning.functional.channel_wise_kd_loss`."""
 
     @override
     def logits(self, student_features: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +214,7 @@ class AttentionKDLoss(SoftFeatureLoss):
 
 
 class SimilarityKDLoss(SoftFeatureLoss):
-    """Whom each sample of the batch resembles: :func:`~kd_lightning.functional.similarity_kd_loss`.
+    """Similarity to the other samples as a distribution: :func:`~kd_lightning.functional.similarity_kd_loss`.
 
     Args:
         views: How many views of each image the batch is made of; with 2 or more it is SSKD's transfer term.

@@ -1,7 +1,7 @@
 """Losses between the logits of student and teacher: options in the constructor, one call into functional.
 
-They are all called with ``(student_logits, teacher_logits, temperature, targets)``, so that one stands in for another;
-equations, shapes and sources are those of the function of the same name in :mod:`kd_lightning.functional`.
+All are called with ``(student_logits, teacher_logits, temperature, targets)``, so that each can replace another.
+Equations, shapes and sources are those of the function of the same name in :mod:`kd_lightning.functional`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
+from typing_extensions import Unpack, override
 
 from kd_lightning import functional
-from kd_lightning.functional import Convention, FusedTerms, Reduction, Scale, Temperature
-from kd_lightning.functional.logit_losses import check_convention
+from kd_lightning.functional import FusedTerms, Reduction, Scale, Temperature
+from kd_lightning.functional.conventions import CONVENTIONS, Convention, check_convention
+from kd_lightning.functional.row_loss import CLASS_DIM, IGNORE_INDEX, LayoutOptions
 from kd_lightning.functional.rows import REDUCTIONS, SCALES, check_option
 
 __all__ = [
@@ -33,25 +35,31 @@ __all__ = [
 ]
 
 
+class LossModuleOptions(LayoutOptions, total=False):
+    """Keywords of every loss module between logits; :class:`LogitLoss` explains them and has the defaults."""
+
+    scale: Scale | None
+
+
 class LogitLoss(nn.Module):
-    """What the losses between logits share. A loss of your own: set ``function``, and name its further ``options``.
+    """Base of the losses between logits. For a loss of your own set ``function``, and name its further ``options``.
 
     Attributes:
         function: The loss as a function.
         options: Names of the function's own options, which are attributes of the module.
-        own_scale: The rule that holds where ``scale`` is None.
-        compares_distributions: Whether it sees the logits through a softmax only, so that they may be shifted.
+        own_scale: The scale where ``scale`` is None.
+        compares_distributions: True if the loss depends on the logits through a softmax only, and so not on a shift.
 
     Args:
         scale: The factor per sample: ``"student_teacher"`` (T_s·T_t, which is T² when shared), ``"student"`` (T_s²),
-            ``"teacher"`` (T_t²) or ``"none"``. None: that of the function.
+            ``"teacher"`` (T_t²) or ``"none"``. None: ``own_scale``.
         class_dim: The dimension of the classes; 1 for dense ``(N, C, H, W)``.
         ignore_index: Target value of the positions to leave out; None keeps all of them, so that samples without a
             label are distilled too.
         reduction: ``"mean"`` over the valid positions, ``"sum"`` or ``"none"``.
 
     Raises:
-        ValueError: An unknown option.
+        ValueError: If ``scale`` or ``reduction`` has an unknown value.
 
     Example:
         >>> import torch
@@ -69,8 +77,8 @@ class LogitLoss(nn.Module):
     def __init__(
         self,
         scale: Scale | None = None,
-        class_dim: int = -1,
-        ignore_index: int | None = -100,
+        class_dim: int = CLASS_DIM,
+        ignore_index: int | None = IGNORE_INDEX,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
@@ -91,9 +99,9 @@ class LogitLoss(nn.Module):
         num_items: float | Tensor | None = None,
         reduction: Reduction | None = None,
     ) -> Tensor:
-        """The loss; see :func:`~kd_lightning.functional.kd_loss` for the arguments.
+        """Return the loss; see :func:`~kd_lightning.functional.kd_loss` for the arguments.
 
-        A ``reduction`` given here takes the place of the module's own.
+        A ``reduction`` given here replaces the module's own.
         """
         return type(self).function(
             student_logits,
@@ -109,26 +117,28 @@ class LogitLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The options: its own first."""
+        """Return the options, the loss's own first."""
         names = (*self.options, "scale", "class_dim", "ignore_index", "reduction")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 class KDLoss(LogitLoss):
-    """Kullback-Leibler divergence from the teacher to the student: :func:`~kd_lightning.functional.kd_loss`.
+    r"""Kullback-Leibler divergence from the teacher to the student: :func:`~kd_lightning.functional.kd_loss`.
 
     Args:
-        scale: As in :class:`LogitLoss`, like ``class_dim``, ``ignore_index`` and ``reduction``.
-        class_dim: The dimension of the classes.
-        ignore_index: Target value of the positions to leave out.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        convention: What another library computes under this name: ``"hinton"``, ``"trl"``, ``"modelopt"``,
-            ``"torchdistill"`` or ``"textbrewer"``.
-        alpha: Weight of the cross-entropy in the convention ``"torchdistill"``; an error elsewhere.
-        beta: Weight of the divergence there.
+        convention: The library whose loss of this name to compute. It fixes ``scale``:
+
+            - ``"hinton"``: this loss as it is; mdistiller, timm, DistillKit.
+            - ``"trl"``: without T².
+            - ``"modelopt"``: with T², averaged over the classes too: C times smaller.
+            - ``"torchdistill"``: ``α · CE + β · T² · KL``; without ``alpha`` or targets the KL alone, *without* T².
+            - ``"textbrewer"``: the soft cross-entropy :math:`-\sum_k p_t \log p_s`, without T².
+        alpha: Weight of the cross-entropy in the convention ``"torchdistill"``.
+        beta: Weight of the divergence in the convention ``"torchdistill"``; None: ``1 − alpha``.
+        **options: Those of :class:`LogitLoss`.
 
     Raises:
-        ValueError: An unknown option, or one that the convention leaves no room for.
+        ValueError: If an option has an unknown value or contradicts the convention.
 
     Example:
         >>> import torch
@@ -138,28 +148,51 @@ class KDLoss(LogitLoss):
     """
 
     function = staticmethod(functional.kd_loss)
-    options = ("convention", "alpha", "beta")
 
     def __init__(
         self,
-        scale: Scale | None = None,
-        class_dim: int = -1,
-        ignore_index: int | None = -100,
-        reduction: Reduction = "mean",
+        *,
         convention: Convention | None = None,
         alpha: float | None = None,
         beta: float | None = None,
+        **options: Unpack[LossModuleOptions],
     ) -> None:
-        super().__init__(scale, class_dim, ignore_index, reduction)
+        super().__init__(**options)
         check_convention(convention, self.scale, alpha, beta)
         self.convention: Convention | None = convention
         self.alpha = alpha
         self.beta = beta
 
+    @override
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        temperature: float | Tensor | Temperature,
+        targets: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+        reduction: Reduction | None = None,
+    ) -> Tensor:
+        """Return the loss, or that of the convention; the arguments are those of :class:`LogitLoss`."""
+        if self.convention is None:
+            return super().forward(student_logits, teacher_logits, temperature, targets, num_items, reduction)
+        return CONVENTIONS[self.convention](
+            student_logits,
+            teacher_logits,
+            temperature,
+            targets=targets,
+            num_items=num_items,
+            class_dim=self.class_dim,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction if reduction is None else reduction,
+            **({"alpha": self.alpha, "beta": self.beta} if self.convention == "torchdistill" else {}),
+        )
+
+    @override
     def extra_repr(self) -> str:
-        """The options; the convention's where there is one."""
-        shown = super().extra_repr()
-        return shown if self.convention else shown.replace("convention=None, alpha=None, beta=None, ", "")
+        """Return the options, the convention's first where one is set."""
+        own = f"convention={self.convention!r}, alpha={self.alpha!r}, beta={self.beta!r}, " if self.convention else ""
+        return own + super().extra_repr()
 
 
 class FusedLinearKDLoss(LogitLoss):
@@ -170,21 +203,20 @@ class FusedLinearKDLoss(LogitLoss):
     :func:`~kd_lightning.functional.fused_linear_kd_loss`. Loss and gradients are those of :class:`KDLoss` with
     :class:`CrossEntropyLoss`. Both models must have ``base_model`` (inputs → hidden states) and
     ``get_output_embeddings()`` (a Linear), as Hugging Face's causal models and
-    :class:`~kd_lightning.models.CausalTransformer` have, and nothing may stand between the two or after them.
+    :class:`~kd_lightning.models.CausalTransformer` have, and no module may transform the hidden
+    states between the two or the logits after them.
 
     Without logits, training has no ``train_acc``, no ``train_agreement`` and no entropies, a gradient share is NaN, and
     a temperature that reads logits is an error. A term whose weight is 0 is logged as 0. Given logits, as in validation
-    and test, which measure everything, this is :class:`KDLoss`: there one batch's logits must fit.
+    and test, which measure everything, this is :class:`KDLoss`, and one batch's logits must fit in memory.
 
     Args:
         chunk_size: Rows at a time.
-        scale: As in :class:`LogitLoss`, like all that follows.
-        class_dim: The dimension of the classes; from hidden states it is the last.
-        ignore_index: Target value of the positions to leave out.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``; from hidden states ``"mean"``.
+        **options: Those of :class:`LogitLoss`. From hidden states ``class_dim`` is the last dimension and
+            ``reduction`` is ``"mean"``.
 
     Raises:
-        ValueError: An unknown option, or no row at a time.
+        ValueError: If ``scale`` or ``reduction`` has an unknown value, or if ``chunk_size`` is below 1.
 
     Example:
         >>> import torch
@@ -194,15 +226,8 @@ class FusedLinearKDLoss(LogitLoss):
 
     function = staticmethod(functional.kd_loss)
 
-    def __init__(
-        self,
-        chunk_size: int = 256,
-        scale: Scale | None = None,
-        class_dim: int = -1,
-        ignore_index: int | None = -100,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__(scale, class_dim, ignore_index, reduction)
+    def __init__(self, chunk_size: int = 256, **options: Unpack[LossModuleOptions]) -> None:
+        super().__init__(**options)
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         self.chunk_size = chunk_size
@@ -216,7 +241,7 @@ class FusedLinearKDLoss(LogitLoss):
         kd_weight: float,
         task_weight: float,
     ) -> FusedTerms:
-        """Both terms and their weighted sum from hidden states, weight and bias of the output layer."""
+        """Return both terms and their weighted sum, from hidden states, weight and bias of the output layer."""
         return functional.fused_linear_kd_terms(
             student[0],
             student[1],
@@ -234,7 +259,7 @@ class FusedLinearKDLoss(LogitLoss):
         )
 
     def extra_repr(self) -> str:
-        """The options: its own first."""
+        """Return the options, the loss's own first."""
         return f"chunk_size={self.chunk_size}, {super().extra_repr()}"
 
 
@@ -249,24 +274,14 @@ class JSDLoss(LogitLoss):
 
     Args:
         beta: Weight of the teacher, between 0 and 1.
-        scale: As in :class:`LogitLoss`, like all that follows.
-        class_dim: The dimension of the classes.
-        ignore_index: Target value of the positions to leave out.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        **options: Those of :class:`LogitLoss`.
     """
 
     function = staticmethod(functional.jsd_loss)
     options = ("beta",)
 
-    def __init__(
-        self,
-        beta: float = 0.5,
-        scale: Scale | None = None,
-        class_dim: int = -1,
-        ignore_index: int | None = -100,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__(scale, class_dim, ignore_index, reduction)
+    def __init__(self, beta: float = 0.5, **options: Unpack[LossModuleOptions]) -> None:
+        super().__init__(**options)
         if not 0 < beta < 1:
             raise ValueError(f"beta must lie between 0 and 1, got {beta}: at the ends take KDLoss or ReverseKDLoss.")
         self.beta = beta
@@ -308,25 +323,14 @@ class DKDLoss(LogitLoss):
     Args:
         alpha: Weight of the target against the rest.
         beta: Weight of the rest among themselves.
-        scale: As in :class:`LogitLoss`, like all that follows.
-        class_dim: The dimension of the classes.
-        ignore_index: Target value of the positions to leave out.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        **options: Those of :class:`LogitLoss`.
     """
 
     function = staticmethod(functional.dkd_loss)
     options = ("alpha", "beta")
 
-    def __init__(
-        self,
-        alpha: float = 1.0,
-        beta: float = 8.0,
-        scale: Scale | None = None,
-        class_dim: int = -1,
-        ignore_index: int | None = -100,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__(scale, class_dim, ignore_index, reduction)
+    def __init__(self, alpha: float = 1.0, beta: float = 8.0, **options: Unpack[LossModuleOptions]) -> None:
+        super().__init__(**options)
         self.alpha = alpha
         self.beta = beta
 
@@ -336,24 +340,14 @@ class NKDLoss(LogitLoss):
 
     Args:
         gamma: Weight of the classes beside the target.
-        scale: As in :class:`LogitLoss`, like all that follows.
-        class_dim: The dimension of the classes.
-        ignore_index: Target value of the positions to leave out.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        **options: Those of :class:`LogitLoss`.
     """
 
     function = staticmethod(functional.nkd_loss)
     options = ("gamma",)
 
-    def __init__(
-        self,
-        gamma: float = 1.5,
-        scale: Scale | None = None,
-        class_dim: int = -1,
-        ignore_index: int | None = -100,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__(scale, class_dim, ignore_index, reduction)
+    def __init__(self, gamma: float = 1.5, **options: Unpack[LossModuleOptions]) -> None:
+        super().__init__(**options)
         self.gamma = gamma
 
 
@@ -363,26 +357,15 @@ class DISTLoss(LogitLoss):
     Args:
         beta: Weight of the correlation within a row.
         gamma: Weight of the correlation within a class, over the batch.
-        scale: As in :class:`LogitLoss`, like all that follows.
-        class_dim: The dimension of the classes.
-        ignore_index: Target value of the positions to leave out.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        **options: Those of :class:`LogitLoss`.
     """
 
     function = staticmethod(functional.dist_loss)
     options = ("beta", "gamma")
     own_scale = "none"
 
-    def __init__(
-        self,
-        beta: float = 1.0,
-        gamma: float = 1.0,
-        scale: Scale | None = None,
-        class_dim: int = -1,
-        ignore_index: int | None = -100,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__(scale, class_dim, ignore_index, reduction)
+    def __init__(self, beta: float = 1.0, gamma: float = 1.0, **options: Unpack[LossModuleOptions]) -> None:
+        super().__init__(**options)
         self.beta = beta
         self.gamma = gamma
 
@@ -392,22 +375,14 @@ class MultiTemperatureKDLoss(LogitLoss):
 
     Args:
         factors: Multiples of the temperature.
-        scale: As in :class:`LogitLoss`, like all that follows.
-        class_dim: The dimension of the classes.
-        ignore_index: Target value of the positions to leave out.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        **options: Those of :class:`LogitLoss`.
     """
 
     function = staticmethod(functional.multi_temperature_kd_loss)
     options = ("factors",)
 
     def __init__(
-        self,
-        factors: Sequence[float] = (0.5, 0.75, 1.0, 1.25, 1.5),
-        scale: Scale | None = None,
-        class_dim: int = -1,
-        ignore_index: int | None = -100,
-        reduction: Reduction = "mean",
+        self, factors: Sequence[float] = (0.5, 0.75, 1.0, 1.25, 1.5), **options: Unpack[LossModuleOptions]
     ) -> None:
-        super().__init__(scale, class_dim, ignore_index, reduction)
+        super().__init__(**options)
         self.factors = tuple(factors)

@@ -1,4 +1,4 @@
-"""The task loss: what the student would be trained with on its own."""
+"""The task loss, with which the student would be trained without a teacher."""
 
 from __future__ import annotations
 

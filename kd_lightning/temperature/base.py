@@ -10,7 +10,8 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.functional import Temperature, as_temperature
+from kd_lightning.functional import Temperature
+from kd_lightning.functional.temperature import as_temperature
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.statistics import mean_over_valid
 

@@ -18,11 +18,12 @@ import pytest
 import torch
 import torch._dynamo
 from hypothesis import given, settings
+from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 from torch.testing import assert_close
 
 from kd_lightning import functional, losses
-from kd_lightning.functional import Temperature, rows
+from kd_lightning.functional import Temperature, row_loss, rows_fast
 from kd_lightning.losses import LogitLoss
 
 Array = Any
@@ -156,7 +157,7 @@ def draw(name: str, *shape: int, dtype: torch.dtype = torch.float64, spread: flo
 
 
 def fast_path_off() -> Any:
-    return mock.patch.object(rows, "_closed_form_applies", return_value=False)
+    return mock.patch.object(row_loss, "closed_form_applies", return_value=False)
 
 
 def gradients(loss: Tensor, *inputs: Tensor) -> Any:
@@ -281,7 +282,7 @@ def test_fast_path_is_the_definition(name, layout, chunk, masked, reduction, tem
     module.class_dim, module.reduction, module.scale = class_dim, reduction, scale
     weights = torch.rand(positions if reduction == "none" else [], dtype=dtype)
 
-    with mock.patch.object(rows, "CHUNK_CPU", chunk):
+    with mock.patch.object(rows_fast, "CHUNK_CPU", chunk):
         fast = gradients(module(s, t, temp, targets) * weights, *wanted)
     exact = [x.detach().double().requires_grad_() for x in wanted]  # in float32 the definition itself loses digits
     if isinstance(temp, Temperature):
@@ -512,14 +513,46 @@ def test_is_its_function(name):
     assert_close(type(module).function(s, t, 2.0, targets=targets, **options), module(s, t, 2.0, targets))
     per_row = type(module).function(s, t, 2.0, targets=targets, reduction="none", **options)
     assert_close(module(s, t, 2.0, targets, reduction="none"), per_row)
-    defaults = {
+    shared = ("scale", "class_dim", "ignore_index", "reduction")
+    defaults: dict[str, Any] = {
         parameter.name: parameter.default
-        for parameter in inspect.signature(type(module).function).parameters.values()
-        if parameter.name in ("scale", "class_dim", "ignore_index", "reduction", *module.options)
-    }
+        for function in (row_loss.row_loss, type(module).function)
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.name in (*shared, *module.options)
+    } | {"scale": SETTINGS[name].own_scale}
+    assert set(defaults) == {*shared, *module.options}
     fresh = type(module)()
+    explicit = {option: defaults[option] for option in shared}
+    assert_close(type(module).function(s, t, 2.0, targets=targets, **explicit, **options), module(s, t, 2.0, targets))
     assert {option: getattr(fresh, option) for option in defaults} == defaults
     assert type(module).function.__name__ in functional.__all__
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_mistyped_option_is_named(name):
+    module: Any = SETTINGS[name].module
+    s, t, targets = draw(name, 4, 6)
+    with pytest.raises(TypeError, match="reductoin"):
+        type(module).function(s, t, 2.0, targets=targets, reductoin="sum")
+    with pytest.raises(TypeError, match="reductoin"):
+        type(module)(reductoin="sum")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_options_from_yaml(name):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--kd_loss", type=LogitLoss)
+    kind = type(SETTINGS[name].module)
+    own = {option: getattr(SETTINGS[name].module, option) for option in kind.options}
+    given = {**own, "scale": "student", "class_dim": 1, "ignore_index": None, "reduction": "sum"}
+    path = f"{kind.__module__}.{name}"
+    parsed = parser.parse_object({"kd_loss": {"class_path": path, "init_args": given}})
+    built = parser.instantiate(parsed).kd_loss
+    assert type(built) is kind
+    assert {option: getattr(built, option) for option in given} == given
+    for wrong in ({"reductoin": "sum"}, {"scale": "T²"}, {"class_dim": "last"}):
+        with pytest.raises(ArgumentError, match=next(iter(wrong))):
+            parser.parse_object({"kd_loss": {"class_path": path, "init_args": wrong}})
 
 
 @pytest.mark.parametrize("name", SETTINGS)

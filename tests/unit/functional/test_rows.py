@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from kd_lightning.functional import Temperature, dkd_loss, kd_loss, rows
-from kd_lightning.functional.rows import _chunks
+from kd_lightning.functional import Temperature, dkd_loss, kd_loss, row_loss, rows_fast
+from kd_lightning.functional.rows_fast import _chunks
 
 
 def peak_bytes(function: Any) -> int:
@@ -35,7 +35,7 @@ def peak_bytes(function: Any) -> int:
 def test_chunks_cover_every_row_once(shape, class_dim, size):
     class_dim %= len(shape)
     seen = torch.zeros(shape)
-    with mock.patch.object(rows, "CHUNK_CPU", size):
+    with mock.patch.object(rows_fast, "CHUNK_CPU", size):
         for part in _chunks(seen, class_dim):
             seen[part] += 1
             assert seen[part].shape[class_dim] == shape[class_dim]
@@ -47,7 +47,7 @@ class TestIsTaken:
     def test_by_what(self):
         s, t = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
         learnt, per_class = torch.ones(1, requires_grad=True), torch.ones(1, 5)
-        with mock.patch.object(rows, "_definition", side_effect=AssertionError("the fast path was not taken")):
+        with mock.patch.object(row_loss, "definition", side_effect=AssertionError("the fast path was not taken")):
             for temperature in (4.0, torch.tensor(4.0), torch.ones(3, 1), learnt, per_class):
                 kd_loss(s, t, temperature).backward()
             kd_loss(s, t, Temperature(learnt, torch.ones(3, 1).requires_grad_())).backward()
@@ -56,7 +56,7 @@ class TestIsTaken:
 
     def test_not_by_what(self):
         s, t = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
-        with mock.patch.object(rows, "_closed_form", side_effect=AssertionError("the fast path was taken")):
+        with mock.patch.object(row_loss, "closed_form", side_effect=AssertionError("the fast path was taken")):
             kd_loss(s, t, torch.ones(1, 5, requires_grad=True)).backward()
             kd_loss(s, t.clone().requires_grad_(), 4.0).backward()
             torch.func.grad(lambda x: kd_loss(x, t, 4.0))(s)
@@ -68,7 +68,7 @@ class TestSmall:
     def test_is_the_general_form(self):
         s, t = torch.randn(6, 5, dtype=torch.float64, requires_grad=True), torch.randn(6, 5, dtype=torch.float64)
         small = dkd_loss(s, t, 3.0, targets=torch.arange(6) % 5)
-        with mock.patch.object(rows, "CHUNK_CPU", 5):
+        with mock.patch.object(rows_fast, "CHUNK_CPU", 5):
             general = dkd_loss(s, t, 3.0, targets=torch.arange(6) % 5)
         assert "SmallLoss" in str(small.grad_fn)
         assert "SmallLoss" not in str(general.grad_fn)
@@ -131,7 +131,7 @@ class TestConstantTemperature:
     def test_is_the_loss_of_a_learnt_one(self, targets, num_items, chunk):
         s, t = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.randn(3, 5, dtype=torch.float64)
         one = torch.tensor([2.5], dtype=torch.float64)
-        with mock.patch.object(rows, "CHUNK_CPU", chunk):
+        with mock.patch.object(rows_fast, "CHUNK_CPU", chunk):
             expected, *others = (
                 kd_loss(s, t, temperature, targets=targets, num_items=num_items)
                 for temperature in (one.clone().requires_grad_(), one, one[0], 2.5, Temperature(one, one, one * one))
@@ -155,13 +155,13 @@ class TestConstantTemperature:
 def test_memory_is_one_copy_of_the_logits(dtype):
     s, t = torch.randn(64, 2**16).to(dtype).requires_grad_(), torch.randn(64, 2**16).to(dtype)
     peak = peak_bytes(lambda: kd_loss(s, t, 4.0).backward())
-    scratch = 6 * rows.CHUNK_CPU * 4
+    scratch = 6 * rows_fast.CHUNK_CPU * 4
     assert peak <= s.nbytes + scratch
 
 
 def test_memory_without_gradient_is_the_scratch():
     s, t = torch.randn(64, 2**16), torch.randn(64, 2**16)
-    assert peak_bytes(lambda: kd_loss(s, t, 4.0)) <= 6 * rows.CHUNK_CPU * 4
+    assert peak_bytes(lambda: kd_loss(s, t, 4.0)) <= 6 * rows_fast.CHUNK_CPU * 4
 
 
 @pytest.mark.parametrize("targets", [None, torch.zeros(6, dtype=torch.long, device="meta")], ids=["all", "masked"])
@@ -169,7 +169,7 @@ def test_waits_for_no_device(targets):
     """A meta tensor has no values: to look at one is an error, as it would be a wait on an accelerator."""
     s, t = torch.randn(6, 5, device="meta", requires_grad=True), torch.randn(6, 5, device="meta")
     for temperature in (4.0, torch.ones(1, device="meta", requires_grad=True), torch.ones(6, 1, device="meta")):
-        with mock.patch.object(rows, "CHUNK_ACCELERATOR", 10):
+        with mock.patch.object(rows_fast, "CHUNK_ACCELERATOR", 10):
             loss = kd_loss(s, t, temperature, targets=targets)
             assert loss.shape == ()
             loss.backward()

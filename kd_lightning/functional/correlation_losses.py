@@ -1,0 +1,97 @@
+"""The loss between logits that is no sum over rows: it correlates each class over the batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kd_lightning.functional.row_loss import CLASS_DIM, IGNORE_INDEX
+from kd_lightning.functional.rows import (
+    REDUCTIONS,
+    SCALES,
+    Reduction,
+    Scale,
+    check_logits,
+    check_num_items,
+    check_option,
+    in_compute_dtype,
+    loss_factor,
+    valid_positions,
+    without_padding,
+)
+from kd_lightning.functional.temperature import Temperature, as_temperature, widened_over
+
+__all__ = ["dist_loss"]
+
+
+def dist_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float | Tensor | Temperature,
+    *,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    targets: Tensor | None = None,
+    scale: Scale = "none",
+    class_dim: int = CLASS_DIM,
+    ignore_index: int | None = IGNORE_INDEX,
+    reduction: Reduction = "mean",
+    num_items: float | Tensor | None = None,
+) -> Tensor:
+    r"""Correlation distance of the probabilities (DIST), by Pearson's :math:`\rho` along rows and along columns.
+
+    .. math::
+        L = \frac{1}{|V|} \sum_{i \in V} c_i \Bigl[ \beta \, (1 - \rho(p_{s,i\cdot}, p_{t,i\cdot}))
+            + \gamma \, \frac{1}{C} \sum_k (1 - \rho(p_{s,\cdot k}, p_{t,\cdot k})) \Bigr]
+
+    The second term correlates each class over all valid positions of the batch; every position carries it. A
+    correlation does not shrink with T, so the publication has no T²: ``scale="none"`` is the default. Arguments and
+    errors: :func:`kd_loss`.
+
+    Its own arguments:
+
+    - ``beta``: Weight of the correlation between classes, within a row.
+    - ``gamma``: Weight of the correlation within a class, over the batch; it needs two valid positions or more.
+
+    Raises:
+        ValueError: If there are fewer than three classes, because the correlation of two is always ±1.
+
+    Source: T. Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, arXiv 2205.10536.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[1.0, 0.0, 5.0]])
+        >>> dist_loss(student, teacher, 1.0, gamma=0.0)
+        tensor(0.0042)
+    """
+    check_option("scale", scale, SCALES)
+    check_option("reduction", reduction, REDUCTIONS)
+    check_num_items(num_items, reduction)
+    teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
+    check_logits(student_logits, teacher_logits, class_dim, min_classes=3)
+    temp = in_compute_dtype(as_temperature(temperature, student_logits), student_logits)
+    valid = valid_positions(targets, student_logits, class_dim, ignore_index)
+    kept = None if valid is None else valid.unsqueeze(class_dim)
+    factor = loss_factor(temp, student_logits, scale, class_dim, kept, reduction, num_items)
+
+    if kept is not None:  # because a masked row may hold NaN, and 0 · NaN is NaN
+        student_logits, teacher_logits = student_logits.masked_fill(~kept, 0.0), teacher_logits.masked_fill(~kept, 0.0)
+    p_s = widened_over(student_logits, temp.student).softmax(class_dim).movedim(class_dim, -1)
+    p_t = widened_over(teacher_logits, temp.teacher).softmax(class_dim).movedim(class_dim, -1)
+    weight = torch.ones_like(p_s[..., :1]) if valid is None else valid.unsqueeze(-1).to(p_s.dtype)
+    between_classes = _correlation(p_s, p_t, -1)
+    columns_s, columns_t = p_s.reshape(-1, p_s.shape[-1]), p_t.reshape(-1, p_t.shape[-1])
+    within_classes = _correlation(columns_s, columns_t, 0, weight.reshape(-1, 1))
+    value = beta * (1 - between_classes) + gamma * (1 - within_classes).mean()
+    loss = value * weight.squeeze(-1) * (factor.squeeze(class_dim) if factor.dim() > 0 else factor)
+    return loss if reduction == "none" else loss.sum()
+
+
+def _correlation(x: Tensor, y: Tensor, dim: int, weight: Tensor | None = None) -> Tensor:
+    """Return Pearson's correlation along one dimension; it is 0 where one side is constant."""
+    weight = torch.ones_like(x) if weight is None else weight
+    total = weight.sum(dim, keepdim=True).clamp(min=1)
+    x = (x - (x * weight).sum(dim, keepdim=True) / total) * weight
+    y = (y - (y * weight).sum(dim, keepdim=True) / total) * weight
+    norms = torch.linalg.vector_norm(x, dim=dim) * torch.linalg.vector_norm(y, dim=dim)
+    return (x * y).sum(dim) / norms.clamp(min=1e-8)

@@ -1,0 +1,131 @@
+"""The one call behind every loss on rows, and the options that all losses between logits take."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from kd_lightning.functional.divergences import Divergence
+from kd_lightning.functional.rows import (
+    REDUCTIONS,
+    SCALES,
+    Reduction,
+    Rows,
+    Scale,
+    check_logits,
+    check_num_items,
+    check_option,
+    definition,
+    in_compute_dtype,
+    loss_factor,
+    valid_positions,
+    without_padding,
+)
+from kd_lightning.functional.rows_fast import closed_form, closed_form_applies
+from kd_lightning.functional.temperature import (
+    Temperature,
+    as_temperature,
+    checked_number,
+    compute_dtype,
+    in_transform,
+    is_number,
+)
+
+__all__ = ["CLASS_DIM", "IGNORE_INDEX", "LayoutOptions", "LossOptions", "UnscaledOptions", "row_loss"]
+
+CLASS_DIM = -1
+"""The dimension of the classes unless the caller names another."""
+IGNORE_INDEX = -100
+"""The target value of the positions to leave out unless the caller names another."""
+
+
+class LayoutOptions(TypedDict, total=False):
+    """Keywords that function and module of a loss share, with the defaults of :func:`row_loss`."""
+
+    class_dim: int
+    ignore_index: int | None
+    reduction: Reduction
+
+
+class UnscaledOptions(LayoutOptions, total=False):
+    """Keywords of a loss whose scale is fixed."""
+
+    targets: Tensor | None
+    num_items: float | Tensor | None
+
+
+class LossOptions(UnscaledOptions, total=False):
+    """Keywords of every loss between logits; :func:`kd_loss` explains them."""
+
+    scale: Scale
+
+
+def row_loss(
+    divergence: Divergence,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float | Tensor | Temperature,
+    *,
+    targets: Tensor | None = None,
+    scale: Scale = "student_teacher",
+    class_dim: int = CLASS_DIM,
+    ignore_index: int | None = IGNORE_INDEX,
+    reduction: Reduction = "mean",
+    num_items: float | Tensor | None = None,
+) -> Tensor:
+    """Apply a divergence to every row and reduce. The options are those of :func:`kd_loss`."""
+    check_option("scale", scale, SCALES)
+    check_option("reduction", reduction, REDUCTIONS)
+    check_num_items(num_items, reduction)
+    if teacher_logits.shape != student_logits.shape:
+        teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
+    check_logits(student_logits, teacher_logits, class_dim, divergence.min_classes)
+    class_dim %= student_logits.dim()
+    if compute_dtype(student_logits) != compute_dtype(teacher_logits):  # because float64 on one side widens both
+        student_logits, teacher_logits = student_logits.double(), teacher_logits.double()
+    traced = torch.compiler.is_compiling() or in_transform()
+    temp = _with_plain_numbers(temperature, student_logits, traced)
+    valid = valid_positions(targets, student_logits, class_dim, ignore_index)
+    if valid is not None:
+        everywhere = valid.is_cpu and not traced and valid.all()  # without a host sync, because the mask is on the CPU
+        valid = None if everywhere else valid.unsqueeze(class_dim)
+    factor = loss_factor(temp, student_logits, scale, class_dim, valid, reduction, num_items)
+    labels = _labels(targets, valid, class_dim) if divergence.needs_labels else None
+
+    rows = Rows(student_logits, teacher_logits, temp.student, temp.teacher, factor, valid, labels)
+    fast = not traced and closed_form_applies(rows, class_dim)
+    loss = (closed_form if fast else definition)(divergence, class_dim, reduction != "none", rows)
+    return loss.squeeze(class_dim) if reduction == "none" else loss
+
+
+def _labels(targets: Tensor | None, valid: Tensor | None, class_dim: int) -> Tensor:
+    """Return class indices with a class dimension of size 1; 0 where the position is masked."""
+    assert targets is not None
+    labels = targets.unsqueeze(class_dim)
+    return labels if valid is None else torch.where(valid, labels, 0)
+
+
+def _with_plain_numbers(temperature: float | Tensor | Temperature, logits: Tensor, traced: bool) -> Temperature:
+    """Return :func:`in_compute_dtype` of the temperature, with a Python number for every constant of one element.
+
+    Numbers spare the kernels on scalars. Only CPU tensors are read: on an accelerator ``item()`` is a host sync, and
+    under ``torch.compile`` each value would compile a graph of its own.
+    """
+    if traced:
+        return in_compute_dtype(as_temperature(temperature, logits), logits)
+    if isinstance(temperature, Tensor) and temperature.is_floating_point() and _is_plain(temperature, logits):
+        temperature = temperature.item()
+    if is_number(temperature):
+        number: Any = checked_number(temperature)
+        return Temperature(number, number)
+    fields = in_compute_dtype(as_temperature(temperature, logits), logits)
+    plain: Any = [x.item() if x is not None and _is_plain(x, logits) else x for x in fields]
+    return Temperature(*plain)
+
+
+def _is_plain(value: Tensor, logits: Tensor) -> bool:
+    """Return True if the value is a constant of one element that is read without a host sync."""
+    one = value.numel() == 1 and value.is_cpu and logits.is_cpu
+    return one and not (value.requires_grad and torch.is_grad_enabled())

@@ -1,0 +1,235 @@
+"""The fast path of the losses on rows: value and gradient in one pass.
+
+One :class:`torch.autograd.Function` walks over the rows in chunks that stay in the cache and writes the gradient
+into the buffer that backward returns. It holds one copy of the logits, where autograd over softmax and log-softmax
+holds five. Half-precision logits are widened one chunk at a time. Small batches with constant temperatures, where
+kernel launches cost more than arithmetic, take a shorter Function that evaluates nothing beside the equation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.functional.divergences import Divergence
+from kd_lightning.functional.rows import Rows, definition
+from kd_lightning.functional.temperature import widened_over
+
+__all__ = ["CHUNK_ACCELERATOR", "CHUNK_CPU", "closed_form", "closed_form_applies", "known_to_be_one"]
+
+CHUNK_CPU = 2**17
+"""Elements of logits per chunk; up to twice as many stay whole. The three to six chunks in use (1.5 to 3 MB in float32)
+fit in the cache of a core. ``benchmarks/loss.py --chunks`` compares other sizes."""
+CHUNK_ACCELERATOR = 2**22
+"""Elements of logits per chunk on an accelerator, which needs larger kernels to be busy: 64 MB of float32 scratch."""
+
+
+def closed_form_applies(rows: Rows, class_dim: int) -> bool:
+    """Return True if the fast path computes every gradient that is asked for."""
+    if type(rows.student) not in (Tensor, nn.Parameter):  # a DTensor, say
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not (
+        rows.teacher.requires_grad
+        or _learnt_per_class(rows.student_temperature, class_dim)
+        or _learnt_per_class(rows.teacher_temperature, class_dim)
+    )
+
+
+def _learnt_per_class(t: Any, class_dim: int) -> bool:
+    return isinstance(t, Tensor) and t.requires_grad and t.dim() > 0 and t.shape[class_dim] > 1
+
+
+def closed_form(divergence: Divergence, class_dim: int, summed: bool, rows: Rows) -> Tensor:
+    """Return the loss per position, or its sum, and compute its gradient in the same pass."""
+    numbers = all(type(x) is float for x in (rows.student_temperature, rows.teacher_temperature, rows.factor))
+    if summed and numbers and rows.valid is None and rows.student.numel() <= 2 * _chunk_size(rows.student):
+        return _SmallLoss.apply(divergence, class_dim, rows, rows.student)  # pyright: ignore[reportReturnType]
+    enabled = torch.is_grad_enabled()
+    wanted = [enabled and isinstance(x, Tensor) and x.requires_grad for x in rows]
+    return _ClosedFormLoss.apply(divergence, class_dim, summed, Rows(*wanted), *rows)  # pyright: ignore
+
+
+class _SmallLoss(torch.autograd.Function):
+    """The sum over the rows of one chunk with a gradient for the student alone, by the fewest kernels and checks."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, divergence: Divergence, class_dim: int, rows: Rows, student: Tensor
+    ) -> Tensor:
+        _, teacher, t_s, t_t, factor, _, labels = rows
+        form = divergence.closed_form(widened_over(student, t_s), widened_over(teacher, t_t), class_dim, labels, False)
+        ctx.equation, ctx.constants, ctx.d_student = (divergence, class_dim, True), (t_s, t_t, factor), form.student
+        ctx.save_for_backward(student, teacher, labels)
+        return form.value.sum().mul_(factor)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        (g,) = upstream
+        student, teacher, labels = ctx.saved_tensors
+        t_s, t_t, factor = ctx.constants
+        d_student, ctx.d_student = ctx.d_student, None
+        if d_student is None or torch.is_grad_enabled():
+            rows = Rows(student, teacher, t_s, t_t, factor, None, labels)
+            d_student, *_ = _gradients_of_definition(ctx.equation, Rows(True, *[False] * 6), rows, g)
+        else:
+            d_student = d_student.mul_(_plain(g) * (factor / t_s)).to(student.dtype)
+        return None, None, None, d_student
+
+
+class _ClosedFormLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, divergence: Divergence, class_dim: int, summed: bool, wanted: Rows, *tensors: Any
+    ) -> Tensor:
+        everything = Rows(*tensors)
+        student, valid = everything.student, everything.valid
+        parts = _chunks(student, class_dim)
+        d_student = None
+        if wanted.student and len(parts) > 1:
+            d_student = torch.empty_like(student, dtype=_buffer_dtype(student))
+        per_position: list[tuple[Tensor | None, ...]] = []
+        for part in parts:
+            s, t, t_s, t_t, c, ok, labels = everything if part is ... else (_take(x, part) for x in everything)
+            form = divergence.closed_form(
+                widened_over(s, t_s), widened_over(t, t_t), class_dim, labels, wanted.teacher_temperature
+            )
+            d_t_s = d_t_t = None
+            if wanted.student_temperature:
+                d_t_s = (form.student * s).nansum(class_dim, keepdim=True) * (-c / (t_s * t_s))
+            if wanted.teacher_temperature:
+                d_t_t = (form.teacher * t).nansum(class_dim, keepdim=True) * (-c / (t_t * t_t))
+            per_position.append((form.value, d_t_s, d_t_t))
+            if wanted.student:
+                if ok is not None:  # because 0 · NaN is NaN
+                    form.student.masked_fill_(~ok, 0.0)
+                if d_student is None:
+                    d_student = form.student.mul_(c / t_s).to(_buffer_dtype(student))
+                else:
+                    torch.mul(form.student, c / t_s, out=d_student[part])
+
+        value, d_t_s, d_t_t = per_position[0]
+        if len(parts) > 1:
+            value, d_t_s, d_t_t = (_joined(student, class_dim, parts, x) for x in zip(*per_position, strict=True))
+        if valid is not None:
+            value, d_t_s, d_t_t = (None if x is None else torch.where(valid, x, 0.0) for x in (value, d_t_s, d_t_t))
+        ctx.equation, ctx.wanted, ctx.d_student = (divergence, class_dim, summed), wanted, d_student
+        ctx.constants = [None if isinstance(x, Tensor) else x for x in tensors]
+        saved = (x if isinstance(x, Tensor) else None for x in tensors)
+        ctx.save_for_backward(*saved, value if wanted.factor else None, d_t_s, d_t_t)
+        loss = value * everything.factor  # pyright: ignore[reportOptionalOperand]
+        return loss.sum() if summed else loss
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        (g,) = upstream
+        *tensors, value, d_t_s, d_t_t = ctx.saved_tensors
+        everything = Rows(*tensors)
+        d_student, ctx.d_student = ctx.d_student, None
+        if torch.is_grad_enabled() or (ctx.wanted.student and d_student is None):
+            pairs = zip(everything, ctx.constants, strict=True)
+            rows = Rows(*(constant if x is None else x for x, constant in pairs))
+            return None, None, None, None, *_gradients_of_definition(ctx.equation, ctx.wanted, rows, g)
+        if d_student is not None:
+            if not known_to_be_one(g):
+                d_student.mul_(g)
+            d_student = d_student.to(everything.student.dtype)
+        gradients = Rows(
+            student=d_student,
+            teacher=None,
+            student_temperature=_summed(g, d_t_s, everything.student_temperature),
+            teacher_temperature=_summed(g, d_t_t, everything.teacher_temperature),
+            factor=_summed(g, value, everything.factor),
+            valid=None,
+            labels=None,
+        )
+        return None, None, None, None, *gradients
+
+
+def _buffer_dtype(logits: Tensor) -> torch.dtype:
+    """Return the dtype of the gradient buffer: float32 for float16, which underflows before a gradient scaler acts."""
+    return torch.float32 if logits.dtype == torch.float16 else logits.dtype
+
+
+def _joined(logits: Tensor, class_dim: int, parts: list[Any], values: tuple[Any, ...]) -> Tensor | None:
+    """Return the values of the parts as one tensor over all positions."""
+    if values[0] is None:
+        return None
+    whole = values[0].new_empty([1 if dim == class_dim else size for dim, size in enumerate(logits.shape)])
+    for part, value in zip(parts, values, strict=True):
+        whole[part] = value
+    return whole
+
+
+def _summed(g: Tensor, per_position: Tensor | None, to: Any) -> Tensor | None:
+    """Return the gradient of an input that was broadcast over the positions."""
+    return None if per_position is None else (g * per_position).sum_to_size(to.shape)
+
+
+def _gradients_of_definition(
+    equation: tuple[Divergence, int, bool], wanted: Rows, rows: Rows, g: Tensor
+) -> list[Tensor | None]:
+    """Return the gradients by autograd over the definition.
+
+    Double backward needs it, and so does a second backward through one graph, because the first frees the buffer.
+    """
+    divergence, class_dim, summed = equation
+    with torch.enable_grad():
+        # as aliases, because the path from the temperatures to the factor belongs to the outer graph
+        rows = Rows(*(x.view_as(x) if want else x for x, want in zip(rows, wanted, strict=True)))
+        loss = definition(divergence, class_dim, summed, rows)
+    inputs = [x for x, want in zip(rows, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(loss, inputs, g, create_graph=torch.is_grad_enabled()))
+    return [next(found) if want else None for want in wanted]
+
+
+def known_to_be_one(g: Tensor) -> bool:
+    """Return True if the upstream gradient is 1 and is read without a host sync."""
+    return not isinstance(g := _plain(g), Tensor) and g == 1
+
+
+def _plain(g: Tensor) -> Any:
+    """Return the upstream gradient as a number on the CPU, and as it is where reading it would be a host sync."""
+    return g.item() if g.is_cpu and g.numel() == 1 and not torch.compiler.is_compiling() else g
+
+
+def _take(x: Any, part: Any) -> Any:
+    """Return the part of a tensor whose dimensions are full or 1."""
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        return x
+    return x[tuple(along if size > 1 else slice(None) for along, size in zip(part, x.shape, strict=True))]
+
+
+def _chunks(logits: Tensor, class_dim: int) -> list[Any]:
+    """Return indices that cut the logits into parts of whole rows, each of about one chunk."""
+    size = _chunk_size(logits)
+    return [...] if logits.numel() <= 2 * size else list(_cuts(logits.shape, class_dim, 0, logits.numel(), size))
+
+
+def _chunk_size(logits: Tensor) -> int:
+    return CHUNK_CPU if logits.is_cpu else CHUNK_ACCELERATOR
+
+
+def _cuts(shape: torch.Size, class_dim: int, dim: int, elements: int, size: int) -> Iterator[tuple[slice, ...]]:
+    """Yield the indices for the dimensions from ``dim`` on, which hold ``elements`` in all."""
+    if dim == len(shape):
+        yield ()
+    elif dim == class_dim:
+        for rest in _cuts(shape, class_dim, dim + 1, elements, size):
+            yield (slice(None), *rest)
+    else:
+        elements //= shape[dim]  # of one index along this dimension
+        if elements > size:
+            for i in range(shape[dim]):
+                for rest in _cuts(shape, class_dim, dim + 1, elements, size):
+                    yield (slice(i, i + 1), *rest)
+        else:
+            whole = (slice(None),) * (len(shape) - dim - 1)
+            count = math.ceil(shape[dim] * elements / size)
+            for i in range(0, shape[dim], step := math.ceil(shape[dim] / count)):
+                yield (slice(i, i + step), *whole)
