@@ -1,76 +1,61 @@
-"""The teacher's logits, computed once and read from a memory map ever after."""
+"""A cache of teacher logits: computed once, then read from a memory map."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import os
 import sys
 import warnings
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from kd_lightning.teachers.cache_file import Bytes, CacheFile, RowNumbers
 from kd_lightning.teachers.indexed import IndexedDataset, input_fingerprints
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks: there only one process may write
-    fcntl = None
 
 __all__ = ["TeacherCache"]
 
-_MAGIC = b"KDLCACHE"
-_VERSION = 1
-_HEADER = 4096  # bytes: magic, JSON, zeros, CRC-32 of all before it
-_WRITTEN = 0xA5
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _LEAST_CLASSES_FOR_TOP_K = 1000
-_SAME_TEACHER = 0.1  # relative error of a row; bfloat16 makes 0.01, another input or teacher about 1
-
-Bytes = NDArray[np.uint8]
-RowNumbers = NDArray[np.int64]
+_SAME_TEACHER = 0.1  # relative error of a row, because bfloat16 gives 0.01 and another input or teacher about 1
 
 
 class TeacherCache:
     r"""Un-tempered teacher logits by sample, in a memory map: ``FrozenTeacher(network, checkpoint, cache=...)``.
 
-    The teacher is usually most of the cost of a step. What the cache does not have yet the teacher computes and the
-    cache keeps, so that the first epoch fills it, or ``kd-lightning cache-teacher`` does ahead. Logits are stored
-    before any temperature: every policy stays valid. Training gives the same bits whether a row was there or is new,
-    since new ones are rounded, too.
+    The teacher's forward pass is usually most of the cost of a training step. The teacher computes the rows that the
+    cache lacks and the cache stores them: the first epoch fills the cache, or ``kd-lightning cache-teacher`` fills it
+    ahead. Logits are stored before any temperature, so every policy stays valid. New rows are rounded like stored rows,
+    so training gives the same bits with a cold and with a warm cache.
 
-    A cache belongs to one teacher, one dataset and one transform, and says so: another teacher's, another dataset's, a
-    truncated or a damaged file is an error that tells which. Every row is compared with its checksum when a process
-    first reads it, and the first batch that is read with what the teacher itself says of it. Validation does without.
+    A cache belongs to one teacher, one dataset and one transform. A file of another teacher, dataset or transform, a
+    truncated file and a damaged file each raise an error that names the cause. Each process compares a row with its
+    checksum at the first read, and the first batch of stored rows with the teacher's own logits. Validation does not
+    use the cache.
 
-    The file: a header (4096 bytes, JSON and CRC-32), a CRC-32 of 4 bytes for each row, the rows, a flag byte for each
-    row; that is 2C + 5 bytes a sample and slot for float16. Rows are written whole before their flag is set, under a
-    lock, so that a build goes on where it was killed, and processes of one machine may share a file. Machines should
-    not write to one file over a network: build it ahead, or give each its own.
+    The file holds a header (4096 bytes, JSON and CRC-32), a CRC-32 of 4 bytes for each row, the rows, and a flag byte
+    for each row: 2C + 5 bytes per sample and slot for float16. A row is written whole, under a lock, before its flag is
+    set, so a killed build resumes, and processes of one machine may share a file. Machines must not write to one file
+    over a network: build the file ahead, or give each machine its own.
 
     Args:
-        path: The file; made when the first row is written, with the folders above it.
-        dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``. A logit that is too large for it is an error.
-        top_k: Store the k largest logits and spread the rest of the mass (at T = 1) evenly over the other classes. For
-            large vocabularies only, refused below 1,000 classes: a temperature brings the tail back. Its error on the
-            first rows is said in a warning. None: all logits.
-        augmentation: What to do with a dataset that gives another sample each time. None: refuse it. ``"fixed"``: one
-            draw for each sample, the same in every epoch. ``"replay"``: ``slots`` draws of each, taken in turn, epoch e
-            that of slot e mod ``slots``; see :class:`~kd_lightning.teachers.IndexedDataset`.
-        slots: Draws of each sample, at least 2 for ``"replay"``, else 1. The file grows with it.
-        seed: Of the draws.
+        path: Path of the file. The first written row creates the file and its parent folders.
+        dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``. A logit that is too large for the type is an error.
+        top_k: Store the k largest logits and spread the remaining mass (at T = 1) evenly over the other classes. Meant
+            for large vocabularies and refused below 1,000 classes, because a temperature brings the tail back. A
+            warning reports the error on the first rows. None stores all logits.
+        augmentation: How to treat a dataset whose samples differ from fetch to fetch. None refuses the dataset.
+            ``"fixed"`` draws each sample once, the same in every epoch. ``"replay"`` draws each sample ``slots`` times;
+            epoch e takes slot e mod ``slots``; see :class:`~kd_lightning.teachers.IndexedDataset`.
+        slots: Draws per sample, at least 2 for ``"replay"``, else 1. The file grows in proportion.
+        seed: Seed of the draws.
 
     Raises:
-        ValueError: A value outside its range; later, a file that is not this run's or is damaged, random samples
-            without ``augmentation``, logits that are not finite or too large.
+        ValueError: If an argument is outside its range; later, if the file is damaged or belongs to another run, if
+            samples are random and ``augmentation`` is None, or if logits are not finite or too large.
 
     Example:
         >>> import tempfile
@@ -115,23 +100,23 @@ class TeacherCache:
         self.seed = seed
         self.dataset: IndexedDataset | None = None
         self._identity: dict[str, Any] | None = None
-        self._file: _File | None = None
+        self._file: CacheFile | None = None
         self._compared = False
         self._epoch = 0
 
-    # ---- what it is of ---------------------------------------------------------------------------------------------
+    # ---- teacher and dataset ---------------------------------------------------------------------------------------
 
     def index(self, dataset: Any, teacher: str, collate_fn: Callable[[Any], Any] | None = None) -> IndexedDataset:
-        """Wrap a dataset so that its samples name their rows, and open the cache for it.
+        """Wrap a dataset so that each sample carries its row, and open the cache for the dataset.
 
         Args:
-            dataset: A map-style dataset, or an :class:`IndexedDataset` that another cache has made of one.
+            dataset: A map-style dataset, or an :class:`IndexedDataset` from another cache's ``index``.
             teacher: The teacher's fingerprint.
             collate_fn: See :class:`IndexedDataset`.
 
         Raises:
-            ValueError: The file is not of this teacher, dataset and transform, or is damaged; or the samples are
-                random.
+            ValueError: If the file belongs to another teacher, dataset or transform, if the file is damaged, if the
+                samples are random, or if caches of one dataset differ in slots or seed.
         """
         slots = None if self.augmentation is None else self.slots
         if not isinstance(dataset, IndexedDataset):
@@ -160,20 +145,20 @@ class TeacherCache:
                 "TeacherCache, with a path of its own. Validation data need none."
             )
         self.dataset, self._identity, self._compared = dataset, identity, False
-        self._file = _File(self.path, identity) if self.path.exists() else None
+        self._file = CacheFile(self.path, identity) if self.path.exists() else None
         self.set_epoch(self._epoch)
         return dataset
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the slot of replayed augmentation; see :meth:`IndexedDataset.set_epoch`."""
+        """Select the slot of replayed augmentation; see :meth:`IndexedDataset.set_epoch`."""
         self._epoch = epoch
         if self.dataset is not None:
             self.dataset.set_epoch(epoch)
 
-    # ---- what it has -----------------------------------------------------------------------------------------------
+    # ---- rows ------------------------------------------------------------------------------------------------------
 
     def missing(self) -> RowNumbers:
-        """The rows that are not written yet."""
+        """Return the numbers of the rows that are not written yet."""
         if self._file is None:
             return np.arange(self._in_use()["samples"] * self.slots)
         return np.flatnonzero(self._file.flags == 0)
@@ -182,22 +167,25 @@ class TeacherCache:
         """Compare every written row with its checksum.
 
         Raises:
-            ValueError: A row is damaged.
+            ValueError: If a row does not match its checksum.
         """
         if self._file is not None:
             for rows in np.array_split(np.flatnonzero(self._file.flags), max(len(self._file.flags) // 4096, 1)):
                 self._file.read(rows)
 
     def logits(self, rows: Tensor, compute: Callable[[], Tensor], device: torch.device | None = None) -> Tensor:
-        """The logits of these rows as float32: read, or computed and kept.
+        """Return the logits of these rows as float32; compute and store the rows that are missing.
 
         Args:
-            rows: Row numbers ``(B,)``, best on the CPU: elsewhere they are waited for.
-            compute: Gives the teacher's logits of the whole batch, ``(B, C)`` or another fixed shape of a row.
-            device: Where the result goes, without waiting for it; the CPU by default.
+            rows: Row numbers ``(B,)``, best on the CPU: on another device they cost a host sync.
+            compute: Function that returns the teacher's logits of the whole batch: ``(B, C)``, or ``(B, ...)`` with one
+                shape for all rows.
+            device: Device of the result, by default the CPU. The copy is asynchronous.
 
         Raises:
-            ValueError: A row is damaged; or the teacher's own logits differ from those that were read.
+            RuntimeError: If :meth:`index` has not been called.
+            ValueError: If a row does not match its checksum, if a row number is out of range, if the teacher's own
+                logits differ from the stored logits, or if they cannot be stored.
         """
         identity, numbers = self._in_use(), rows.cpu().numpy()
         if numbers.size and not 0 <= numbers.min() <= numbers.max() < identity["samples"] * self.slots:
@@ -212,9 +200,9 @@ class TeacherCache:
             shape = list(computed.shape[1:])
             if self._file is None:
                 self._warn_of_top_k(computed, encoded)
-                _File.create(self.path, identity, shape, encoded.shape[1])
-                self._file = _File(self.path, identity)
-                new = self._file.are_missing(numbers)  # another process may have been faster
+                CacheFile.create(self.path, identity, shape, encoded.shape[1])
+                self._file = CacheFile(self.path, identity)
+                new = self._file.are_missing(numbers)  # read again, because another process may have written rows
             if shape != self._file.shape:
                 raise ValueError(
                     f"the cache {self.path} has rows of shape {tuple(self._file.shape)}, but the teacher gives "
@@ -236,7 +224,13 @@ class TeacherCache:
         return self._identity
 
     def _compare(self, rows: RowNumbers, computed: Bytes) -> None:
-        """That the student is shown what the cache was made from, whatever happens to a batch after the dataset."""
+        """Raise if the teacher's logits of this batch differ from the stored logits.
+
+        The comparison detects a batch that is changed after the dataset, for instance by MixUp.
+
+        Raises:
+            ValueError: If a row's relative error exceeds 0.1.
+        """
         assert self._file is not None
         shape = self._file.shape
         have, want = (self._decode(part, shape).flatten(1) for part in (self._file.read(rows), computed))
@@ -249,7 +243,7 @@ class TeacherCache:
                 "or are its indices of another dataset? Make such changes in the dataset, or train without a cache."
             )
 
-    # ---- one row's bytes -------------------------------------------------------------------------------------------
+    # ---- encoding of rows ------------------------------------------------------------------------------------------
 
     def _encode(self, logits: Tensor) -> Bytes:
         logits = logits.detach().float().cpu()
@@ -281,7 +275,7 @@ class TeacherCache:
         return values[:, -1:].repeat(1, *shape).scatter(1, classes, values[:, :-1])
 
     def _top_k(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest logits and, last, the one logit that all others get; and the classes of the largest."""
+        """Return the k largest logits followed by the logit shared by all other classes, and the k classes."""
         assert self.top_k is not None
         if logits.dim() != 2 or not _LEAST_CLASSES_FOR_TOP_K <= logits.shape[1] > self.top_k:
             raise ValueError(
@@ -308,12 +302,12 @@ class TeacherCache:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None}  # another process opens the file itself
+        return self.__dict__ | {"_file": None}  # because another process must open the file itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self._identity is not None and self.path.exists():
-            self._file = _File(self.path, self._identity)
+            self._file = CacheFile(self.path, self._identity)
 
     def __repr__(self) -> str:
         if self._identity is None:
@@ -321,143 +315,3 @@ class TeacherCache:
         rows = self._identity["samples"] * self.slots
         size = "" if self._file is None else f", {self._file.row_bytes + 5} bytes each"
         return f"{type(self).__name__}({self.path}, {rows - len(self.missing())} of {rows} rows{size})"
-
-
-class _Layout(NamedTuple):
-    """Where the parts of a file begin, after the header."""
-
-    checksums: int
-    rows: int
-    flags: int
-    end: int
-
-    @classmethod
-    def of(cls, count: int, row_bytes: int) -> _Layout:
-        rows = _HEADER + 4 * count
-        flags = rows + row_bytes * count
-        return cls(_HEADER, rows, flags, flags + count)
-
-
-class _File:
-    """One open cache file: its checked header, and arrays over its parts."""
-
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self.path = path
-        header = self._read_header(identity)
-        self.shape: list[int] = header["shape"]
-        self.row_bytes: int = header["row_bytes"]
-        count = header["samples"] * header["slots"]
-        layout, size = _Layout.of(count, self.row_bytes), path.stat().st_size
-        if size != layout.end:
-            self._fail(f"is {'truncated' if size < layout.end else 'too long'}: {size} bytes, {layout.end} expected")
-        self.writable = os.access(path, os.W_OK)
-        whole = np.asarray(np.memmap(path, np.uint8, "r+" if self.writable else "r"))
-        self.checksums = whole[layout.checksums : layout.rows].view(np.uint32)
-        self.rows = whole[layout.rows : layout.flags].reshape(count, self.row_bytes)
-        self.flags = whole[layout.flags :]
-        self._verified = np.zeros(count, bool)
-        self.are_missing(np.arange(count))
-
-    @staticmethod
-    def create(path: Path, identity: dict[str, Any], shape: list[int], row_bytes: int) -> None:
-        """Make the file with all its space, in one step; where another process has made it, leave that one."""
-        header = {"version": _VERSION, **identity, "shape": shape, "row_bytes": row_bytes}
-        block = (_MAGIC + json.dumps(header).encode()).ljust(_HEADER - 4, b"\0")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        own = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with open(own, "wb") as file:
-                file.write(block + zlib.crc32(block).to_bytes(4, "little"))
-                file.flush()
-                end = _Layout.of(identity["samples"] * identity["slots"], row_bytes).end
-                if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and no crash later
-                    os.posix_fallocate(file.fileno(), 0, end)
-                else:
-                    file.truncate(end)
-            with contextlib.suppress(FileExistsError):
-                os.link(own, path)
-        finally:
-            own.unlink(missing_ok=True)
-
-    def are_missing(self, rows: RowNumbers) -> NDArray[np.bool_]:
-        """Which of the rows are not written."""
-        flags = self.flags[rows]
-        wrong = (flags != 0) & (flags != _WRITTEN)
-        if wrong.any():
-            self._fail(f"is damaged: the flag of row {rows[wrong][0]} is {flags[wrong][0]:#x}")
-        return flags == 0
-
-    def read(self, rows: RowNumbers) -> Bytes:
-        """The bytes of written rows, each compared with its checksum the first time."""
-        found = self.rows[rows]
-        new = np.flatnonzero(~self._verified[rows])
-        if new.size:
-            wrong = new[self.checksums[rows[new]] != _checksums(rows[new], found[new])]
-            if wrong.size:  # perhaps another process is at it: look again when it is not
-                with self._locked():
-                    found[wrong] = self.rows[rows[wrong]]
-                    wrong = wrong[self.checksums[rows[wrong]] != _checksums(rows[wrong], found[wrong])]
-            if wrong.size:
-                self._fail(f"is damaged: row {rows[wrong[0]]} does not match its checksum")
-            self._verified[rows[new]] = True
-        return found
-
-    def write(self, rows: RowNumbers, encoded: Bytes) -> None:
-        """Write those of the rows that nobody has written yet."""
-        if not len(rows):
-            return
-        if not self.writable:
-            raise PermissionError(
-                f"the cache {self.path} lacks row {rows[0]} and cannot be written. Complete it first, with "
-                "kd-lightning cache-teacher, or make the file writable."
-            )
-        rows, first = np.unique(rows, return_index=True)  # a sampler may repeat a sample
-        with self._locked():
-            new = self.flags[rows] == 0
-            rows, encoded = rows[new], encoded[first[new]]
-            self.rows[rows] = encoded
-            self.checksums[rows] = _checksums(rows, encoded)
-            self.flags[rows] = _WRITTEN
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        with open(self.path, "r+b" if self.writable else "rb") as file:  # anew: forked processes share an open one's
-            if fcntl is not None and self.writable:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    def _read_header(self, identity: dict[str, Any]) -> dict[str, Any]:
-        with open(self.path, "rb") as file:
-            block = file.read(_HEADER)
-        if len(block) < _HEADER:
-            self._fail(f"is truncated: {len(block)} bytes, its header alone has {_HEADER}")
-        if zlib.crc32(block[:-4]) != int.from_bytes(block[-4:], "little"):
-            what = "is damaged: its header does not match its checksum"
-            self._fail(what if block.startswith(_MAGIC) else "is no teacher cache")
-        header = json.loads(block[len(_MAGIC) : -4].rstrip(b"\0"))
-        if header["version"] != _VERSION:
-            self._fail(f"has format version {header['version']}, this library reads {_VERSION}")
-        parts = {
-            "teacher": "of another teacher (fingerprint {} in the file, {} now)",
-            "data": "of other data (fingerprint {} in the file, {} now)",
-            "inputs": "of other inputs: the transform changed (fingerprint {} in the file, {} now)",
-        }
-        differ = [
-            parts.get(name, name + " {} in the file, {} now").format(
-                *(str(value)[:8] if name in parts else repr(value) for value in (header[name], identity[name]))
-            )
-            for name in identity
-            if header[name] != identity[name]
-        ]
-        if differ:
-            self._fail(f"is not of this run: {'; '.join(differ)}", "Give this run another path, or")
-        return header
-
-    def _fail(self, what: str, way_out: str = "To have it built anew,") -> NoReturn:
-        raise ValueError(f"the cache {self.path} {what}. {way_out} delete the file.")
-
-
-def _checksums(rows: RowNumbers, encoded: Bytes) -> NDArray[np.uint32]:
-    """CRC-32, started with the row's number, so that a row in another's place does not match."""
-    return np.array([zlib.crc32(row, int(number) & 0xFFFFFFFF) for number, row in zip(rows, encoded, strict=True)],
-                    np.uint32)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Calling a network the way its inputs ask for, and finding the logits in what it returns."""
+"""Calling a network with any kind of inputs, and extracting the logits from its output."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ __all__ = [
 
 
 class Call(NamedTuple):
-    """Arguments of a call, by position and by keyword: inputs for another call just like it."""
+    """Positional and keyword arguments of a call, kept as inputs for an identical call."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
 
 def call_model(module: Callable[..., Any], inputs: Any) -> Any:
-    """Call a network the way its inputs ask for: a mapping by keywords, a tuple or list by position, a :class:`Call` by
-    both, else as one.
+    """Call a network with its inputs unpacked.
+
+    A mapping is passed by keyword, a tuple or list by position, a :class:`Call` by both, and other inputs as one
+    argument.
 
     Example:
         >>> from torch import nn
@@ -46,10 +48,12 @@ def call_model(module: Callable[..., Any], inputs: Any) -> Any:
 
 
 def extract_logits(output: Any) -> Tensor:
-    """The logits in a network's output: the tensor itself, ``.logits`` (Hugging Face), ``["logits"]`` or ``["out"]``.
+    """Return the logits of a network's output.
+
+    The logits are the output itself if it is a tensor, or ``.logits`` (Hugging Face), ``["logits"]`` or ``["out"]``.
 
     Raises:
-        TypeError: None of these.
+        TypeError: If the output has none of these forms.
 
     Example:
         >>> extract_logits({"out": torch.zeros(1, 21, 8, 8)}).shape  # torchvision's segmentation models
@@ -71,18 +75,18 @@ def extract_logits(output: Any) -> Tensor:
 
 
 def in_micro_batches(module: Callable[..., Any], inputs: Any, size: int) -> Any:
-    """Call a network on at most ``size`` samples at a time, and join what it returns.
+    """Call a network on micro-batches of at most ``size`` samples, and join the outputs.
 
-    The first tensor tells the length of the batch: tensors of that length are split, all else goes to every part. In
-    the outputs, nested in any way, tensors are joined along their first dimension.
+    The first tensor's first dimension is the batch size. Tensors of that size are split; every micro-batch gets all
+    other inputs whole. Output tensors, nested in any way, are joined along their first dimension.
 
     Args:
         module: The network.
-        inputs: As in :func:`call_model`.
-        size: Samples at a time.
+        inputs: Inputs as for :func:`call_model`.
+        size: Samples per micro-batch.
 
     Raises:
-        TypeError: Inputs without a tensor, or an output that cannot be joined.
+        TypeError: If the inputs hold no tensor, or if an output cannot be joined.
 
     Example:
         >>> in_micro_batches(lambda x: {"logits": 2 * x}, torch.arange(5.0), 2)
@@ -120,12 +124,12 @@ def _joined(pieces: tuple[Any, ...]) -> Any:
 
 
 class HiddenStates(NamedTuple):
-    """What a language model's logits are made of, ``hidden @ weight.T + bias``, before they are.
+    """Hidden states and output layer of a language model, whose logits are ``hidden @ weight.T + bias``.
 
     Attributes:
-        hidden: ``(B, L, H)``: what goes into the output layer.
-        weight: ``(V, H)``: that layer's weight.
-        bias: ``(V,)`` or None.
+        hidden: ``(B, L, H)``: input of the output layer.
+        weight: ``(V, H)``: weight of the output layer.
+        bias: ``(V,)``: bias of the output layer, or None.
     """
 
     hidden: Tensor
@@ -136,12 +140,12 @@ class HiddenStates(NamedTuple):
 def hidden_states(module: nn.Module, inputs: Any) -> HiddenStates:
     """Run a language model up to its output layer.
 
-    The module must have ``base_model``, from inputs to hidden states (a tensor, or ``.last_hidden_state``), and
-    ``get_output_embeddings()``, a Linear: as Hugging Face's causal models, and
-    :class:`~kd_lightning.models.CausalTransformer`.
+    The module must have ``base_model``, which maps inputs to hidden states (a tensor, or ``.last_hidden_state``), and
+    ``get_output_embeddings()``, which returns a Linear. Hugging Face's causal models and
+    :class:`~kd_lightning.models.CausalTransformer` have both.
 
     Raises:
-        TypeError: It has not.
+        TypeError: If the module lacks either, or if its base model returns no hidden states.
 
     Example:
         >>> from kd_lightning.models import CausalTransformer
@@ -153,13 +157,14 @@ def hidden_states(module: nn.Module, inputs: Any) -> HiddenStates:
 
 
 def check_hidden_states(module: nn.Module, inputs: Any) -> None:
-    """Refuse a network whose logits are something else than output layer of hidden states: soft caps, scales, adapters.
+    """Raise if a network's logits differ from its output layer applied to its hidden states.
 
-    Runs the first sample and looks at what comes along, once before a training on :func:`hidden_states`.
+    Soft caps, scales and adapters cause such a difference. The check runs the network on the first sample, once before
+    a training on :func:`hidden_states`.
 
     Raises:
-        TypeError: As :func:`hidden_states`.
-        ValueError: The logits of the network are others.
+        TypeError: If :func:`hidden_states` raises it.
+        ValueError: If the logits differ.
     """
     body, head = _body_and_head(module)
     seen: dict[str, Any] = {}

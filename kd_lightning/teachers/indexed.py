@@ -1,4 +1,4 @@
-"""Samples that say which row of a teacher cache is theirs, and whose augmentation can be drawn again."""
+"""Datasets whose samples carry their row in a teacher cache and whose augmentation can be replayed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing_extensions import override
 
 __all__ = ["Indexed", "IndexedDataset", "input_fingerprints", "split_index"]
 
-_PROBES = 32  # samples that are looked at to tell one data set or transform from another
+_PROBES = 32  # samples that are hashed to distinguish datasets and transforms
 
 
 class Indexed(NamedTuple):
@@ -27,7 +27,7 @@ class Indexed(NamedTuple):
 
 
 def split_index(batch: Any) -> tuple[Any, Tensor | None]:
-    """The batch as its dataset made it, and its rows where it carries any.
+    """Return the dataset's own batch, and the batch's rows or None.
 
     Example:
         >>> split_index(Indexed("batch", torch.tensor([3, 1])))
@@ -41,23 +41,23 @@ def split_index(batch: Any) -> tuple[Any, Tensor | None]:
 class IndexedDataset(Dataset[Any]):
     r"""A dataset whose samples carry their row in a teacher cache: :math:`\text{slot} \cdot N + \text{index}`.
 
-    With ``slots``, a sample's random augmentation is replayed: before it is fetched, the global generators of torch,
-    Python and NumPy are seeded by a hash of (``seed``, row), and put back afterwards. In epoch e all samples are drawn
-    in slot e mod ``slots``, so that there are ``slots`` versions of each, the same in every run (the idea of Shen &
-    Xing 2022, FKD, arXiv 2112.01528, whose files store the crops). The row travels with the sample: what the student
-    sees and what the cache has for it belong together in whatever worker and order it was fetched.
+    With ``slots``, random augmentation is replayed: before a sample is fetched, the global generators of torch, Python
+    and NumPy are seeded with a hash of (``seed``, row), and their states are restored afterwards. Epoch e draws all
+    samples in slot e mod ``slots``, so each sample has ``slots`` versions, the same in every run (the idea of Shen &
+    Xing 2022, FKD, arXiv 2112.01528, whose files store the crops). The row travels with the sample, so the student's
+    input and the cached logits match in any worker and order.
 
-    Made by :meth:`FrozenTeacher.index <kd_lightning.FrozenTeacher.index>`.
+    :meth:`FrozenTeacher.index <kd_lightning.FrozenTeacher.index>` creates this dataset.
 
     Args:
         dataset: Any map-style dataset, with or without ``__getitems__``.
-        slots: Versions of each sample. None: the dataset is left to its own random numbers, if it has any.
-        seed: Of the replayed augmentation.
-        collate_fn: How samples of ``dataset`` become a batch; torch's by default. Where it is another one, give the
-            loader :meth:`collate`.
+        slots: Versions of each sample. None leaves the dataset's random numbers alone.
+        seed: Seed of the replayed augmentation.
+        collate_fn: Function that collates samples of ``dataset``, by default torch's. With another function, pass
+            :meth:`collate` to the loader.
 
     Raises:
-        TypeError: The dataset has no length: rows need numbers.
+        TypeError: If the dataset has no length or no ``[index]``.
 
     Example:
         >>> from torch.utils.data import DataLoader, TensorDataset
@@ -83,10 +83,15 @@ class IndexedDataset(Dataset[Any]):
         self.slots = slots
         self.seed = seed
         self._collate_fn = default_collate if collate_fn is None else collate_fn
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers that live on see it move
+        self._epoch = torch.zeros(
+            1, dtype=torch.int64
+        ).share_memory_()  # shared, because persistent workers must see changes
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the slot: call it before each epoch, as ``DistributedSampler.set_epoch``. Modules do so themselves."""
+        """Select the slot of an epoch.
+
+        Call this before each epoch, like ``DistributedSampler.set_epoch``; ``DistillationModule`` does so itself.
+        """
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -101,7 +106,7 @@ class IndexedDataset(Dataset[Any]):
         return self.fetch([slot * len(self) + index for index in indices])
 
     def fetch(self, rows: list[int]) -> _Samples:
-        """The samples of these rows, of any slot."""
+        """Return the samples of these rows, of any slot."""
         indices = [row % len(self) for row in rows]
         if self.slots is None:
             return _Samples(_items(self.dataset, indices), rows)
@@ -109,21 +114,21 @@ class IndexedDataset(Dataset[Any]):
         samples = []
         with kept_generators():
             if hasattr(self.dataset, "replay") and (batch := self.dataset.replay(indices, seeds)) is not None:
-                return _Samples(batch, rows)  # our own datasets can do it a batch at a time
+                return _Samples(batch, rows)  # because this library's datasets replay a whole batch at once
             for index, seed in zip(indices, seeds, strict=True):
                 seed_generators(seed)
                 samples += _items(self.dataset, [index])
         return _Samples(samples, rows)
 
     def collate(self, samples: Any) -> Indexed:
-        """For the ``DataLoader``: the dataset's own way to a batch, and the rows beside it."""
+        """Collate samples with the dataset's own function, and add their rows."""
         if isinstance(samples, _Samples):
             return Indexed(self._collate_fn(samples.samples), torch.tensor(samples.rows))
         return Indexed(self._collate_fn([sample.batch for sample in samples]), torch.tensor([s.rows for s in samples]))
 
 
 class _Samples(Sequence[Indexed]):
-    """Samples that any ``collate_fn`` can read one by one, and ours takes whole."""
+    """A sequence of samples that keeps a whole fetched batch for :meth:`IndexedDataset.collate`."""
 
     def __init__(self, samples: Any, rows: list[int]) -> None:
         self.samples = samples
@@ -137,7 +142,7 @@ class _Samples(Sequence[Indexed]):
 
 
 class Rows(Dataset[Any]):
-    """Certain rows of an :class:`IndexedDataset`, of whatever slot: what is still to be cached."""
+    """A subset of an :class:`IndexedDataset`, given by rows of any slot, for instance those missing in a cache."""
 
     def __init__(self, dataset: IndexedDataset, rows: Sequence[int]) -> None:
         self.dataset = dataset
@@ -165,8 +170,8 @@ def _items(dataset: Any, indices: list[int]) -> Any:
 
 @contextlib.contextmanager
 def kept_generators() -> Iterator[None]:
-    """Put the global generators of torch (CPU), Python and NumPy back as they were."""
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002  (what transforms use)
+    """Restore the global generators of torch (CPU), Python and NumPy on exit."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002  (because transforms use it)
     try:
         yield
     finally:
@@ -177,13 +182,13 @@ def kept_generators() -> Iterator[None]:
 
 def seed_generators(seed: int) -> None:
     """Seed the global generators of torch (CPU), Python and NumPy."""
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach for the devices, in workers too
+    torch.default_generator.manual_seed(seed)  # because torch.manual_seed seeds the devices, too
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
 
 
 def _mix(seed: int, row: int) -> int:
-    """63 bits that look random, the same everywhere (splitmix64; Steele, Lea & Flood 2014)."""
+    """Return a 63-bit hash of seed and row, the same on every platform (splitmix64; Steele, Lea & Flood 2014)."""
     x = (seed * 0xD1342543DE82EF95 + (row + 1) * 0x9E3779B97F4A7C15) % 2**64
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
@@ -194,13 +199,13 @@ def _mix(seed: int, row: int) -> int:
 
 
 def input_fingerprints(dataset: IndexedDataset) -> tuple[str, str]:
-    """Hashes of the data and of what the transforms make of them, from 32 samples spread over the dataset.
+    """Hash the data and the transformed inputs, from 32 samples spread over the dataset.
 
-    The first is over the number of samples, the dataset's own ``fingerprint()`` if it has one, and what is whole
-    numbers or text in the samples (labels, tokens); the second over their floating-point numbers.
+    The first hash covers the number of samples, the dataset's own ``fingerprint()`` if it has one, and the integers and
+    text in the samples (labels, tokens). The second hash covers the samples' floating-point numbers.
 
     Raises:
-        ValueError: A sample is not the same each time.
+        ValueError: If a sample differs from fetch to fetch.
     """
     count = len(dataset)
     indices = sorted({round(i * (count - 1) / (_PROBES - 1)) for i in range(_PROBES)}) if count else []
@@ -234,7 +239,7 @@ def input_fingerprints(dataset: IndexedDataset) -> tuple[str, str]:
 
 
 def _hash_sample(sample: Any) -> tuple[bytes, bytes]:
-    """Hashes of what is no floating-point number in a sample, and of what is."""
+    """Hash a sample's other values and its floating-point numbers separately."""
     digests = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
 
     def walk(part: Any) -> None:

@@ -1,4 +1,4 @@
-"""A network's weights: read from any kind of file, checked, fingerprinted."""
+"""Loading, checking and fingerprinting a network's weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["fingerprint", "load_weights", "looks_untrained"]
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A hash over the names, types, shapes and bytes of a module's parameters and persistent buffers."""
+    """Hash the names, types, shapes and bytes of a module's parameters and persistent buffers."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -24,17 +24,17 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def load_weights(module: nn.Module, checkpoint: str | Path, prefix: str | None = None) -> None:
-    """Load a file's weights into a module, all of them or none.
+    """Load a file's weights into a module, or raise and leave the module unchanged.
 
     Args:
-        module: Where they go.
+        module: The module that receives the weights.
         checkpoint: Safetensors, a ``.pt`` state dict (bare, or under ``state_dict`` or ``model``), or a Lightning
             ``.ckpt``.
-        prefix: What stands before the module's names in the file; None: found by itself.
+        prefix: Prefix of the module's names in the file. None detects it.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file holds no weights, or its names or shapes do not fit the module; names all of them.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file holds no weights, or if names or shapes do not fit the module (all are listed).
     """
     saved = _read_state_dict(Path(checkpoint))
     wanted = module.state_dict()
@@ -101,7 +101,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _find_prefix(saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor], checkpoint: str | Path) -> str:
-    """The prefix under which the file has the module's names: all of them if it can be, else the most."""
+    """Return the prefix under which the file has all of the module's names, or else most of them."""
     if not wanted:
         return ""
     hits: dict[str, int] = {}
@@ -126,10 +126,10 @@ def _listing(names: list[str], separator: str = ", ", most: int = 8) -> str:
 
 
 def looks_untrained(module: nn.Module) -> bool:
-    """Whether the weights are still those that torch's default initialisations give.
+    """Return True if the weights look like torch's default initialisation.
 
-    Normalisation layers tell for sure: untouched, they are exactly 1 and 0. Without any, linear and convolution weights
-    must all lie within the bound of torch's default, 1/√fan_in, which training rarely leaves so.
+    Normalisation layers decide if the module has any: untrained, their tensors are exactly 1 and 0. Otherwise all
+    linear and convolution weights must lie within the bound of torch's default, 1/√fan_in; training usually exceeds it.
     """
     norms = [part for part in module.modules() if hasattr(part, "running_mean") or "Norm" in type(part).__name__]
     marks = [
