@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,21 @@ from kd_lightning.functional import Temperature, as_temperature
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.statistics import mean_over_valid
 
-__all__ = ["TemperaturePolicy", "Temperatures"]
+__all__ = ["Bounds", "TemperaturePolicy", "Temperatures"]
 
 Temperatures: TypeAlias = Temperature | Sequence[Temperature]
+
+
+class Bounds(TypedDict, total=False):
+    """Keyword arguments of every policy: ``**bounds: Unpack[Bounds]``, passed on to :class:`TemperaturePolicy`.
+
+    Attributes:
+        min_temperature: Lower bound of every temperature; positive. Default: 0.05.
+        max_temperature: Upper bound of every temperature; finite. Default: 100.
+    """
+
+    min_temperature: float
+    max_temperature: float
 
 
 class TemperaturePolicy(nn.Module, ABC):
@@ -184,20 +197,28 @@ class TemperaturePolicy(nn.Module, ABC):
 
         return super()._apply(keep_dtype, recurse)
 
-    def _shown(self, *names: str) -> str:
-        """``name=value`` of the attributes, and the bounds: for :meth:`extra_repr`."""
-        values = ((name, getattr(self, name)) for name in names)
-        shown = [f"{name}={value:g}" if type(value) is float else f"{name}={value!r}" for name, value in values]
-        return ", ".join([*shown, *filter(None, (TemperaturePolicy.extra_repr(self),))])
-
     def extra_repr(self) -> str:
-        """The bounds, where they are not the defaults."""
-        shown = []
-        if self.min_temperature != 0.05:
-            shown.append(f"min_temperature={self.min_temperature:g}")
-        if self.max_temperature != 100.0:
-            shown.append(f"max_temperature={self.max_temperature:g}")
-        return ", ".join(shown)
+        """Return ``name=value`` of the constructor's arguments, and of the bounds where they are not the defaults.
+
+        An argument is shown if the policy has an attribute of its name that is neither a module nor a tensor.
+        Checkpoints compare this text with that of the run that resumes from them.
+        """
+        defaults = inspect.signature(TemperaturePolicy).parameters
+        names: dict[str, None] = {}
+        for policy in type(self).__mro__[: type(self).__mro__.index(TemperaturePolicy)]:
+            names |= dict.fromkeys(inspect.signature(policy.__init__).parameters if "__init__" in vars(policy) else ())
+        values = {name: getattr(self, name) for name in names if name not in defaults and hasattr(self, name)}
+        values |= {name: getattr(self, name) for name, p in defaults.items() if getattr(self, name) != p.default}
+        return ", ".join(
+            f"{name}={_shown(value)}" for name, value in values.items() if not isinstance(value, (nn.Module, Tensor))
+        )
+
+
+def _shown(value: object) -> str:
+    """Return a number without trailing zeros, a string with its quotes, and the text of any other value."""
+    if type(value) is float:
+        return f"{value:g}"
+    return repr(value) if isinstance(value, str) else str(value)
 
 
 def _fill_left_out(values: Tensor, signals: Signals) -> Tensor:
