@@ -52,7 +52,7 @@ class TemperaturePolicy(nn.Module, ABC):
         max_temperature: Upper bound; finite. Far above 100 T²·KL drowns in float32 rounding.
 
     Raises:
-        ValueError: The bounds are not ``0 < min_temperature <= max_temperature < inf``.
+        ValueError: If the bounds are not ``0 < min_temperature <= max_temperature < inf``.
 
     Example:
         >>> class HotWhenWrong(TemperaturePolicy):
@@ -88,7 +88,7 @@ class TemperaturePolicy(nn.Module, ABC):
 
     @abstractmethod
     def compute(self, signals: Signals) -> Temperatures:
-        """The policy's own rule, before the multiplier and the bounds.
+        """Return the temperature by the policy's own rule, before the multiplier and the bounds.
 
         Args:
             signals: Logits in float32 (or float64), class dimension last.
@@ -98,11 +98,11 @@ class TemperaturePolicy(nn.Module, ABC):
         """
 
     def transform(self, logits: Tensor) -> Tensor:
-        """What the loss sees in place of the logits (class dimension last). Identity, unless the policy must centre."""
+        """Return the logits that the loss sees (class dimension last): the same, unless the policy must centre them."""
         return logits
 
     def loss_scale(self, temperature: Temperature) -> Tensor | None:
-        """The factor of the loss as a function of the bounded temperatures, for a method that publishes one.
+        """Return the factor of the loss at the bounded temperatures, for a method that publishes one.
 
         Default: what :meth:`compute` set, times ``multiplier²``.
         """
@@ -118,7 +118,7 @@ class TemperaturePolicy(nn.Module, ABC):
             policy.setup_data(datamodule)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Optimiser groups of the policy's parameters, without weight decay. Empty if it learns nothing.
+        """Return optimiser groups of the policy's parameters, without weight decay. Empty if it learns nothing.
 
         The policy's own parameters are one group; the policies within a combination give theirs, with their own
         learning rates. No parameter is in two groups.
@@ -133,7 +133,7 @@ class TemperaturePolicy(nn.Module, ABC):
         return [{"params": own, "weight_decay": 0.0}, *groups] if own else groups
 
     def _inner_policies(self) -> list[TemperaturePolicy]:
-        """The policies directly within this one, each once."""
+        """Return the policies directly within this one, each once."""
         inner: dict[int, TemperaturePolicy] = {}
         waiting = list(self.children())
         while waiting:
@@ -222,7 +222,7 @@ def _shown(value: object) -> str:
 
 
 def _fill_left_out(values: Tensor, signals: Signals) -> Tensor:
-    """Values per position, the mean over the valid positions in place of those left out; as they are if none is."""
+    """Return values per position, with the mean over the valid positions in place of those left out."""
     per_position = values.shape == (*signals.student_logits.shape[:-1], 1)
     if not per_position or (valid := signals.valid) is None:
         return values

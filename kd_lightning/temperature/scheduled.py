@@ -27,7 +27,7 @@ class ConstantTemperature(TemperaturePolicy):
         bounds: See :class:`TemperaturePolicy`.
 
     Raises:
-        ValueError: The value is not a finite number within the bounds.
+        ValueError: If the value is not a finite number within the bounds.
 
     Source: G. Hinton, O. Vinyals, J. Dean, 2015, arXiv 1503.02531.
 
@@ -64,7 +64,7 @@ class ScheduledTemperature(TemperaturePolicy):
         bounds: See :class:`TemperaturePolicy`.
 
     Raises:
-        TypeError: The schedule is not callable.
+        TypeError: If the schedule is not callable.
         ValueError: On the call, if the schedule gives a value that is not positive and finite.
 
     Example:
