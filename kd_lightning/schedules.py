@@ -58,7 +58,7 @@ class Progress:
         """Share of the run that is done, in [0, 1]: by steps where their number is known, else by epochs.
 
         Raises:
-            ValueError: The run has no known end.
+            ValueError: If the run has no known end.
         """
         if self.max_steps is not None:
             return min(self.step / max(self.max_steps, 1), 1.0)
@@ -70,11 +70,11 @@ class Progress:
         )
 
     def count(self, unit: Unit) -> int:
-        """Epochs or steps so far."""
+        """Return the epochs or steps so far."""
         return self.epoch if unit == "epoch" else self.step
 
     def segment(self, begin: int, end: int | None, unit: Unit) -> Progress:
-        """The progress within one part of the run: from ``begin`` to ``end`` (None: to the end of the run).
+        """Return the progress within one part of the run: from ``begin`` to ``end`` (None: to the end of the run).
 
         Steps are converted to epochs and back where the run's length is known in both.
 
@@ -111,7 +111,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def __call__(self, progress: Progress) -> float:
-        """The value at this point of training."""
+        """Return the value at this point of training."""
 
 
 @dataclass(frozen=True)
@@ -359,15 +359,15 @@ class JoinedSchedule(Schedule):
 
 
 def reached(milestones: Sequence[int], count: int) -> int:
-    """How many of the milestones are reached (torch.compile cannot trace bisect)."""
+    """Return the number of milestones reached (torch.compile cannot trace bisect)."""
     return sum(count >= milestone for milestone in milestones)
 
 
 def check_boundaries(owner: str, parts: str, num_parts: int, boundaries: Sequence[int], unit: str) -> tuple[int, ...]:
-    """Boundaries between parts, checked.
+    """Return the boundaries between parts as a tuple, checked.
 
     Raises:
-        ValueError: They do not rise, are not one fewer than the parts, or their unit is unknown.
+        ValueError: If the boundaries do not rise, are not one fewer than the parts, or have an unknown unit.
     """
     _check_rising("boundaries", boundaries)
     _check_unit(unit)
@@ -383,8 +383,8 @@ def as_schedule(value: float | Callable[[Progress], float]) -> Callable[[Progres
     """Turn a number into a :class:`ConstantSchedule`; leave a schedule, or any function, as it is.
 
     Raises:
-        TypeError: Neither a number nor a function.
-        ValueError: A number that is negative or not finite.
+        TypeError: If the value is neither a number nor a function.
+        ValueError: If the number is negative or not finite.
 
     Example:
         >>> as_schedule(0.9)
@@ -398,10 +398,10 @@ def as_schedule(value: float | Callable[[Progress], float]) -> Callable[[Progres
 
 
 def weight_at(schedule: Callable[[Progress], float], progress: Progress, name: str) -> float:
-    """A loss weight at this point of training.
+    """Return a loss weight at this point of training.
 
     Raises:
-        ValueError: The schedule gave a value that is negative or not finite.
+        ValueError: If the schedule gives a value that is negative or not finite.
     """
     weight = schedule(progress)
     if not (math.isfinite(weight) and weight >= 0):

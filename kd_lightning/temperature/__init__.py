@@ -20,13 +20,11 @@ from kd_lightning.temperature.convert import TemperatureLike, as_policy
 from kd_lightning.temperature.dynamic import CapacityTemperature, LossGapTemperature
 from kd_lightning.temperature.layer_wise import DepthTemperature
 from kd_lightning.temperature.learnable import InstanceTemperature, LearnableTemperature
+from kd_lightning.temperature.logit_spread import LogitStandardization, LogitStdTemperature, SharpnessTemperature
 from kd_lightning.temperature.sample_wise import (
     ConfidenceTemperature,
     DisagreementTemperature,
     EntropyTemperature,
-    LogitStandardization,
-    LogitStdTemperature,
-    SharpnessTemperature,
     TargetConfidenceTemperature,
 )
 from kd_lightning.temperature.scheduled import ConstantTemperature, ScheduledTemperature

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature, tempered_log_softmax
 from kd_lightning.schedules import Progress, Schedule
-from kd_lightning.temperature.base import TemperaturePolicy
+from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.convert import as_policy
 from kd_lightning.temperature.signals import Signals
 
@@ -26,8 +26,7 @@ class AsymmetricTemperature(TemperaturePolicy):
     Args:
         student: Number, schedule or policy for the student.
         teacher: The same for the teacher.
-        min_temperature: Lower bound, see :class:`TemperaturePolicy`.
-        max_temperature: Upper bound.
+        bounds: See :class:`TemperaturePolicy`.
 
     Raises:
         TypeError: Not a number, schedule or policy.
@@ -46,11 +45,9 @@ class AsymmetricTemperature(TemperaturePolicy):
         self,
         student: float | Schedule | TemperaturePolicy | Callable[[Progress], float] = 1.0,
         teacher: float | Schedule | TemperaturePolicy | Callable[[Progress], float] = 4.0,
-        *,
-        min_temperature: float = 0.05,
-        max_temperature: float = 100.0,
+        **bounds: Unpack[Bounds],
     ) -> None:
-        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+        super().__init__(**bounds)
         self.student = as_policy(student)
         self.teacher = as_policy(teacher)
 
@@ -91,8 +88,7 @@ class TransformedTeacherTemperature(TemperaturePolicy):
         gamma: :math:`\gamma`. 1 is the plain softmax (T = 1 on both sides); towards 0 the targets become uniform; above
             1 sharper than the teacher.
         weighted: Whether each sample is weighted by w (WTTM).
-        min_temperature: Lower bound, see :class:`TemperaturePolicy`.
-        max_temperature: Upper bound.
+        bounds: See :class:`TemperaturePolicy`.
 
     Raises:
         ValueError: A gamma that is not positive, or whose ``1 / gamma`` lies outside the bounds.
@@ -117,15 +113,8 @@ class TransformedTeacherTemperature(TemperaturePolicy):
         tensor([[2.]])
     """
 
-    def __init__(
-        self,
-        gamma: float = 0.25,
-        weighted: bool = False,
-        *,
-        min_temperature: float = 0.05,
-        max_temperature: float = 100.0,
-    ) -> None:
-        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+    def __init__(self, gamma: float = 0.25, weighted: bool = False, **bounds: Unpack[Bounds]) -> None:
+        super().__init__(**bounds)
         if not 0 < gamma < math.inf:
             raise ValueError(f"gamma must be a positive, finite number, got {gamma}. Usual values are 0.1 to 0.5.")
         self._check_within_bounds(**{"1 / gamma": 1.0 / gamma})
@@ -139,7 +128,3 @@ class TransformedTeacherTemperature(TemperaturePolicy):
             return Temperature(student=student, teacher=student / self.gamma, scale=student)
         weight = (self.gamma * tempered_log_softmax(signals.teacher_logits, 1.0)).exp().sum(-1, keepdim=True)
         return Temperature(student=student, teacher=student / self.gamma, scale=weight)
-
-    @override
-    def extra_repr(self) -> str:
-        return self._shown("gamma", "weighted")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,21 @@ from kd_lightning.functional.temperature import as_temperature
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.statistics import mean_over_valid
 
-__all__ = ["TemperaturePolicy", "Temperatures"]
+__all__ = ["Bounds", "TemperaturePolicy", "Temperatures"]
 
 Temperatures: TypeAlias = Temperature | Sequence[Temperature]
+
+
+class Bounds(TypedDict, total=False):
+    """Keyword arguments of every policy: ``**bounds: Unpack[Bounds]``, passed on to :class:`TemperaturePolicy`.
+
+    Attributes:
+        min_temperature: Lower bound of every temperature; positive. Default: 0.05.
+        max_temperature: Upper bound of every temperature; finite. Default: 100.
+    """
+
+    min_temperature: float
+    max_temperature: float
 
 
 class TemperaturePolicy(nn.Module, ABC):
@@ -40,7 +53,7 @@ class TemperaturePolicy(nn.Module, ABC):
         max_temperature: Upper bound; finite. Far above 100 T²·KL drowns in float32 rounding.
 
     Raises:
-        ValueError: The bounds are not ``0 < min_temperature <= max_temperature < inf``.
+        ValueError: If the bounds are not ``0 < min_temperature <= max_temperature < inf``.
 
     Example:
         >>> class HotWhenWrong(TemperaturePolicy):
@@ -76,7 +89,7 @@ class TemperaturePolicy(nn.Module, ABC):
 
     @abstractmethod
     def compute(self, signals: Signals) -> Temperatures:
-        """The policy's own rule, before the multiplier and the bounds.
+        """Return the temperature by the policy's own rule, before the multiplier and the bounds.
 
         Args:
             signals: Logits in float32 (or float64), class dimension last.
@@ -86,11 +99,11 @@ class TemperaturePolicy(nn.Module, ABC):
         """
 
     def transform(self, logits: Tensor) -> Tensor:
-        """What the loss sees in place of the logits (class dimension last). Identity, unless the policy must centre."""
+        """Return the logits that the loss sees (class dimension last): the same, unless the policy must centre them."""
         return logits
 
     def loss_scale(self, temperature: Temperature) -> Tensor | None:
-        """The factor of the loss as a function of the bounded temperatures, for a method that publishes one.
+        """Return the factor of the loss at the bounded temperatures, for a method that publishes one.
 
         Default: what :meth:`compute` set, times ``multiplier²``.
         """
@@ -106,7 +119,7 @@ class TemperaturePolicy(nn.Module, ABC):
             policy.setup_data(datamodule)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Optimiser groups of the policy's parameters, without weight decay. Empty if it learns nothing.
+        """Return optimiser groups of the policy's parameters, without weight decay. Empty if it learns nothing.
 
         The policy's own parameters are one group; the policies within a combination give theirs, with their own
         learning rates. No parameter is in two groups.
@@ -121,7 +134,7 @@ class TemperaturePolicy(nn.Module, ABC):
         return [{"params": own, "weight_decay": 0.0}, *groups] if own else groups
 
     def _inner_policies(self) -> list[TemperaturePolicy]:
-        """The policies directly within this one, each once."""
+        """Return the policies directly within this one, each once."""
         inner: dict[int, TemperaturePolicy] = {}
         waiting = list(self.children())
         while waiting:
@@ -185,24 +198,32 @@ class TemperaturePolicy(nn.Module, ABC):
 
         return super()._apply(keep_dtype, recurse)
 
-    def _shown(self, *names: str) -> str:
-        """``name=value`` of the attributes, and the bounds: for :meth:`extra_repr`."""
-        values = ((name, getattr(self, name)) for name in names)
-        shown = [f"{name}={value:g}" if type(value) is float else f"{name}={value!r}" for name, value in values]
-        return ", ".join([*shown, *filter(None, (TemperaturePolicy.extra_repr(self),))])
-
     def extra_repr(self) -> str:
-        """The bounds, where they are not the defaults."""
-        shown = []
-        if self.min_temperature != 0.05:
-            shown.append(f"min_temperature={self.min_temperature:g}")
-        if self.max_temperature != 100.0:
-            shown.append(f"max_temperature={self.max_temperature:g}")
-        return ", ".join(shown)
+        """Return ``name=value`` of the constructor's arguments, and of the bounds where they are not the defaults.
+
+        An argument is shown if the policy has an attribute of its name that is neither a module nor a tensor.
+        Checkpoints compare this text with that of the run that resumes from them.
+        """
+        defaults = inspect.signature(TemperaturePolicy).parameters
+        names: dict[str, None] = {}
+        for policy in type(self).__mro__[: type(self).__mro__.index(TemperaturePolicy)]:
+            names |= dict.fromkeys(inspect.signature(policy.__init__).parameters if "__init__" in vars(policy) else ())
+        values = {name: getattr(self, name) for name in names if name not in defaults and hasattr(self, name)}
+        values |= {name: getattr(self, name) for name, p in defaults.items() if getattr(self, name) != p.default}
+        return ", ".join(
+            f"{name}={_shown(value)}" for name, value in values.items() if not isinstance(value, (nn.Module, Tensor))
+        )
+
+
+def _shown(value: object) -> str:
+    """Return a number without trailing zeros, a string with its quotes, and the text of any other value."""
+    if type(value) is float:
+        return f"{value:g}"
+    return repr(value) if isinstance(value, str) else str(value)
 
 
 def _fill_left_out(values: Tensor, signals: Signals) -> Tensor:
-    """Values per position, the mean over the valid positions in place of those left out; as they are if none is."""
+    """Return values per position, with the mean over the valid positions in place of those left out."""
     per_position = values.shape == (*signals.student_logits.shape[:-1], 1)
     if not per_position or (valid := signals.valid) is None:
         return values

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature
-from kd_lightning.temperature.base import TemperaturePolicy
+from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.statistics import centre, class_targets
 
@@ -45,8 +45,7 @@ class ClassFrequencyTemperature(TemperaturePolicy):
         max_value: :math:`T_\max`, of the rarest.
         direction: ``"rare_high"``: rare classes hotter, their logits differ less from the others'; ``"rare_low"``: rare
             classes sharper.
-        min_temperature: Lower bound, see :class:`TemperaturePolicy`.
-        max_temperature: Upper bound.
+        bounds: See :class:`TemperaturePolicy`.
 
     Raises:
         ValueError: Counts that are negative, not finite, fewer than two or all zero; ``min_value > max_value`` or one
@@ -78,11 +77,9 @@ class ClassFrequencyTemperature(TemperaturePolicy):
         min_value: float = 2.0,
         max_value: float = 6.0,
         direction: Literal["rare_high", "rare_low"] = "rare_high",
-        *,
-        min_temperature: float = 0.05,
-        max_temperature: float = 100.0,
+        **bounds: Unpack[Bounds],
     ) -> None:
-        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+        super().__init__(**bounds)
         self._check_range(min_value, max_value)
         if direction not in ("rare_high", "rare_low"):
             raise ValueError(f"direction must be 'rare_high' or 'rare_low', got {direction!r}.")
@@ -154,7 +151,7 @@ class ClassFrequencyTemperature(TemperaturePolicy):
     def extra_repr(self) -> str:
         counts = [round(count) for count in self.class_counts.tolist()]
         shown = counts if 0 < len(counts) <= 10 else f"({len(counts)} classes)" if counts else None
-        return f"class_counts={shown}, {self._shown('min_value', 'max_value', 'direction')}"
+        return f"class_counts={shown}, {super().extra_repr()}"
 
 
 class CorrectWrongTemperature(TemperaturePolicy):
@@ -175,8 +172,7 @@ class CorrectWrongTemperature(TemperaturePolicy):
     Args:
         correct: T of the label's class. High: the label loses its lead; 1: the teacher's own logit.
         wrong: T of the other classes. Low: differences between wrong classes stand out; high: they vanish.
-        min_temperature: Lower bound, see :class:`TemperaturePolicy`.
-        max_temperature: Upper bound.
+        bounds: See :class:`TemperaturePolicy`.
 
     Raises:
         ValueError: A temperature outside the bounds; on the call, no class indices as targets.
@@ -199,15 +195,8 @@ class CorrectWrongTemperature(TemperaturePolicy):
 
     reads_logits = False
 
-    def __init__(
-        self,
-        correct: float = 4.0,
-        wrong: float = 2.0,
-        *,
-        min_temperature: float = 0.05,
-        max_temperature: float = 100.0,
-    ) -> None:
-        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+    def __init__(self, correct: float = 4.0, wrong: float = 2.0, **bounds: Unpack[Bounds]) -> None:
+        super().__init__(**bounds)
         self._check_within_bounds(correct=correct, wrong=wrong)
         self.correct = float(correct)
         self.wrong = float(wrong)
@@ -224,7 +213,3 @@ class CorrectWrongTemperature(TemperaturePolicy):
     @override
     def transform(self, logits: Tensor) -> Tensor:
         return centre(logits)
-
-    @override
-    def extra_repr(self) -> str:
-        return self._shown("correct", "wrong")

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature
 from kd_lightning.schedules import Progress, Schedule, Unit, check_boundaries, reached
-from kd_lightning.temperature.base import TemperaturePolicy, Temperatures
+from kd_lightning.temperature.base import Bounds, TemperaturePolicy, Temperatures
 from kd_lightning.temperature.convert import as_policy
 from kd_lightning.temperature.signals import Signals
 
@@ -25,10 +25,9 @@ class _CombinedTemperature(TemperaturePolicy):
     def __init__(
         self,
         policies: Sequence[float | Schedule | TemperaturePolicy | Callable[[Progress], float]],
-        min_temperature: float,
-        max_temperature: float,
+        **bounds: Unpack[Bounds],
     ) -> None:
-        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+        super().__init__(**bounds)
         if isinstance(policies, (str, float, int, nn.Module)) or not len(policies):
             raise ValueError(
                 f"{type(self).__name__} needs a list of numbers, schedules or policies, one or more, got {policies!r}."
@@ -56,8 +55,7 @@ class ProductTemperature(_CombinedTemperature):
     Args:
         policies: Numbers, schedules or policies. Each is bounded on its own first, so a factor below 0.05 needs its
             own ``min_temperature``.
-        min_temperature: Lower bound of the product, see :class:`TemperaturePolicy`.
-        max_temperature: Upper bound of the product.
+        bounds: Bounds of the product, see :class:`TemperaturePolicy`.
 
     Raises:
         ValueError: No parts; on the call, a part that gives several temperatures.
@@ -77,15 +75,6 @@ class ProductTemperature(_CombinedTemperature):
         >>> policy(Signals(torch.zeros(2, 3), torch.zeros(2, 3), progress=progress)).student
         tensor([2.])
     """
-
-    def __init__(
-        self,
-        policies: Sequence[float | Schedule | TemperaturePolicy | Callable[[Progress], float]],
-        *,
-        min_temperature: float = 0.05,
-        max_temperature: float = 100.0,
-    ) -> None:
-        super().__init__(policies, min_temperature, max_temperature)
 
     @override
     def compute(self, signals: Signals) -> Temperature:
@@ -121,8 +110,7 @@ class JoinedTemperature(_CombinedTemperature):
         policies: Numbers, schedules or policies, in order.
         boundaries: Where each further policy begins, rising; one fewer than the policies.
         unit: What the boundaries count: ``"epoch"`` or ``"step"``.
-        min_temperature: Lower bound, see :class:`TemperaturePolicy`.
-        max_temperature: Upper bound.
+        bounds: See :class:`TemperaturePolicy`.
 
     Raises:
         ValueError: No policies, boundaries that do not rise strictly or are not one fewer than the policies, an
@@ -149,11 +137,9 @@ class JoinedTemperature(_CombinedTemperature):
         policies: Sequence[float | Schedule | TemperaturePolicy | Callable[[Progress], float]],
         boundaries: Sequence[int],
         unit: Unit = "epoch",
-        *,
-        min_temperature: float = 0.05,
-        max_temperature: float = 100.0,
+        **bounds: Unpack[Bounds],
     ) -> None:
-        super().__init__(policies, min_temperature, max_temperature)
+        super().__init__(policies, **bounds)
         self.boundaries = check_boundaries(type(self).__name__, "policies", len(self.policies), boundaries, unit)
         self.unit: Unit = unit
 
@@ -179,10 +165,6 @@ class JoinedTemperature(_CombinedTemperature):
         shared = temperature.teacher is temperature.student
         return Temperature(student, student if shared else temperature.teacher, temperature.scale)
 
-    @override
-    def extra_repr(self) -> str:
-        return self._shown("boundaries", "unit")
-
 
 class MultiTemperature(_CombinedTemperature):
     r"""Several temperatures at once: one loss term each, with its own scale T².
@@ -196,8 +178,7 @@ class MultiTemperature(_CombinedTemperature):
 
     Args:
         temperatures: :math:`T_j`: numbers, schedules or policies. A part that gives several itself adds all of them.
-        min_temperature: Lower bound of each, see :class:`TemperaturePolicy`.
-        max_temperature: Upper bound of each.
+        bounds: Bounds of each temperature, see :class:`TemperaturePolicy`.
 
     Raises:
         ValueError: No temperatures.
@@ -220,11 +201,9 @@ class MultiTemperature(_CombinedTemperature):
     def __init__(
         self,
         temperatures: Sequence[float | Schedule | TemperaturePolicy | Callable[[Progress], float]] = (2, 3, 4, 5, 6),
-        *,
-        min_temperature: float = 0.05,
-        max_temperature: float = 100.0,
+        **bounds: Unpack[Bounds],
     ) -> None:
-        super().__init__(temperatures, min_temperature, max_temperature)
+        super().__init__(temperatures, **bounds)
 
     @override
     def compute(self, signals: Signals) -> Sequence[Temperature]:

@@ -24,7 +24,7 @@ def as_policy(temperature: float | Callable[[Progress], float] | TemperaturePoli
             number → :class:`ScheduledTemperature`; a policy → itself.
 
     Raises:
-        TypeError: Anything else.
+        TypeError: If the argument is none of these.
 
     Example:
         >>> as_policy(4.0)

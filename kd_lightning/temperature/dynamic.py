@@ -6,11 +6,11 @@ import math
 
 import torch
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature, kd_loss, predictive_entropy, tempered_log_softmax
 from kd_lightning.schedules import Progress
-from kd_lightning.temperature.base import TemperaturePolicy
+from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.statistics import class_targets, sum_and_count, sum_over_ranks
 
@@ -49,8 +49,7 @@ class LossGapTemperature(TemperaturePolicy):
         curve: :math:`\kappa`, the speed of the decay. 0: none; 1: half a cosine over the run; above 1 T* rises again
             before the end.
         momentum: :math:`\mu` in [0, 1): the share that stays at each step. 0 follows at once.
-        min_temperature: Lower bound, see :class:`TemperaturePolicy`.
-        max_temperature: Upper bound.
+        bounds: See :class:`TemperaturePolicy`.
 
     Raises:
         ValueError: Values out of order or outside the bounds, momentum outside [0, 1), a negative curve; on the call,
@@ -84,11 +83,9 @@ class LossGapTemperature(TemperaturePolicy):
         max_value: float = 4.0,
         curve: float = 1.0,
         momentum: float = 0.9,
-        *,
-        min_temperature: float = 0.05,
-        max_temperature: float = 100.0,
+        **bounds: Unpack[Bounds],
     ) -> None:
-        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+        super().__init__(**bounds)
         self._check_range(min_value, max_value)
         self._check_within_bounds(init_value=init_value)
         _check_momentum(momentum)
@@ -127,10 +124,6 @@ class LossGapTemperature(TemperaturePolicy):
         updated = self.momentum * self.value + (1.0 - self.momentum) * target
         usable = torch.isfinite(target) & (count > 0)  # one step of NaN losses must not end in the state
         self.value.copy_(torch.where(usable, updated, self.value))
-
-    @override
-    def extra_repr(self) -> str:
-        return self._shown("init_value", "min_value", "max_value", "curve", "momentum")
 
 
 class CapacityTemperature(TemperaturePolicy):
@@ -182,8 +175,7 @@ class CapacityTemperature(TemperaturePolicy):
             ``1 / (1 - momentum)``, so that a decision sees the T it judges.
         min_value: :math:`T_\min`.
         max_value: :math:`T_\max`.
-        min_temperature: Lower bound, see :class:`TemperaturePolicy`.
-        max_temperature: Upper bound.
+        bounds: See :class:`TemperaturePolicy`.
 
     Raises:
         ValueError: ``underload > overload`` or negative, ``factor`` outside (0, 1), ``interval`` below 1, momentum
@@ -218,11 +210,9 @@ class CapacityTemperature(TemperaturePolicy):
         momentum: float = 0.9,
         min_value: float = 1.0,
         max_value: float = 10.0,
-        *,
-        min_temperature: float = 0.05,
-        max_temperature: float = 100.0,
+        **bounds: Unpack[Bounds],
     ) -> None:
-        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+        super().__init__(**bounds)
         self._check_range(min_value, max_value)
         if not min_value <= init_value <= max_value:
             raise ValueError(
@@ -278,11 +268,6 @@ class CapacityTemperature(TemperaturePolicy):
         self.ratio.copy_(ratio)
         self.calls.copy_(torch.where(due, 0.0, calls))
         self.value.copy_(value)
-
-    @override
-    def extra_repr(self) -> str:
-        names = ("init_value", "overload", "underload", "factor", "interval", "momentum", "min_value", "max_value")
-        return self._shown(*names)
 
 
 def _epoch_fraction(progress: Progress) -> float:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature
-from kd_lightning.temperature.base import TemperaturePolicy
+from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 
 __all__ = ["DepthTemperature"]
@@ -26,8 +26,7 @@ class DepthTemperature(TemperaturePolicy):
     Args:
         shallow: :math:`T_0`, within the bounds.
         deep: :math:`T_1`, within the bounds.
-        min_temperature: Lower bound, see :class:`TemperaturePolicy`.
-        max_temperature: Upper bound.
+        bounds: See :class:`TemperaturePolicy`.
 
     Raises:
         ValueError: A temperature outside of the bounds.
@@ -48,15 +47,8 @@ class DepthTemperature(TemperaturePolicy):
 
     reads_logits = False
 
-    def __init__(
-        self,
-        shallow: float = 8.0,
-        deep: float = 2.0,
-        *,
-        min_temperature: float = 0.05,
-        max_temperature: float = 100.0,
-    ) -> None:
-        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+    def __init__(self, shallow: float = 8.0, deep: float = 2.0, **bounds: Unpack[Bounds]) -> None:
+        super().__init__(**bounds)
         self._check_within_bounds(shallow=shallow, deep=deep)
         self.shallow = float(shallow)
         self.deep = float(deep)
@@ -65,7 +57,3 @@ class DepthTemperature(TemperaturePolicy):
     def compute(self, signals: Signals) -> Temperature:
         temperature = signals.full(self.shallow + (self.deep - self.shallow) * signals.depth)
         return Temperature(student=temperature, teacher=temperature)
-
-    @override
-    def extra_repr(self) -> str:
-        return self._shown("shallow", "deep")

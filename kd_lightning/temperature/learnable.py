@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature, tempered_log_softmax
 from kd_lightning.schedules import Progress
-from kd_lightning.temperature.base import TemperaturePolicy
+from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 
 __all__ = ["InstanceTemperature", "LearnableTemperature"]
@@ -45,10 +45,9 @@ class _BoundedTemperature(TemperaturePolicy):
         adversarial: bool,
         warmup_epochs: int,
         lr: float | None,
-        min_temperature: float,
-        max_temperature: float,
+        **bounds: Unpack[Bounds],
     ) -> None:
-        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+        super().__init__(**bounds)
         self._check_range(min_value, max_value)
         if not min_value < init_value < max_value:
             raise ValueError(
@@ -115,8 +114,7 @@ class LearnableTemperature(_BoundedTemperature):
         warmup_epochs: :math:`E_w`. 0: full strength from the first step; in a run shorter than the warm-up λ stays
             small, and in the first epoch T does not move at all.
         lr: Learning rate of T; None: the optimiser's own.
-        min_temperature: Lower bound after callbacks have had their say, see :class:`TemperaturePolicy`.
-        max_temperature: Upper bound likewise.
+        bounds: Applied after callbacks have moved T, see :class:`TemperaturePolicy`.
 
     Raises:
         ValueError: ``init_value`` not strictly between the bounds, bounds out of order or out of range, negative
@@ -154,22 +152,14 @@ class LearnableTemperature(_BoundedTemperature):
         adversarial: bool = True,
         warmup_epochs: int = 10,
         lr: float | None = None,
-        *,
-        min_temperature: float = 0.05,
-        max_temperature: float = 100.0,
+        **bounds: Unpack[Bounds],
     ) -> None:
-        super().__init__(
-            init_value, min_value, max_value, adversarial, warmup_epochs, lr, min_temperature, max_temperature
-        )
+        super().__init__(init_value, min_value, max_value, adversarial, warmup_epochs, lr, **bounds)
         self.raw = nn.Parameter(torch.full((1,), self._init_raw(), dtype=torch.float32))
 
     @override
     def compute(self, signals: Signals) -> Temperature:
         return self._temperature(self.raw, signals.progress)
-
-    @override
-    def extra_repr(self) -> str:
-        return self._shown("init_value", "min_value", "max_value", "adversarial", "warmup_epochs", "lr")
 
 
 class InstanceTemperature(_BoundedTemperature):
@@ -195,8 +185,7 @@ class InstanceTemperature(_BoundedTemperature):
         adversarial: Whether the gradient is reversed.
         warmup_epochs: :math:`E_w`.
         lr: Learning rate of the network; None: the optimiser's own.
-        min_temperature: Lower bound, see :class:`TemperaturePolicy`.
-        max_temperature: Upper bound.
+        bounds: See :class:`TemperaturePolicy`.
 
     Raises:
         ValueError: As :class:`LearnableTemperature`; fewer than two classes or no hidden unit; on the call, logits of
@@ -228,13 +217,9 @@ class InstanceTemperature(_BoundedTemperature):
         adversarial: bool = True,
         warmup_epochs: int = 10,
         lr: float | None = None,
-        *,
-        min_temperature: float = 0.05,
-        max_temperature: float = 100.0,
+        **bounds: Unpack[Bounds],
     ) -> None:
-        super().__init__(
-            init_value, min_value, max_value, adversarial, warmup_epochs, lr, min_temperature, max_temperature
-        )
+        super().__init__(init_value, min_value, max_value, adversarial, warmup_epochs, lr, **bounds)
         if num_classes < 2 or hidden_size < 1:
             raise ValueError(
                 "InstanceTemperature needs two or more classes and a hidden unit, got "
@@ -260,8 +245,3 @@ class InstanceTemperature(_BoundedTemperature):
         with torch.autocast(features.device.type, enabled=False):
             raw = self.network(features.float())
         return self._temperature(raw, signals.progress)
-
-    @override
-    def extra_repr(self) -> str:
-        names = ("num_classes", "hidden_size", "init_value", "min_value", "max_value")
-        return self._shown(*names, "adversarial", "warmup_epochs", "lr")

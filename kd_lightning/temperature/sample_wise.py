@@ -7,26 +7,17 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature, tempered_log_softmax
-from kd_lightning.temperature.base import TemperaturePolicy
+from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
-from kd_lightning.temperature.statistics import (
-    centre,
-    check_class_count,
-    class_targets,
-    mean_over_valid,
-    standard_deviation,
-)
+from kd_lightning.temperature.statistics import centre, class_targets, mean_over_valid
 
 __all__ = [
     "ConfidenceTemperature",
     "DisagreementTemperature",
     "EntropyTemperature",
-    "LogitStandardization",
-    "LogitStdTemperature",
-    "SharpnessTemperature",
     "TargetConfidenceTemperature",
 ]
 
@@ -54,8 +45,7 @@ class ConfidenceTemperature(TemperaturePolicy):
         unsure: T of the others. Swap the two values for the opposite rule.
         softness: :math:`\sigma`, in units of probability. 0 is a switch; 0.05 spreads it over about ±0.1 around the
             threshold; large values give every sample the middle of the two.
-        min_temperature: Lower bound, see :class:`TemperaturePolicy`.
-        max_temperature: Upper bound.
+        bounds: See :class:`TemperaturePolicy`.
 
     Raises:
         ValueError: A threshold outside [0, 1], a negative softness, or temperatures outside the bounds.
@@ -84,11 +74,9 @@ class ConfidenceTemperature(TemperaturePolicy):
         confident: float = 0.5,
         unsure: float = 2.0,
         softness: float = 0.0,
-        *,
-        min_temperature: float = 0.05,
-        max_temperature: float = 100.0,
+        **bounds: Unpack[Bounds],
     ) -> None:
-        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+        super().__init__(**bounds)
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold is a probability in [0, 1], got {threshold}.")
         if not 0 <= softness < math.inf:
@@ -112,10 +100,6 @@ class ConfidenceTemperature(TemperaturePolicy):
             temperature = torch.where(margin > 0, signals.full(self.confident), signals.full(self.unsure))
         return Temperature(student=temperature, teacher=temperature)
 
-    @override
-    def extra_repr(self) -> str:
-        return self._shown("threshold", "confident", "unsure", "softness")
-
 
 class EntropyTemperature(TemperaturePolicy):
     r"""The less certain the teacher, the higher the temperature.
@@ -131,8 +115,7 @@ class EntropyTemperature(TemperaturePolicy):
     Args:
         min_value: T of a sample on which the teacher is certain (entropy 0).
         max_value: T of a sample on which the teacher is undecided (uniform).
-        min_temperature: Lower bound, see :class:`TemperaturePolicy`.
-        max_temperature: Upper bound.
+        bounds: See :class:`TemperaturePolicy`.
 
     Raises:
         ValueError: ``min_value > max_value``, or one outside the bounds.
@@ -155,15 +138,8 @@ class EntropyTemperature(TemperaturePolicy):
                 [6.]])
     """
 
-    def __init__(
-        self,
-        min_value: float = 2.0,
-        max_value: float = 6.0,
-        *,
-        min_temperature: float = 0.05,
-        max_temperature: float = 100.0,
-    ) -> None:
-        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+    def __init__(self, min_value: float = 2.0, max_value: float = 6.0, **bounds: Unpack[Bounds]) -> None:
+        super().__init__(**bounds)
         self._check_range(min_value, max_value)
         self.min_value = float(min_value)
         self.max_value = float(max_value)
@@ -178,217 +154,6 @@ class EntropyTemperature(TemperaturePolicy):
         share = (entropy / num_classes.to(entropy.dtype).log()).clamp(0.0, 1.0)
         temperature = self.min_value + (self.max_value - self.min_value) * share
         return Temperature(student=temperature, teacher=temperature)
-
-    @override
-    def extra_repr(self) -> str:
-        return self._shown("min_value", "max_value")
-
-
-class LogitStdTemperature(TemperaturePolicy):
-    r"""NormKD: each distribution's temperature is a multiple of its own logits' standard deviation.
-
-    .. math:: T_t = k \, \mathrm{std}(z_t), \qquad T_s = k \, \mathrm{std}(z_s), \qquad \text{loss scale } T_t^2
-
-    with the unbiased standard deviation over the classes of each sample (those not masked with −inf).
-
-    Shapes:
-        Logits ``(…, C)`` with C ≥ 3 → T_s, T_t and scale ``(…, 1)``.
-
-    Args:
-        factor: :math:`k`; positive. Small: sharp targets; large: soft ones. The softened logits ``z / T`` always have
-            standard deviation ``1 / k``.
-        detach: Whether the student's standard deviation is a constant for the gradient. False, as published, lets the
-            student lower the loss through its own spread too.
-        min_temperature: Lower bound, see :class:`TemperaturePolicy`; reached by constant logits (std 0).
-        max_temperature: Upper bound.
-
-    Raises:
-        ValueError: A factor that is not positive; on the call, fewer than three classes.
-
-    Suggested values: 2 on CIFAR-100 (cross-entropy weight 0.1, distillation 0.9); 1 on ImageNet (0.5 and 0.5).
-
-    Interacts badly with: a loss weight tuned for constant T. The scale is the teacher's ``T_t²`` per sample, so that
-    teachers with large logits get a large weight; compare by the logged ``kd_weight · scale``.
-
-    Source: Z. Chi et al., "NormKD: Normalized Logits for Knowledge Distillation", 2023, arXiv 2308.00520. Formula and
-    values after the authors' code.
-
-    Example:
-        >>> logits = torch.tensor([[3.0, 0.0, -3.0]])  # standard deviation 3
-        >>> LogitStdTemperature(factor=2.0)(Signals(logits / 3, logits))
-        Temperature(student=tensor([[2.]]), teacher=tensor([[6.]]), scale=tensor([[36.]]))
-    """
-
-    def __init__(
-        self,
-        factor: float = 2.0,
-        detach: bool = False,
-        *,
-        min_temperature: float = 0.05,
-        max_temperature: float = 100.0,
-    ) -> None:
-        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
-        if not 0 < factor < math.inf:
-            raise ValueError(f"factor must be a positive, finite number, got {factor}. The authors use 0.5 to 2.")
-        self.factor = float(factor)
-        self.detach = bool(detach)
-
-    @override
-    def compute(self, signals: Signals) -> Temperature:
-        check_class_count(signals.student_logits, type(self).__name__)
-        student_logits = signals.student_logits.detach() if self.detach else signals.student_logits
-        return Temperature(
-            student=self.factor * standard_deviation(student_logits),
-            teacher=self.factor * standard_deviation(signals.teacher_logits),
-        )
-
-    @override
-    def loss_scale(self, temperature: Temperature) -> Tensor:
-        return temperature.teacher.square()
-
-    @override
-    def extra_repr(self) -> str:
-        return self._shown("factor", "detach")
-
-
-class LogitStandardization(TemperaturePolicy):
-    r"""Z-scores of both logits before the softmax: only their pattern is distilled, not their size.
-
-    .. math::
-        p = \mathrm{softmax}\Big( \frac{1}{T} \cdot \frac{z - \bar z}{\mathrm{std}(z) + \varepsilon} \Big)
-        \quad\Longleftrightarrow\quad
-        T_s = T (\mathrm{std}(z_s) + \varepsilon), \quad T_t = T (\mathrm{std}(z_t) + \varepsilon),
-        \qquad \text{loss scale } T^2
-
-    with the mean :math:`\bar z` and the unbiased standard deviation over the classes of each sample (those not masked
-    with −inf) and :math:`\varepsilon = 10^{-7}`. The softmax does not see the mean, so this is a temperature. The
-    gradient flows through the student's standard deviation, as published.
-
-    Shapes:
-        Logits ``(…, C)`` with C ≥ 3 → T_s, T_t ``(…, 1)``, scale ``(1,)``.
-
-    Args:
-        temperature: :math:`T` on the standardised logits; positive. Since their standard deviation is 1, T = 2 is
-            already soft.
-        min_temperature: Lower bound of ``T · std``, see :class:`TemperaturePolicy`; reached by constant logits.
-        max_temperature: Upper bound of ``T · std``: beyond it (std 50 for T = 2) logits are no longer standardised.
-
-    Raises:
-        ValueError: A temperature that is not positive; on the call, fewer than three classes.
-
-    Suggested values: T = 2 with ``kd_weight=9, task_weight=1`` (the authors' CIFAR-100 setting for most pairs).
-
-    Interacts badly with: a comparison that leaves the weight alone. The published gain compares ``kd_weight · scale``
-    of 9 · 2² = 36 with 0.9 · 4² = 14.4 for the baseline. And with losses that need the logits' size, such as
-    regression on logits.
-
-    Source: S. Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv 2403.01427.
-
-    Example:
-        >>> logits = torch.tensor([[3.0, 0.0, -3.0]])  # standard deviation 3
-        >>> LogitStandardization(temperature=2.0)(Signals(logits / 3, logits))
-        Temperature(student=tensor([[2...]]), teacher=tensor([[6...]]), scale=tensor([4.]))
-    """
-
-    epsilon = 1e-7
-
-    def __init__(
-        self, temperature: float = 2.0, *, min_temperature: float = 0.05, max_temperature: float = 100.0
-    ) -> None:
-        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
-        self._check_within_bounds(temperature=temperature)
-        self.temperature = float(temperature)
-
-    @override
-    def compute(self, signals: Signals) -> Temperature:
-        student_logits, teacher_logits = signals.student_logits, signals.teacher_logits
-        check_class_count(student_logits, type(self).__name__)
-        return Temperature(
-            student=self.temperature * (standard_deviation(student_logits) + self.epsilon),
-            teacher=self.temperature * (standard_deviation(teacher_logits) + self.epsilon),
-            scale=student_logits.new_full((1,), self.temperature**2),
-        )
-
-    @override
-    def extra_repr(self) -> str:
-        return self._shown("temperature")
-
-
-class SharpnessTemperature(TemperaturePolicy):
-    r"""DTKD: the sharper of the two distributions gets the higher temperature, their mean stays.
-
-    .. math::
-        T_s = \frac{2 m_s}{m_t + m_s} \, T, \qquad T_t = \frac{2 m_t}{m_t + m_s} \, T,
-        \qquad \text{loss scale } T_s \, T_t, \qquad m = \max_k (z_k - \bar z)
-
-    with the mean :math:`\bar z` over the classes of each sample. **As published**, :math:`m = \max_k z_k` without the
-    mean: then T changes when a constant is added to all logits (the softmax does not), goes to infinity where the two
-    maxima cancel, and is negative beyond. Centred logits have :math:`m \ge 0`, so that :math:`0 \le T_s, T_t \le 2T`
-    (the bounds keep off 0). Logits whose mean is 0 give the published values.
-
-    Shapes:
-        Logits ``(…, C)`` → T_s, T_t and scale ``(…, 1)``. Where both logits are constant, T for both.
-
-    Args:
-        temperature: :math:`T`, the mean of the two; positive.
-        detach: Whether the temperatures are constants for the gradient. False, as published, lets the student lower
-            the loss through its own sharpness too.
-        min_temperature: Lower bound, see :class:`TemperaturePolicy`.
-        max_temperature: Upper bound.
-
-    Raises:
-        ValueError: A temperature outside the bounds.
-
-    Suggested values: T = 4 (the authors; their loss adds this term with weight 3, constant-T distillation with weight
-    1 and cross-entropy with weight 1, warmed up over 20 epochs). ``MultiTemperature([SharpnessTemperature(4.0), 4.0])``
-    adds the two with equal weights.
-
-    Interacts badly with: a student at the start of training, whose logits are nearly constant: T_s is then near 0 and
-    T_t near 2T, and the gradient ``scale / T_s = T_t`` twice as large. A warm-up of the loss weight, as published,
-    covers that.
-
-    Source: Y. Wei, Y. Bai, "Dynamic Temperature Knowledge Distillation", 2024, arXiv 2404.12711. The paper measures
-    sharpness by logsumexp, its code by the maximum, which is the formula here; its authors note that the derivation
-    (Eq. 4 and 5) is wrong and that only the results stand.
-
-    Example:
-        >>> student, teacher = torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([[3.0, 0.0, -3.0]])
-        >>> SharpnessTemperature(temperature=4.0)(Signals(student, teacher))
-        Temperature(student=tensor([[2...]]), teacher=tensor([[6...]]), scale=tensor([[12...]]))
-    """
-
-    epsilon = 1e-7  # decides where both logits are constant, and changes nothing else
-
-    def __init__(
-        self,
-        temperature: float = 4.0,
-        detach: bool = False,
-        *,
-        min_temperature: float = 0.05,
-        max_temperature: float = 100.0,
-    ) -> None:
-        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
-        self._check_within_bounds(temperature=temperature)
-        self.temperature = float(temperature)
-        self.detach = bool(detach)
-
-    @override
-    def compute(self, signals: Signals) -> Temperature:
-        student_logits = signals.student_logits.detach() if self.detach else signals.student_logits
-        student = centre(student_logits).amax(-1, keepdim=True) + self.epsilon
-        teacher = centre(signals.teacher_logits).amax(-1, keepdim=True) + self.epsilon
-        both = student + teacher
-        return Temperature(
-            student=2.0 * self.temperature * student / both, teacher=2.0 * self.temperature * teacher / both
-        )
-
-    @override
-    def loss_scale(self, temperature: Temperature) -> Tensor:
-        return temperature.student * temperature.teacher
-
-    @override
-    def extra_repr(self) -> str:
-        return self._shown("temperature", "detach")
 
 
 class DisagreementTemperature(TemperaturePolicy):
@@ -415,15 +180,14 @@ class DisagreementTemperature(TemperaturePolicy):
         base: :math:`T_0`, the mean of T over the batch as long as no sample reaches a bound.
         by: ``"cosine"`` or ``"confidence"``.
         center: Whether the cosine is taken of centred logits.
-        min_temperature: Lower bound, see :class:`TemperaturePolicy`. The rule itself has none: with ``beta=40`` a
-            sample of w = 1.4 in a batch of mean 0.4 is at T₀ − 40. Raise it to 1 for such values.
-        max_temperature: Upper bound.
+        bounds: See :class:`TemperaturePolicy`.
 
     Raises:
         ValueError: ``base`` outside the bounds, ``gamma`` not positive, ``beta`` not finite, an unknown ``by``.
 
     Suggested values: the authors list β of 10 to 80 and γ of 0.25 to 1. With w between 0 and 1.4, β of 2 to 4 keeps
-    T positive for nearly every sample.
+    T positive for nearly every sample. With β = 40 a sample of w = 1.4 in a batch of mean 0.4 is at T₀ − 40: raise
+    ``min_temperature`` to 1 for such values.
 
     Interacts badly with: small batches (the mean jumps) and batch statistics in general: the T of a sample depends on
     the others. The publication uses no T² factor; ``KDLoss(scale="none")`` is how it trained.
@@ -446,11 +210,9 @@ class DisagreementTemperature(TemperaturePolicy):
         base: float = 4.0,
         by: Literal["cosine", "confidence"] = "cosine",
         center: bool = True,
-        *,
-        min_temperature: float = 0.05,
-        max_temperature: float = 100.0,
+        **bounds: Unpack[Bounds],
     ) -> None:
-        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+        super().__init__(**bounds)
         self._check_within_bounds(base=base)
         if not math.isfinite(beta):
             raise ValueError(f"beta must be a finite number, got {beta}.")
@@ -483,10 +245,6 @@ class DisagreementTemperature(TemperaturePolicy):
         cosine = (direction(signals.student_logits) * direction(signals.teacher_logits)).sum(-1, keepdim=True)
         return cosine.clamp(-1.0, 1.0)
 
-    @override
-    def extra_repr(self) -> str:
-        return self._shown("beta", "gamma", "base", "by", "center")
-
 
 class TargetConfidenceTemperature(TemperaturePolicy):
     r"""Temperature from the probability that the teacher gives the label.
@@ -504,8 +262,7 @@ class TargetConfidenceTemperature(TemperaturePolicy):
         max_value: :math:`T_\max`.
         beta: :math:`\beta` in [−1, 1]. 0: the middle of the two throughout; −1: the opposite direction, hottest where
             the teacher misses the label.
-        min_temperature: Lower bound, see :class:`TemperaturePolicy`.
-        max_temperature: Upper bound.
+        bounds: See :class:`TemperaturePolicy`.
 
     Raises:
         ValueError: ``min_value > max_value`` or one outside the bounds, ``beta`` outside [−1, 1]; on the call, no
@@ -530,15 +287,9 @@ class TargetConfidenceTemperature(TemperaturePolicy):
     """
 
     def __init__(
-        self,
-        min_value: float = 2.0,
-        max_value: float = 6.0,
-        beta: float = 1.0,
-        *,
-        min_temperature: float = 0.05,
-        max_temperature: float = 100.0,
+        self, min_value: float = 2.0, max_value: float = 6.0, beta: float = 1.0, **bounds: Unpack[Bounds]
     ) -> None:
-        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+        super().__init__(**bounds)
         self._check_range(min_value, max_value)
         if not -1 <= beta <= 1:
             raise ValueError(f"beta must lie in [-1, 1], got {beta}.")
@@ -553,7 +304,3 @@ class TargetConfidenceTemperature(TemperaturePolicy):
         share = 0.5 * (1.0 + self.beta * torch.cos(math.pi * (1.0 - p_target)))
         temperature = self.min_value + (self.max_value - self.min_value) * share
         return Temperature(student=temperature, teacher=temperature)
-
-    @override
-    def extra_repr(self) -> str:
-        return self._shown("min_value", "max_value", "beta")

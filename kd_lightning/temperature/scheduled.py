@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature
 from kd_lightning.schedules import Progress, Schedule
-from kd_lightning.temperature.base import TemperaturePolicy
+from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 
 __all__ = ["ConstantTemperature", "ScheduledTemperature"]
@@ -24,11 +24,10 @@ class ConstantTemperature(TemperaturePolicy):
     Args:
         value: T, between ``min_temperature`` and ``max_temperature``. 4 is usual on CIFAR-100, 1 to 2 on ImageNet and
             for language models.
-        min_temperature: Lower bound, see :class:`TemperaturePolicy`.
-        max_temperature: Upper bound.
+        bounds: See :class:`TemperaturePolicy`.
 
     Raises:
-        ValueError: The value is not a finite number within the bounds.
+        ValueError: If the value is not a finite number within the bounds.
 
     Source: G. Hinton, O. Vinyals, J. Dean, 2015, arXiv 1503.02531.
 
@@ -41,12 +40,12 @@ class ConstantTemperature(TemperaturePolicy):
 
     reads_logits = False
 
-    def __init__(self, value: float = 4.0, *, min_temperature: float = 0.05, max_temperature: float = 100.0) -> None:
-        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
-        if not (math.isfinite(value) and min_temperature <= value <= max_temperature):
+    def __init__(self, value: float = 4.0, **bounds: Unpack[Bounds]) -> None:
+        super().__init__(**bounds)
+        if not (math.isfinite(value) and self.min_temperature <= value <= self.max_temperature):
             raise ValueError(
-                f"temperature must be a positive, finite number within the policy's bounds [{min_temperature:g}, "
-                f"{max_temperature:g}], got {value}. Usual values lie between 1 and 20; the bounds are arguments."
+                f"temperature must be a positive, finite number within the policy's bounds [{self.min_temperature:g}, "
+                f"{self.max_temperature:g}], got {value}. Usual values lie between 1 and 20; the bounds are arguments."
             )
         self.value = float(value)
 
@@ -55,10 +54,6 @@ class ConstantTemperature(TemperaturePolicy):
         temperature = signals.full(self.value)
         return Temperature(student=temperature, teacher=temperature)
 
-    @override
-    def extra_repr(self) -> str:
-        return ", ".join(filter(None, (f"value={self.value:g}", super().extra_repr())))
-
 
 class ScheduledTemperature(TemperaturePolicy):
     r"""A schedule's value for teacher and student, :math:`T_s = T_t = v(\text{progress})`.
@@ -66,11 +61,10 @@ class ScheduledTemperature(TemperaturePolicy):
     Args:
         schedule: A :class:`Schedule`, or any function from :class:`Progress` to a positive number. Values outside the
             bounds are clamped to them: a floor for a decay.
-        min_temperature: Lower bound, see :class:`TemperaturePolicy`.
-        max_temperature: Upper bound.
+        bounds: See :class:`TemperaturePolicy`.
 
     Raises:
-        TypeError: The schedule is not callable.
+        TypeError: If the schedule is not callable.
         ValueError: On the call, if the schedule gives a value that is not positive and finite.
 
     Example:
@@ -83,14 +77,8 @@ class ScheduledTemperature(TemperaturePolicy):
 
     reads_logits = False
 
-    def __init__(
-        self,
-        schedule: Schedule | Callable[[Progress], float],
-        *,
-        min_temperature: float = 0.05,
-        max_temperature: float = 100.0,
-    ) -> None:
-        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+    def __init__(self, schedule: Schedule | Callable[[Progress], float], **bounds: Unpack[Bounds]) -> None:
+        super().__init__(**bounds)
         if not callable(schedule) or isinstance(schedule, type):
             raise TypeError(f"schedule must be a function from Progress to a number, got {schedule!r}.")
         self.schedule = schedule
@@ -105,7 +93,3 @@ class ScheduledTemperature(TemperaturePolicy):
             )
         temperature = signals.full(value)
         return Temperature(student=temperature, teacher=temperature)
-
-    @override
-    def extra_repr(self) -> str:
-        return ", ".join(filter(None, (f"schedule={self.schedule}", super().extra_repr())))

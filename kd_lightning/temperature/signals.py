@@ -54,7 +54,7 @@ class Signals:
         return None if targets is None or self.ignore_index is None else targets != self.ignore_index
 
     def full(self, value: float) -> Tensor:
-        """A ``(1,)`` tensor on the device and in the dtype of the student's logits.
+        """Return a ``(1,)`` tensor on the device and in the dtype of the student's logits.
 
         Inside a policy that is float32 (or float64) whatever torch's default dtype is at the moment; half-precision
         trainers change it around the training step.
@@ -62,5 +62,5 @@ class Signals:
         return self.student_logits.new_full((1,), value)
 
     def replace(self, **changes: Any) -> Signals:
-        """A copy with some attributes changed."""
+        """Return a copy with some attributes changed."""
         return dataclasses.replace(self, **changes)

@@ -62,7 +62,7 @@ def sum_and_count(values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum over all processes, or the values themselves where there is one. Every rank must call it."""
+    """Return the sum over all processes, or the values themselves where there is one. Every rank must call it."""
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return values
@@ -72,10 +72,10 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def class_targets(signals: Signals, policy: str) -> Tensor:
-    """The targets as class indices, positions to ignore set to 0.
+    """Return the targets as class indices, positions to ignore set to 0.
 
     Raises:
-        ValueError: There are none.
+        ValueError: If the batch has no class indices as targets.
     """
     targets = signals.class_targets
     if targets is None:
@@ -93,7 +93,7 @@ def check_class_count(logits: Tensor, policy: str) -> None:
     """Refuse fewer than three classes.
 
     Raises:
-        ValueError: With two classes the standardised logits are always ±0.71, with one undefined.
+        ValueError: If the logits have fewer than three classes: with two, standardised logits are always ±0.71.
     """
     if logits.shape[-1] < 3:
         raise ValueError(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature, tempered_log_softmax
-from kd_lightning.temperature.base import TemperaturePolicy
+from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.statistics import median_over_valid
 
@@ -36,8 +36,7 @@ class TokenDifficultyTemperature(TemperaturePolicy):
     Args:
         base: :math:`T_0`, T of the token of median difficulty; positive.
         strength: :math:`c`. 0 is constant T; 0.5 gives 0.61 T₀ to 1.65 T₀; negative makes hard tokens hotter.
-        min_temperature: Lower bound, see :class:`TemperaturePolicy`.
-        max_temperature: Upper bound.
+        bounds: See :class:`TemperaturePolicy`.
 
     Raises:
         ValueError: ``base`` outside the bounds, ``strength`` not finite.
@@ -62,15 +61,8 @@ class TokenDifficultyTemperature(TemperaturePolicy):
 
     smallest = 1e-6
 
-    def __init__(
-        self,
-        base: float = 1.0,
-        strength: float = 0.5,
-        *,
-        min_temperature: float = 0.05,
-        max_temperature: float = 100.0,
-    ) -> None:
-        super().__init__(min_temperature=min_temperature, max_temperature=max_temperature)
+    def __init__(self, base: float = 1.0, strength: float = 0.5, **bounds: Unpack[Bounds]) -> None:
+        super().__init__(**bounds)
         self._check_within_bounds(base=base)
         if not math.isfinite(strength):
             raise ValueError(f"strength must be a finite number, got {strength}.")
@@ -87,7 +79,3 @@ class TokenDifficultyTemperature(TemperaturePolicy):
         ratio = torch.where(median.isinf(), 1.0, distance / median)  # no valid token: any T will do
         temperature = self.base * torch.exp(-self.strength * torch.tanh(ratio.log()))
         return Temperature(student=temperature, teacher=temperature)
-
-    @override
-    def extra_repr(self) -> str:
-        return self._shown("base", "strength")

@@ -9,9 +9,15 @@ from torch import nn
 
 from kd_lightning.functional import kd_loss
 from kd_lightning.temperature import (
+    ClassFrequencyTemperature,
     ConstantTemperature,
     CosineSchedule,
+    DisagreementTemperature,
+    JoinedTemperature,
+    LearnableTemperature,
     LinearSchedule,
+    LogitStdTemperature,
+    MultiTemperature,
     Progress,
     ScheduledTemperature,
     Signals,
@@ -200,3 +206,29 @@ class TestScheduled:
 
 def test_extra_repr_shows_bounds_that_are_not_the_defaults():
     assert repr(ConstantTemperature(2.0, max_temperature=8.0)) == "ConstantTemperature(value=2, max_temperature=8)"
+
+
+@pytest.mark.parametrize(
+    ("policy", "text"),
+    [
+        (
+            ScheduledTemperature(CosineSchedule(8.0, 2.0)),
+            "schedule=CosineSchedule(init_value=8.0, end_value=2.0, until=1.0)",
+        ),
+        (
+            LearnableTemperature(4.0),
+            "init_value=4, min_value=1, max_value=21, adversarial=True, warmup_epochs=10, lr=None",
+        ),
+        (DisagreementTemperature(), "beta=2, gamma=1, base=4, by='cosine', center=True"),
+        (JoinedTemperature([1.0, 4.0], [5], min_temperature=1.0), "boundaries=(5,), unit='epoch', min_temperature=1"),
+        (ClassFrequencyTemperature([1, 2]), "class_counts=[1, 2], min_value=2, max_value=6, direction='rare_high'"),
+        (MultiTemperature([1.0]), ""),
+    ],
+)
+def test_extra_repr_is_the_text_that_checkpoints_hold(policy, text):
+    assert policy.extra_repr() == text
+
+
+def test_a_misspelt_bound_is_an_error():
+    with pytest.raises(TypeError, match="max_temprature"):
+        LogitStdTemperature(max_temprature=50.0)  # pyright: ignore[reportCallIssue]
