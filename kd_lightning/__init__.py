@@ -1,9 +1,16 @@
-"""Knowledge distillation for PyTorch Lightning with temperature as a first-class object."""
+"""Knowledge distillation for PyTorch Lightning with temperature as a first-class object.
 
-from kd_lightning.distiller import DistillationOutput, Distiller
-from kd_lightning.layers import FeatureExtractor, LayerTerm
-from kd_lightning.modules import ClassificationModule, DistillationModule
-from kd_lightning.teachers import FrozenTeacher, TeacherCache, TeacherEnsemble
+The names below are imported on first use, so that the losses alone do not wait for Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kd_lightning.distiller import DistillationOutput, Distiller
+    from kd_lightning.layers import FeatureExtractor, LayerTerm
+    from kd_lightning.modules import ClassificationModule, DistillationModule
+    from kd_lightning.teachers import FrozenTeacher, TeacherCache, TeacherEnsemble
 
 __version__ = "0.1.0"
 
@@ -18,3 +25,27 @@ __all__ = [
     "TeacherCache",
     "TeacherEnsemble",
 ]
+
+_ROOMS = {
+    "ClassificationModule": "modules",
+    "DistillationModule": "modules",
+    "DistillationOutput": "distiller",
+    "Distiller": "distiller",
+    "FeatureExtractor": "layers",
+    "FrozenTeacher": "teachers",
+    "LayerTerm": "layers",
+    "TeacherCache": "teachers",
+    "TeacherEnsemble": "teachers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -305,6 +305,7 @@ def test_a_half_precision_teacher(name):
     assert_close(loss_of(name, s, t.bfloat16()), loss_of(name, s, t.bfloat16().float()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_compiles_without_graph_break(name):
     s, t = draw(name, torch.float32)

@@ -491,6 +491,7 @@ def test_autocast_changes_nothing(name):
         assert_close(gradients(loss, s), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_compiles_without_graph_break(name):
     s, t, targets = draw(name, 4, 30, dtype=torch.float32)

@@ -383,6 +383,7 @@ def test_prints(case):
     assert "<" not in repr(case.build())  # no default repr of an object
 
 
+@pytest.mark.slow
 @cases
 def test_compiles(case):
     if case.no_compile:

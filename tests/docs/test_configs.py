@@ -13,6 +13,8 @@ from kd_lightning import models
 from kd_lightning.cli import main
 from kd_lightning.datamodules import CIFAR100DataModule
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 

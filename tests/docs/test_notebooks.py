@@ -16,6 +16,8 @@ from nbclient import NotebookClient
 from kd_lightning import temperature
 from kd_lightning.temperature import Schedule, TemperaturePolicy
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 

@@ -12,6 +12,8 @@ from kd_lightning import DistillationModule, FrozenTeacher
 from kd_lightning.cli import main
 from kd_lightning.models import DigitsCNN
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 

@@ -9,6 +9,8 @@ import yaml
 from kd_lightning import FrozenTeacher
 from kd_lightning.cli import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=false"]
 OUTPUT = "--output=made/ahead.cache"

@@ -21,6 +21,8 @@ from kd_lightning.models import DigitsCNN
 from kd_lightning.teachers import Indexed, TeacherCache
 from tests.conftest import make_data, make_loader, make_network
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., DistillationModule]
 MakeTrainer = Callable[..., Trainer]
 TEACHER = Path(__file__).parents[2] / "configs" / "digits_teacher.safetensors"

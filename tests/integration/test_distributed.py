@@ -17,6 +17,8 @@ from kd_lightning import DistillationModule, FrozenTeacher, TeacherEnsemble
 from kd_lightning.temperature import CosineSchedule
 from tests.conftest import LearnedTemperature, make_data, make_loader, make_network
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., DistillationModule]
 MakeTrainer = Callable[..., Trainer]
 

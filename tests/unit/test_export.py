@@ -22,6 +22,8 @@ from kd_lightning.export import SUFFIXES, describe_inputs, export_student, input
 from kd_lightning.models import DigitsCNN
 from tests.conftest import make_loader, make_network
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "configs" / "digits.yaml")
 FORMATS = list(SUFFIXES)

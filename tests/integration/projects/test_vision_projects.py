@@ -26,6 +26,8 @@ from kd_lightning.losses import KDLoss
 from kd_lightning.teachers import load_weights
 from tests.integration.projects.helpers import distil, trained
 
+pytestmark = pytest.mark.slow
+
 MakeTrainer = Callable[..., Trainer]
 
 

@@ -21,6 +21,8 @@ from kd_lightning.temperature import (
     Temperature,
 )
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 DIGITS = str(ROOT / "configs" / "digits.yaml")
 TEACHER = str(ROOT / "configs" / "digits_teacher.safetensors")

@@ -134,6 +134,7 @@ def test_recomputation_is_not_recorded(reentrant: bool) -> None:
         torch.testing.assert_close(network.stem.weight.grad, plain.stem.weight.grad)
 
 
+@pytest.mark.slow
 @dynamo_looks_at_grad
 @pytest.mark.parametrize("way", ["outside", "in place", "block"])
 def test_compiled(way: str) -> None:

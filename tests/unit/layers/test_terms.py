@@ -273,6 +273,7 @@ def test_teachers_without_the_features_of_a_batch(teacher: Net, tmp_path: Path) 
         Distiller(TeacherEnsemble([teacher, copy.deepcopy(teacher)]), layers=layers).attach(Net())
 
 
+@pytest.mark.slow
 def test_a_compiled_student_and_teacher_can_be_attached_to_again(teacher: Net) -> None:
     student, (inputs, targets) = Net(), batch()
     student.compile(backend="eager")

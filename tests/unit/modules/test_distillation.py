@@ -429,6 +429,7 @@ def test_endless_training_has_no_fraction(make_module: Make, make_trainer: MakeT
     assert trainer.global_step == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [4.0, CosineSchedule(8, 2)])
 def test_the_whole_module_compiles_to_at_most_two_graphs(
     temperature: Any, make_module: Make, make_trainer: MakeTrainer
@@ -450,6 +451,7 @@ def test_the_whole_module_compiles_to_at_most_two_graphs(
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_student(make_module: Make, make_trainer: MakeTrainer) -> None:
     module = make_module(temperature=CosineSchedule(8, 2))
     module.student.compile(backend="eager")

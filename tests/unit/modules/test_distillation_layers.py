@@ -297,6 +297,7 @@ def test_half_precision(make_trainer: MakeTrainer, precision: str) -> None:
     assert all(p.isfinite().all() for p in module.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["module", "student"])
 def test_compiled(make_trainer: MakeTrainer, way: str) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend

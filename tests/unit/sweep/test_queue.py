@@ -12,6 +12,8 @@ import pytest
 from kd_lightning.sweep import queue
 from kd_lightning.sweep.queue import Job, RunQueue, open_study
 
+pytestmark = pytest.mark.slow
+
 JOBS = [Job(f"cell {cell}", seed) for seed in range(3) for cell in range(4)]
 
 

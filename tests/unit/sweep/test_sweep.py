@@ -23,6 +23,8 @@ from kd_lightning.cli import main
 from kd_lightning.sweep import SweepCell, SweepResult, SweepRun, sweep
 from kd_lightning.sweep.report import write_report
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 DIGITS = str(ROOT / "configs" / "digits.yaml")
 SHORT = ["--config", DIGITS, "--trainer.max_epochs=3"]
