@@ -1,5 +1,6 @@
 """The command ``kd-lightning``: LightningCLI over this library's parts."""
 
-from kd_lightning.cli.main import CommandTrainer, KDLightningCLI, SaveRunConfig, main
+from kd_lightning.cli.main import main
+from kd_lightning.cli.parser import Command, KDLightningCLI, SaveRunConfig
 
-__all__ = ["CommandTrainer", "KDLightningCLI", "SaveRunConfig", "main"]
+__all__ = ["Command", "KDLightningCLI", "SaveRunConfig", "main"]

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from typing_extensions import override
 
-from kd_lightning.cli import KDLightningCLI
+from kd_lightning.cli.parser import KDLightningCLI
 from kd_lightning.modules.distillation import DistillationModule
 
 __all__ = ["Parts", "Setting", "Validations", "build", "measure", "resolve", "train"]

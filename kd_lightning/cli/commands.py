@@ -1,0 +1,275 @@
+"""The commands beside Lightning's own: one function each, and the table of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from kd_lightning.callbacks import TemperatureFinder
+from kd_lightning.cli.parser import Command
+from kd_lightning.export import SUFFIXES, ExportFormat, export_student, inputs_like
+from kd_lightning.modules import ClassificationModule, DistillationModule
+from kd_lightning.plotting import plot_schedule, plot_softening
+from kd_lightning.sweep import sweep as run_sweep
+from kd_lightning.teachers import IndexedDataset, TeacherCache, split_index
+from kd_lightning.teachers.indexed import Rows
+from kd_lightning.teachers.weights import load_weights
+
+__all__ = ["COMMANDS", "cache_teacher", "export", "find_temperature", "plot_temperature", "sweep"]
+
+# options of a sweep that take several numbers, as in --temperatures 1 2 4 8
+_SWEPT = {"temperatures": "Temperatures to try.", "kd_weights": "Weights of the distillation term to try."}
+
+
+def plot_temperature(
+    trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None = None, output: str = "."
+) -> None:
+    """Draw the temperature over the run, and how it softens the teacher's logits, without training.
+
+    Writes ``temperature_schedule.png`` and ``temperature_softening.png``.
+
+    Args:
+        trainer: Gives the length of the run.
+        model: A DistillationModule.
+        datamodule: Gives the steps of an epoch and the batch whose teacher logits are drawn.
+        output: The folder to write to.
+
+    Raises:
+        TypeError: If the model is not a DistillationModule.
+    """
+    if not isinstance(model, DistillationModule):
+        raise TypeError(f"plot-temperature draws a DistillationModule's temperature, got {type(model).__name__}.")
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    policy, steps, logits = model.distiller.temperature, 1, None
+    if datamodule is not None:
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        policy.setup_data(datamodule)
+        loader = datamodule.train_dataloader()
+        steps = max(len(loader) // trainer.accumulate_grad_batches, 1)
+        if model.teacher is not None:
+            inputs, targets = model.inputs_and_targets(next(iter(loader)))
+            members = model.teacher.logits(inputs, extract=model.extract_logits)
+            logits = model.distiller.consensus(inputs, members, targets).movedim(model.class_dim, -1)
+    num_classes = 10 if logits is None else logits.shape[-1]
+    epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else max(trainer.max_steps // steps, 1)
+    figures = {"schedule": plot_schedule(policy, epochs, steps, num_classes=num_classes)}
+    if logits is not None:
+        figures["softening"] = plot_softening(logits)
+    for name, figure in figures.items():
+        path = folder / f"temperature_{name}.png"
+        figure.savefig(path, dpi=150)
+        print(path)
+
+
+def find_temperature(
+    trainer: Trainer,
+    model: LightningModule,
+    finder: TemperatureFinder,
+    datamodule: LightningDataModule | None = None,
+) -> None:
+    """Search the temperature by short runs, print the table and draw it, and do not train further.
+
+    ``--finder.candidates`` and the like set the search up, unless the configuration has a finder of its own.
+
+    Args:
+        trainer: Runs the search.
+        model: A DistillationModule.
+        finder: The search, unless the trainer has a finder among its callbacks.
+        datamodule: The data; candidates are scored on the validation part.
+    """
+    callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
+    configured = next((callback for callback in callbacks if isinstance(callback, TemperatureFinder)), None)
+    if configured is None:
+        callbacks.append(finder)
+    else:
+        finder = configured
+    finder.find_only = True
+    finder.plot_path = finder.plot_path or "temperature_finder.png"
+    trainer.fit(model, datamodule=datamodule)
+
+
+def cache_teacher(
+    trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None = None, output: str | None = None
+) -> None:
+    """Compute the teacher's logits of the training data, so that no epoch has to wait for them.
+
+    Rows that the cache already holds are kept: after an interruption, run the command again.
+
+    Args:
+        trainer: Runs the prediction.
+        model: A DistillationModule whose teacher has a TeacherCache.
+        datamodule: Its data; the training part is cached, in all slots.
+        output: The cache's file, if not the one that the configuration names.
+
+    Raises:
+        TypeError: If the model is not a DistillationModule with a teacher.
+        ValueError: If there is no data, or its training loader does not read from ``teacher.index(dataset)``.
+    """
+    teacher = model.teacher if isinstance(model, DistillationModule) else None
+    if not isinstance(model, DistillationModule) or teacher is None:
+        raise TypeError(f"cache-teacher needs a DistillationModule with a teacher, got {type(model).__name__}.")
+    if output is not None and not teacher.caches:
+        teacher.cache = TeacherCache(output)
+    elif output is not None:
+        teacher.caches[0].path = Path(output)
+    if datamodule is None:
+        raise ValueError("cache-teacher needs the training data: give --data, or a configuration with them.")
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    if hasattr(datamodule, "wrap_train"):
+        datamodule.wrap_train = teacher.index  # pyright: ignore[reportAttributeAccessIssue]
+    loader = datamodule.train_dataloader()
+    if not isinstance(loader.dataset, IndexedDataset):
+        raise ValueError(
+            f"{type(datamodule).__name__} does not say which samples its batches have: make its training loader of "
+            "teacher.index(dataset)."
+        )
+    missing = sorted({int(row) for cache in teacher.caches for row in cache.missing()})
+    if missing:
+        rest = DataLoader(
+            Rows(loader.dataset, missing),
+            batch_size=loader.batch_size,
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+        )
+        trainer.predict(_CacheBuilder(model), rest, return_predictions=False)
+    for cache in teacher.caches:
+        cache.verify()
+        print(cache)
+
+
+class _CacheBuilder(LightningModule):
+    """A module that predicts with the teacher of another, which fills the teacher's cache."""
+
+    def __init__(self, module: DistillationModule) -> None:
+        super().__init__()
+        self.module = module
+
+    @override
+    def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
+        batch, rows = split_index(batch)
+        teacher = self.module.teacher
+        assert teacher is not None
+        return teacher.logits(self.module.unpack_batch(batch)[0], rows, self.module.extract_logits)
+
+
+def export(
+    trainer: Trainer,
+    model: LightningModule,
+    ckpt_path: str,
+    datamodule: LightningDataModule | None = None,
+    format: ExportFormat = "safetensors",
+    output: str | None = None,
+    input_shape: list[int] | None = None,
+    dynamic_dims: list[int] = [0],  # noqa: B006  (jsonargparse shows the default; no code changes it)
+    overwrite: bool = False,
+) -> None:
+    """Write the bare student of a checkpoint to a file that needs nothing of this library, and verify it.
+
+    The weights are those that were validated: the averaged ones of a run with WeightAveraging. Neither teacher nor
+    data are needed: a batch to trace comes from --input_shape, else from the data if they are configured, else of
+    the shapes that the checkpoint recorded.
+
+    Args:
+        trainer: Not used.
+        model: A DistillationModule or ClassificationModule; the checkpoint's own if it is not configured.
+        ckpt_path: The checkpoint; --ckpt for short.
+        datamodule: Gives the batch to trace.
+        format: safetensors holds the weights, torch.export and onnx the computation too.
+        output: The file to write; by default the checkpoint's name with the format's suffix.
+        input_shape: Shape of one input without the batch, such as [3, 32, 32].
+        dynamic_dims: Dimensions of the inputs that may have any size.
+        overwrite: Whether to replace a file that is there.
+
+    Raises:
+        TypeError: If the model is neither a DistillationModule nor a ClassificationModule.
+        ValueError: If the checkpoint holds no weights of such a model.
+    """
+    if not isinstance(model, (DistillationModule, ClassificationModule)):
+        raise TypeError(
+            "export takes a DistillationModule's student or a ClassificationModule's model, got "
+            f"{type(model).__name__}. kd_lightning.export.export_student(network, path) takes any network."
+        )
+    name = next(name for name, child in model.named_children() if child is model.network)
+    content = torch.load(ckpt_path, weights_only=True, map_location="cpu")
+    held = {key.partition(".")[0] for key in content.get("state_dict", ())}
+    if name not in held:
+        raise ValueError(
+            f"{ckpt_path} holds no {name}: its weights are under {', '.join(sorted(held)) or 'no name at all'}. "
+            f"A {type(model).__name__}'s checkpoint is wanted."
+        )
+    load_weights(model.network, ckpt_path, f"{name}.")
+    if input_shape is not None:
+        inputs = torch.randn(2, *input_shape)
+    elif datamodule is not None:
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        inputs, _ = model.unpack_batch(next(iter(datamodule.train_dataloader())))
+    else:
+        recorded = content.get("example_inputs")
+        inputs = None if recorded is None else inputs_like(recorded)
+    path = Path(ckpt_path).with_suffix(SUFFIXES[format]) if output is None else output
+    built_from = model.hparams.get(name)
+    print(export_student(model.network, path, format, inputs, built_from=built_from, dynamic_dims=dynamic_dims,
+                         overwrite=overwrite))  # fmt: skip
+
+
+def sweep(config: dict[str, Any], **arguments: Any) -> None:
+    """Train the configuration once for each temperature, weight and seed; compare with no teacher, and report.
+
+    ``--temperatures 1 2 4 8 --kd_weights 0.5 0.9 --seeds 3``; see :func:`kd_lightning.sweep.sweep`.
+
+    Args:
+        config: The parsed configuration, of which each run builds model, data and trainer.
+        arguments: Arguments of :func:`kd_lightning.sweep.sweep`.
+
+    Raises:
+        SystemExit: If the sweep is interrupted.
+    """
+    try:
+        run_sweep(config, **arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)  # without a traceback, because the sweep has printed how to resume it
+
+
+def _add_finder(parser: LightningArgumentParser) -> list[str]:
+    parser.add_class_arguments(TemperatureFinder, "finder")
+    return ["finder"]
+
+
+def _add_export(parser: LightningArgumentParser) -> list[str]:
+    parser.set_defaults({"trainer.logger": False})
+    return parser.add_function_arguments(export, skip={"trainer", "model", "datamodule"})
+
+
+def _add_sweep(parser: LightningArgumentParser) -> list[str]:
+    for name, text in _SWEPT.items():
+        parser.add_argument(f"--{name}", nargs="+", type=float, required=True, help=text)
+    return [*_SWEPT, *parser.add_function_arguments(run_sweep, skip={"config", *_SWEPT}, as_group=False)]
+
+
+def _export_option(option: str) -> str:
+    return "--ckpt_path" if option == "--ckpt" else option
+
+
+def _sweep_option(option: str) -> str:
+    return "--" + option[2:].replace("-", "_")
+
+
+COMMANDS = {
+    "plot-temperature": Command(plot_temperature),
+    "find-temperature": Command(find_temperature, _add_finder),
+    "cache-teacher": Command(cache_teacher),
+    "export": Command(export, _add_export, _export_option),
+    "sweep": Command(sweep, _add_sweep, _sweep_option, builds=False),
+}

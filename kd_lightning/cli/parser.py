@@ -1,0 +1,217 @@
+"""LightningCLI over this library's parts: parsing, the model of a checkpoint, and a table of further commands."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import yaml
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from typing_extensions import override
+
+# YAML accepts the short name of a class only once its module is imported
+import kd_lightning.callbacks
+import kd_lightning.datamodules
+import kd_lightning.layers
+import kd_lightning.models
+import kd_lightning.modules
+import kd_lightning.temperature  # noqa: F401
+
+__all__ = ["Command", "KDLightningCLI", "SaveRunConfig"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the command line beside Lightning's fit, validate, test and predict.
+
+    Attributes:
+        function: Does the work. Called with ``trainer``, ``model``, ``datamodule`` and the command's own arguments, all
+            by name. The first line of its docstring is the command's help.
+        add_arguments: Adds the command's own arguments to its parser and returns their names. None: the arguments of
+            ``function`` are added.
+        spelling: Maps an option as typed, without its value, to the option of the parser.
+        builds: Whether trainer, model and data are built beforehand. Otherwise ``function`` receives the parsed
+            configuration, ``config``, in their place.
+    """
+
+    function: Callable[..., None]
+    add_arguments: Callable[[LightningArgumentParser], list[str]] | None = None
+    spelling: Callable[[str], str] = str
+    builds: bool = True
+
+    @property
+    def help(self) -> str:
+        """The first line of the function's docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    def spell(self, args: list[str]) -> list[str]:
+        """Return the arguments with every option in the parser's spelling."""
+        options = [arg.partition("=") for arg in args]
+        return [
+            self.spelling(name) + equals + value if name.startswith("--") else name + equals + value
+            for name, equals, value in options
+        ]
+
+    def extend(self, parser: LightningArgumentParser) -> list[str]:
+        """Add the command's own arguments to the parser and return their names."""
+        if self.add_arguments is not None:
+            return self.add_arguments(parser)
+        return parser.add_function_arguments(self.function, skip={"trainer", "model", "datamodule"})
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """A callback that saves the configuration as ``run_config.yaml`` in the log folder and overwrites no other file."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        log_dir = trainer.log_dir
+        if log_dir is not None and not self.already_saved:
+            name = Path(self.config_filename)
+            taken = sum(1 for _ in Path(log_dir).glob(f"{name.stem}*{name.suffix}")) if trainer.is_global_zero else 0
+            while trainer.is_global_zero and (Path(log_dir) / self.config_filename).exists():
+                self.config_filename = f"{name.stem}-{taken}{name.suffix}"
+                taken += 1
+            self.config_filename = trainer.strategy.broadcast(self.config_filename)
+        super().setup(trainer, pl_module, stage)
+
+
+class KDLightningCLI(LightningCLI):
+    """LightningCLI in subclass mode for model and data, in which typed options win over a checkpoint's settings.
+
+    Args:
+        commands: Further commands by name, beside those of :class:`~lightning.pytorch.cli.LightningCLI`.
+        options: Options of :class:`~lightning.pytorch.cli.LightningCLI`.
+    """
+
+    def __init__(self, *, commands: Mapping[str, Command] | None = None, **options: Any) -> None:
+        self.commands = dict(commands or {})  # LightningCLI does all of its work in __init__, so this comes first
+        super().__init__(**options)
+
+    # ---- parsing ----------------------------------------------------------------------------------------------------
+
+    @override
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        subcommands = parser._subcommands_action
+        assert subcommands is not None
+        for name, command in self.commands.items():
+            subparser = self.init_parser(description=command.help)
+            self._add_arguments(subparser)
+            self._subcommand_method_arguments[name] = command.extend(subparser)
+            self._subcommand_parsers[name] = subparser
+            subcommands.add_subcommand(name, subparser, help=command.help)
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        return super().init_parser(**{"allow_abbrev": False, **kwargs})
+
+    @override
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_default_arguments_to_parser(parser)
+        parser.add_argument(
+            "--num_threads",
+            type=Optional[PositiveInt],  # noqa: UP045  # pyright: ignore[reportArgumentType]  (made at run time)
+            default=None,
+            help="CPU threads of one operation; default torch's, one per core. Small networks are faster with 1, much "
+            "so where other work has the cores.",
+        )
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        given = sys.argv[1:] if args is None else args
+        if not isinstance(given, list):
+            super().parse_arguments(parser, args)
+            return
+        command = self.commands.get(given[0]) if given else None
+        if command is not None:
+            given = command.spell(given)
+        with tempfile.TemporaryDirectory() as folder:
+            self.config = parser.parse_args(_with_model_of_checkpoint(given, Path(folder)))
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Keep the typed options, over which Lightning would write the checkpoint's hyper-parameters."""
+
+    # ---- running ----------------------------------------------------------------------------------------------------
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        num_threads = self._get(self.config, "num_threads")
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+
+    @override
+    def instantiate_classes(self) -> None:
+        command = self.commands.get(str(self.subcommand))
+        if command is not None and not command.builds:
+            return
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # jsonargparse wraps a class's own error in one per branch of a union, each with the whole configuration
+            cause: BaseException = error
+            while str(cause).startswith("Does not validate against any of the Union subtypes") and cause.__cause__:
+                cause = cause.__cause__
+            raise cause from None
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        command = self.commands.get(subcommand)
+        if command is None:
+            super()._run_subcommand(subcommand)
+        elif command.builds:
+            command.function(trainer=self.trainer, **self._prepare_subcommand_kwargs(subcommand))
+        else:
+            config = self.config[subcommand].as_dict()
+            arguments = {name: config[name] for name in self._subcommand_method_arguments[subcommand]}
+            command.function(config=config, **arguments)
+
+    def predict(self, **arguments: Any) -> None:
+        """Predict, and write the predictions to ``predictions.pt`` in the log folder, one file per process."""
+        batches = self.trainer.predict(**arguments)
+        if not batches:
+            return
+        joined = torch.cat(batches) if all(isinstance(batch, torch.Tensor) for batch in batches) else batches  # pyright: ignore
+        rank = f"-rank{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+        path = Path(self.trainer.log_dir or ".") / f"predictions{rank}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(joined, path)
+        print(path)
+
+
+def _with_model_of_checkpoint(args: list[str], folder: Path) -> list[str]:
+    """Return the arguments with the checkpoint's model, if a checkpoint but neither model nor configuration is named.
+
+    Args:
+        args: The command and its options.
+        folder: Where to write the configuration of the checkpoint's model.
+
+    Raises:
+        FileNotFoundError: If there is no file at ``--ckpt_path``.
+        ValueError: If the checkpoint does not record its model's class.
+    """
+    options = [arg.partition("=")[0] for arg in args]
+    if any(option in ("-c", "--config", "--model") for option in options) or "--ckpt_path" not in options:
+        return args
+    position = options.index("--ckpt_path")
+    path = Path(args[position].partition("=")[2] or "".join(args[position + 1 : position + 2]))
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {str(path)!r} (from the folder {str(Path.cwd())!r}).")
+    hparams = dict(torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {}))
+    if "_class_path" not in hparams:
+        raise ValueError(
+            f"{path} was not made by this command, so it does not say which model it is of. Name a configuration as "
+            "well: --config …"
+        )
+    config = folder / "model.yaml"
+    arguments = {name: value for name, value in hparams.items() if not name.startswith("_")}
+    config.write_text(yaml.safe_dump({"model": {"class_path": hparams["_class_path"], "init_args": arguments}}))
+    return [args[0], "--config", str(config), *args[1:]]
