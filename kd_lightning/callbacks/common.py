@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
+from kd_lightning._lightning import callbacks_of
 from kd_lightning.distiller import DistillationOutput, Distiller
 
 __all__ = [
@@ -40,9 +40,8 @@ def find_holder(trainer: Trainer, pl_module: LightningModule) -> DistillationHol
     Raises:
         TypeError: Nothing has one.
     """
-    callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
     holder: Any
-    for holder in (pl_module, *callbacks):
+    for holder in (pl_module, *callbacks_of(trainer)):
         if isinstance(getattr(holder, "distiller", None), Distiller):
             return holder
     raise TypeError(

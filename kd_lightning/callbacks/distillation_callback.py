@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from kd_lightning._lightning import accumulates, is_compiled
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.modules.run import (
     DistillationRun,
@@ -178,7 +179,7 @@ class DistillationCallback(Callback):
         self._wrap(self._find_layer(pl_module), "forward", self._recording)
 
     def _find_layer(self, pl_module: LightningModule) -> nn.Module:
-        if self.student_layer is None and getattr(pl_module, "_compiler_ctx", None) is not None:
+        if self.student_layer is None and is_compiled(pl_module):
             raise ValueError(
                 f"torch.compile({type(pl_module).__name__}) leaves no call of forward to see. Name the submodule whose "
                 "output has the logits (student_layer=...), or compile the network in place: module.net.compile()."
@@ -370,7 +371,7 @@ class DistillationCallback(Callback):
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if is_distributed(trainer) and not trainer.fit_loop._should_accumulate():
+        if is_distributed(trainer) and not accumulates(trainer):
             for parameter in self.distiller.parameters():
                 if parameter.grad is not None:
                     dist.all_reduce(parameter.grad)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
+from kd_lightning._lightning import callbacks_of, datamodule_of, log_interval
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.teachers import FrozenTeacher, TeacherEnsemble
 from kd_lightning.temperature import Progress
@@ -63,7 +64,7 @@ class DistillationRun:
         """Before a fit: the teacher's weights, and what the policy takes from the data."""
         self.teacher.load()
         for policy in self.distiller.policies().values():
-            policy.setup_data(getattr(trainer, "datamodule", None))
+            policy.setup_data(datamodule_of(trainer))
         self._max_steps = None
         self._restored.pop("resumed_teacher", None)
         rank_zero_info(f"Teacher: {self.teacher!r}, fingerprint {self.teacher.fingerprint()[:8]}")
@@ -185,7 +186,7 @@ def is_logging_step(trainer: Trainer) -> bool:
 
     A call of ``self.log`` costs about a millisecond, so steps that nobody records do without.
     """
-    every: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
+    every = log_interval(trainer)
     return trainer.is_last_batch or (every > 0 and (trainer.global_step + 1) % every == 0)
 
 
@@ -193,8 +194,7 @@ def step_readings(trainer: Trainer, out: DistillationOutput) -> dict[str, Tensor
     """What a training step logs: both losses, and the temperature where no callback takes that over."""
     values = {"train_kd_loss": out.kd_loss.detach(), "train_task_loss": out.task_loss.detach()}
     values |= {f"train_layer_loss/{name}": loss.detach() for name, loss in out.layer_losses.items()}
-    callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
-    if not any(getattr(callback, "logs_temperature", False) for callback in callbacks):
+    if not any(getattr(callback, "logs_temperature", False) for callback in callbacks_of(trainer)):
         values |= out.readings()
     return {name: value.float() for name, value in values.items()}
 
