@@ -124,7 +124,7 @@ class DistillationCallback(Callback):
         return self._run.progress(self._trainer)
 
     def extract_logits(self, output: Any) -> Tensor:
-        """The logits in what the student, or the teacher, returned. Override for outputs of another kind.
+        """Return the logits in an output of the student or the teacher. Override for outputs of another kind.
 
         By default the tensor itself, ``.logits`` as in Hugging Face's outputs, ``["logits"]`` or ``["out"]``.
         """
@@ -331,7 +331,7 @@ class DistillationCallback(Callback):
     def _says_unseen(
         self, pl_module: LightningModule, step: Callable[..., Any], args: Any, kwargs: Any, calls: list[_StudentCall]
     ) -> str:
-        """The run ends here, so the step may be run again to see what it calls."""
+        """Return the message for logits that were not seen; runs the step once more to list the layers it calls."""
         if calls:
             return (
                 f"training_step calls {self._student} without gradient, so distillation would teach it nothing. Was it "
@@ -433,7 +433,7 @@ class _StudentCall:
     returned: dict[int, int]
 
     def inputs(self) -> Any:
-        """The same call, in its plainest form."""
+        """Return the arguments of the call in their simplest form."""
         if not self.kwargs:
             return self.args[0] if len(self.args) == 1 and isinstance(self.args[0], Tensor) else self.args
         return Call(self.args, self.kwargs) if self.args else self.kwargs

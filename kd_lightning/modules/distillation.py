@@ -159,7 +159,7 @@ class DistillationModule(FirstLookModule, SupervisedModule):
 
     @override
     def forward(self, inputs: Any) -> Tensor:
-        """The student's logits."""
+        """Return the student's logits."""
         return super().forward(
             self.teacher.without_routing(inputs) if isinstance(self.teacher, TeacherEnsemble) else inputs
         )
@@ -328,7 +328,7 @@ class DistillationModule(FirstLookModule, SupervisedModule):
 
     @override
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The student's (and the losses') parameters; the projectors'; the policies', without weight decay."""
+        """Return groups of the student and losses, of the projectors, and of the policies (without weight decay)."""
         policies = list(dict.fromkeys(self.distiller.policies().values()))
         projectors = [p for term in self.distiller.layers if term.projector for p in term.projector.parameters()]
         apart = {id(p) for p in projectors} | {id(p) for policy in policies for p in policy.parameters()}
@@ -464,7 +464,7 @@ class _DetachOnException(Callback):
 
 
 def _first_samples(loader: Any, count: int = 2) -> Any:
-    """A batch of a loader's first samples, in the structure of its batches.
+    """Return a batch of a loader's first samples, in the structure of its batches.
 
     Of a DataLoader only data set, sampler and ``collate_fn`` are used, so that no worker starts.
     """

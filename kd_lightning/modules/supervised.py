@@ -1,4 +1,4 @@
-"""What the LightningModules with and without a teacher share."""
+"""The base class of the LightningModules with and without a teacher."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class SupervisedModule(LightningModule):
             Inputs (a tensor; a tuple for positional arguments; a mapping for keywords), and targets or None.
 
         Raises:
-            TypeError: A batch of another shape.
+            TypeError: If the batch is none of these.
         """
         if isinstance(batch, Tensor):
             return batch, None
@@ -113,17 +113,17 @@ class SupervisedModule(LightningModule):
         )
 
     def extract_logits(self, output: Any) -> Tensor:
-        """The logits in a network's output, the student's and the teacher's. Override for outputs of another kind.
+        """Return the logits in an output of the student or the teacher. Override for outputs of another kind.
 
         By default the tensor itself, ``.logits`` as in Hugging Face's outputs, ``["logits"]`` or ``["out"]``.
         """
         return extract_logits(output)
 
     def inputs_and_targets(self, batch: Any) -> tuple[Any, Tensor | None]:
-        """What :meth:`unpack_batch` gives, the targets shifted by one where ``shift_labels`` says so.
+        """Return the result of :meth:`unpack_batch`, with the targets shifted by one under ``shift_labels``.
 
         Raises:
-            ValueError: Labels to shift that are not there, or no ``(B, L)`` indices.
+            ValueError: If the batch has no labels to shift, or labels that are not ``(B, L)`` indices.
         """
         inputs, targets = self.unpack_batch(batch)
         if not self.shift_labels:
@@ -140,7 +140,7 @@ class SupervisedModule(LightningModule):
 
     @override
     def forward(self, inputs: Any) -> Tensor:
-        """The logits of the network that is trained."""
+        """Return the logits of the network that is trained."""
         return self.extract_logits(call_model(self.network, inputs))
 
     @override
@@ -154,7 +154,7 @@ class SupervisedModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        """The optimiser given; else the network's own, if it is a LightningModule with one; else AdamW, lr 0.001."""
+        """Return the optimiser given, else the network's own (a LightningModule with one), else AdamW, lr 0.001."""
         first, *rest = self.parameter_groups()
         if not first["params"]:
             raise ValueError(
@@ -287,7 +287,7 @@ class SupervisedModule(LightningModule):
                 )
 
     def _weight(self, logits: Tensor, targets: Tensor | None) -> int:
-        """What a batch's mean losses weigh in an evaluation: its labelled positions where it has several a sample."""
+        """Return the weight of a batch's mean losses: labelled positions if a sample has several, else samples."""
         if targets is None or targets.is_floating_point() or targets.dim() < 2:
             return len(logits)
         # times the ranks: Lightning takes the weights' mean over them in integers, and cuts what is left over
