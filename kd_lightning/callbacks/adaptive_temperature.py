@@ -51,7 +51,7 @@ class TemperatureRange(NamedTuple):
 
 
 def agree(ranks: Sequence[tuple[float, TemperatureRange]]) -> tuple[float, TemperatureRange]:
-    """The metric and the temperatures that all ranks go by, from those that each has, in whatever order."""
+    """Return the metric and the temperatures that all ranks use, from each rank's, in whatever order."""
     temperatures = [temperature for _, temperature in ranks]
     return mean_over_ranks([value for value, _ in ranks]), TemperatureRange(
         mean=mean_over_ranks([t.mean for t in temperatures]),
@@ -196,7 +196,7 @@ class AdaptiveRule:
 
 
 def return_ratio(temperature: TemperatureRange, multiplier: float, low: float, high: float) -> float:
-    """The ratio that takes back as much of the multiplier as has left the bounds behind.
+    """Return the ratio that brings the temperature back into the bounds by undoing part of the multiplier.
 
     A schedule goes on after a move: 3 · 0.5 may have been within bounds, and 1 · 0.5 is not. Nothing beyond a
     multiplier of 1 is asked for: bounds hold back the moves, not the policy.
@@ -415,7 +415,7 @@ class AdaptiveTemperature(Callback):
             )
 
     def replicated_state(self) -> dict[str, Any]:
-        """What must be the same on every rank."""
+        """Return the state that must be the same on every rank."""
         return vars(self.rule.state)
 
     def _bounds(self, policy: TemperaturePolicy) -> tuple[float, float]:
@@ -425,7 +425,7 @@ class AdaptiveTemperature(Callback):
         )
 
     def _read_temperature(self) -> TemperatureRange:
-        """The last training batch's temperatures, per unit of the multiplier: callbacks may have moved it since."""
+        """Return the last training batch's temperatures over their multiplier, which callbacks may have moved since."""
         if self._last_batch is not None:
             student, teacher, multiplier = self._last_batch
             means = torch.stack([side.mean() for side in (*student, *teacher)]) / multiplier

@@ -1,4 +1,4 @@
-"""What the callbacks share: where the Distiller is, what the metric says, and what the other ranks say."""
+"""Helpers of the callbacks: the run's Distiller, the monitored metric, and means over ranks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
+from kd_lightning._lightning import callbacks_of
 from kd_lightning.distiller import DistillationOutput, Distiller
 
 __all__ = [
@@ -27,22 +27,21 @@ Mode = Literal["min", "max"]
 
 
 class DistillationHolder(Protocol):
-    """What has the Distiller of a run."""
+    """The owner of a run's Distiller: the module or a callback."""
 
     distiller: Distiller
     last_output: DistillationOutput | None
-    """Of the training batch at hand; there in callbacks' ``on_before_backward`` and ``on_train_batch_end``."""
+    """The output for the current training batch, set in ``on_before_backward`` and ``on_train_batch_end``."""
 
 
 def find_holder(trainer: Trainer, pl_module: LightningModule) -> DistillationHolder:
-    """What has the Distiller of this run: the module, or else the first callback with an attribute ``distiller``.
+    """Return the owner of the run's Distiller: the module, or else the first callback with an attribute ``distiller``.
 
     Raises:
-        TypeError: Nothing has one.
+        TypeError: If neither the module nor a callback has a Distiller.
     """
-    callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
     holder: Any
-    for holder in (pl_module, *callbacks):
+    for holder in (pl_module, *callbacks_of(trainer)):
         if isinstance(getattr(holder, "distiller", None), Distiller):
             return holder
     raise TypeError(
@@ -53,15 +52,15 @@ def find_holder(trainer: Trainer, pl_module: LightningModule) -> DistillationHol
 
 
 def is_validation_check(trainer: Trainer) -> bool:
-    """Whether a validation that ends now belongs to training: no sanity check, no ``validate``."""
+    """Return True if a validation that ends now belongs to training: no sanity check, no ``validate``."""
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
 
 def read_metric(trainer: Trainer, monitor: str, owner: object) -> float:
-    """The monitored metric's last value on this rank; may be NaN.
+    """Return the monitored metric's last value on this rank, which may be NaN.
 
     Raises:
-        RuntimeError: Nobody logged it; names those there are.
+        RuntimeError: If the metric was not logged; names the logged metrics.
     """
     metrics = trainer.callback_metrics
     if monitor not in metrics:
@@ -73,7 +72,7 @@ def read_metric(trainer: Trainer, monitor: str, owner: object) -> float:
 
 
 def mean_over_ranks(values: Sequence[float]) -> float:
-    """The mean, whatever the order, and exactly the value where all are equal; NaN where one is not finite.
+    """Return the mean, whatever the order: exactly the value if all are equal, NaN if one is not finite.
 
     Example:
         >>> mean_over_ranks([0.1, 0.1, 0.1]), mean_over_ranks([0.1, float("inf")])
@@ -86,7 +85,7 @@ def mean_over_ranks(values: Sequence[float]) -> float:
 
 
 def paired_lead(scores: Sequence[float], others: Sequence[float]) -> tuple[float, float, str]:
-    """How far scores lie above others of the same seeds: the mean, its standard error (NaN of one), what that is worth.
+    """Compare scores with others of the same seeds: the mean lead, its standard error (NaN of one), and a verdict.
 
     Example:
         >>> paired_lead([0.9, 0.8, 0.9], [0.7, 0.7, 0.6])[2], paired_lead([0.9, 0.8], [0.7, 0.7])[2]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from kd_lightning._lightning import accumulates, is_compiled
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.modules.run import (
     DistillationRun,
@@ -123,7 +124,7 @@ class DistillationCallback(Callback):
         return self._run.progress(self._trainer)
 
     def extract_logits(self, output: Any) -> Tensor:
-        """The logits in what the student, or the teacher, returned. Override for outputs of another kind.
+        """Return the logits in an output of the student or the teacher. Override for outputs of another kind.
 
         By default the tensor itself, ``.logits`` as in Hugging Face's outputs, ``["logits"]`` or ``["out"]``.
         """
@@ -178,7 +179,7 @@ class DistillationCallback(Callback):
         self._wrap(self._find_layer(pl_module), "forward", self._recording)
 
     def _find_layer(self, pl_module: LightningModule) -> nn.Module:
-        if self.student_layer is None and getattr(pl_module, "_compiler_ctx", None) is not None:
+        if self.student_layer is None and is_compiled(pl_module):
             raise ValueError(
                 f"torch.compile({type(pl_module).__name__}) leaves no call of forward to see. Name the submodule whose "
                 "output has the logits (student_layer=...), or compile the network in place: module.net.compile()."
@@ -330,7 +331,7 @@ class DistillationCallback(Callback):
     def _says_unseen(
         self, pl_module: LightningModule, step: Callable[..., Any], args: Any, kwargs: Any, calls: list[_StudentCall]
     ) -> str:
-        """The run ends here, so the step may be run again to see what it calls."""
+        """Return the message for logits that were not seen; runs the step once more to list the layers it calls."""
         if calls:
             return (
                 f"training_step calls {self._student} without gradient, so distillation would teach it nothing. Was it "
@@ -370,7 +371,7 @@ class DistillationCallback(Callback):
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if is_distributed(trainer) and not trainer.fit_loop._should_accumulate():
+        if is_distributed(trainer) and not accumulates(trainer):
             for parameter in self.distiller.parameters():
                 if parameter.grad is not None:
                     dist.all_reduce(parameter.grad)
@@ -432,7 +433,7 @@ class _StudentCall:
     returned: dict[int, int]
 
     def inputs(self) -> Any:
-        """The same call, in its plainest form."""
+        """Return the arguments of the call in their simplest form."""
         if not self.kwargs:
             return self.args[0] if len(self.args) == 1 and isinstance(self.args[0], Tensor) else self.args
         return Call(self.args, self.kwargs) if self.args else self.kwargs

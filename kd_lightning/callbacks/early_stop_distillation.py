@@ -127,7 +127,7 @@ class EarlyStopDistillation(Callback):
         )
 
     def replicated_state(self) -> dict[str, Any]:
-        """What must be the same on every rank."""
+        """Return the state that must be the same on every rank."""
         return self.state_dict()
 
     def _warn_once(self, message: str) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
+from kd_lightning._lightning import callbacks_of
 from kd_lightning.callbacks.common import find_holder
 from kd_lightning.modules.run import gather
 
@@ -89,10 +90,10 @@ def _replicated_state(trainer: Trainer, pl_module: LightningModule) -> dict[str,
         for name, tensor in [*policy.named_parameters(), *policy.named_buffers()]
     }
     state["distiller.kd_enabled"] = distiller.kd_enabled
-    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
-        if hasattr(callback, "replicated_state"):
-            counters = callback.replicated_state().items()
-            state |= {f"{callback.state_key}.{name}": value for name, value in counters}
+    for callback in callbacks_of(trainer):
+        counters = getattr(callback, "replicated_state", None)
+        if counters is not None:
+            state |= {f"{callback.state_key}.{name}": value for name, value in counters().items()}
     return state
 
 

@@ -9,19 +9,20 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from kd_lightning._lightning import accumulates, logged_step, updates_logs
 from kd_lightning.callbacks.common import find_holder, is_validation_check
 from kd_lightning.distiller import DistillationOutput
+from kd_lightning.modules.run import TemperatureLogger
 from kd_lightning.temperature import ConstantTemperature
 
 __all__ = ["TemperatureMonitor", "gradient_share"]
 
 
-class TemperatureMonitor(Callback):
+class TemperatureMonitor(TemperatureLogger):
     r"""Logs and draws the temperature, as ``LearningRateMonitor`` does the learning rate.
 
     To the trainer's loggers and ``callback_metrics`` go:
@@ -62,9 +63,6 @@ class TemperatureMonitor(Callback):
         >>> callback = TemperatureMonitor(logging_interval="step", gradient_share_every_n_steps=50, plot=True)
         >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
     """
-
-    logs_temperature = True
-    """Tells the DistillationModule to leave it to this callback."""
 
     def __init__(
         self,
@@ -124,7 +122,7 @@ class TemperatureMonitor(Callback):
         holder = find_holder(trainer, pl_module)
         if holder.last_output is None or not self._is_due(trainer):
             return
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # as the step's losses are logged
+        step = logged_step(trainer)  # as the step's losses are logged
         readings = holder.last_output.readings() | _ranges(holder.last_output)
         readings["temperature_multiplier"] = holder.distiller.temperature.multiplier.detach().float().mean()
         if self._share is not None:
@@ -139,9 +137,9 @@ class TemperatureMonitor(Callback):
             self.history.append([float(trainer.global_step), *_row(values, "student"), *_row(values, "teacher")])
 
     def _is_due(self, trainer: Trainer) -> bool:
-        if trainer.fit_loop._should_accumulate():
+        if accumulates(trainer):
             return False
-        return trainer.is_last_batch or (self._every_step and trainer._logger_connector.should_update_logs)
+        return trainer.is_last_batch or (self._every_step and updates_logs(trainer))
 
     def _log_histograms(self, trainer: Trainer, output: DistillationOutput, step: int) -> None:
         for side in ("student", "teacher"):
@@ -184,7 +182,7 @@ class TemperatureMonitor(Callback):
 
 
 def gradient_share(output: DistillationOutput, parameters: Sequence[Tensor]) -> Tensor:
-    r"""The distillation term's share :math:`\|g_{kd}\| / (\|g_{kd}\| + \|g_{task}\|)` in the gradient norm.
+    r"""Return the distillation term's share :math:`\|g_{kd}\| / (\|g_{kd}\| + \|g_{task}\|)` in the gradient norm.
 
     Args:
         output: Before its loss is differentiated; it can be afterwards.

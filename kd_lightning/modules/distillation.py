@@ -18,6 +18,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
+from kd_lightning._lightning import (
+    FirstLookModule,
+    attached_trainer,
+    callbacks_of,
+    datamodule_of,
+    is_sequential,
+    train_loader,
+)
 from kd_lightning.distiller import DistillationOutput
 from kd_lightning.export import ExportFormat, ExportReport, export_student
 from kd_lightning.fused_distiller import make_distiller
@@ -32,7 +40,7 @@ __all__ = ["DistillationModule"]
 _CHECKPOINT_KEY = "kd_lightning"
 
 
-class DistillationModule(SupervisedModule):
+class DistillationModule(FirstLookModule, SupervisedModule):
     r"""Trains a student on a frozen teacher: :math:`L = w_{kd} L_{kd} + w_{task} L_{task}`.
 
     Logged: ``train_loss``, ``train_kd_loss``, ``train_task_loss``, ``temperature_student``, ``temperature_teacher``,
@@ -144,13 +152,13 @@ class DistillationModule(SupervisedModule):
     @property
     def progress(self) -> Progress:
         """Where training stands; outside of ``fit`` where the last fit, or the checkpoint, left it."""
-        return self._run.progress(self._trainer)
+        return self._run.progress(attached_trainer(self))
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
     @override
     def forward(self, inputs: Any) -> Tensor:
-        """The student's logits."""
+        """Return the student's logits."""
         return super().forward(inputs if self.teacher is None else self.teacher.student_inputs(inputs))
 
     @override
@@ -161,11 +169,10 @@ class DistillationModule(SupervisedModule):
         return self.last_output.loss
 
     @override
-    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
-        # here, before any hook, so that the row numbers are not sent to the device, only to be waited for; it is what
-        # calls the hook of this name, and that one is the user's
+    def take_batch(self, batch: Any) -> Any:
+        # the row numbers stay on the host, because the cache reads them there: on the device each step would sync
         batch, self._rows = split_index(batch)
-        return super()._on_before_batch_transfer(batch, dataloader_idx)
+        return batch
 
     @override
     def on_before_backward(self, loss: Tensor) -> None:
@@ -242,7 +249,7 @@ class DistillationModule(SupervisedModule):
 
     def _index_data(self, wrap: Callable[..., Any] | None) -> None:
         """Have the data module wrap its training data, if it is one of those that can."""
-        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        datamodule: Any = datamodule_of(self.trainer)
         if hasattr(datamodule, "wrap_train"):
             datamodule.wrap_train = wrap
 
@@ -295,15 +302,14 @@ class DistillationModule(SupervisedModule):
         if not layers.built:
             with isolate_rng():
                 self.distiller.build_projectors(self.student, self._first_inputs())
-            for callback in self._callbacks:
+            for callback in callbacks_of(self.trainer):
                 if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
                     callback.setup(self.trainer, self, "fit")  # it copied the module before there were projectors
         self.distiller.attach(self.student)
 
     def _first_inputs(self) -> Any:
-        source = self.trainer.fit_loop._data_source
-        batch = self._on_before_batch_transfer(_first_samples(source.dataloader()))
-        return self.unpack_batch(self._apply_batch_transfer_handler(batch))[0]
+        batch = _first_samples(train_loader(self.trainer))
+        return self.unpack_batch(self.prepare_batch(batch))[0]
 
     @override
     def configure_callbacks(self) -> list[Callback]:
@@ -313,7 +319,7 @@ class DistillationModule(SupervisedModule):
 
     @override
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The student's (and the losses') parameters; the projectors'; the policies', without weight decay."""
+        """Return groups of the student and losses, of the projectors, and of the policies (without weight decay)."""
         policies = list(dict.fromkeys(self.distiller.policies().values()))
         projectors = [p for term in self.distiller.layers if term.projector for p in term.projector.parameters()]
         apart = {id(p) for p in projectors} | {id(p) for policy in policies for p in policy.parameters()}
@@ -368,7 +374,7 @@ class DistillationModule(SupervisedModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint[_CHECKPOINT_KEY] = self._run.state_dict(self._trainer)
+        checkpoint[_CHECKPOINT_KEY] = self._run.state_dict(attached_trainer(self))
         # weight averaging has put its average of the temperature's state here; it is no weight
         weights = checkpoint.get("state_dict", {})
         weights.update({name: value for name, value in self._live_temperature_state().items() if name in weights})
@@ -377,7 +383,8 @@ class DistillationModule(SupervisedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._run.load_state_dict(checkpoint.get(_CHECKPOINT_KEY, {}))
-        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        trainer = attached_trainer(self)
+        fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         if fitting and "loops" in checkpoint:  # loader workers fetch their first batches before on_train_start
             loop = checkpoint["loops"]["fit_loop"]
             epochs = loop["epoch_progress"]["current"]
@@ -406,11 +413,7 @@ class DistillationModule(SupervisedModule):
     @property
     def _weights_are_averaged(self) -> bool:
         fitting = self.trainer.state.fn == TrainerFn.FITTING
-        return fitting and any(isinstance(callback, WeightAveraging) for callback in self._callbacks)
-
-    @property
-    def _callbacks(self) -> list[Callback]:
-        return self.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
+        return fitting and any(isinstance(callback, WeightAveraging) for callback in callbacks_of(self.trainer))
 
     @override
     def on_validation_start(self) -> None:
@@ -452,12 +455,12 @@ class _DetachOnException(Callback):
 
 
 def _first_samples(loader: Any, count: int = 2) -> Any:
-    """A batch of a loader's first samples, in the structure of its batches.
+    """Return a batch of a loader's first samples, in the structure of its batches.
 
     Of a DataLoader only data set, sampler and ``collate_fn`` are used, so that no worker starts.
     """
     if isinstance(loader, CombinedLoader):
-        return _first_samples(loader.flattened[0] if loader._mode == "sequential" else loader.iterables, count)
+        return _first_samples(loader.flattened[0] if is_sequential(loader) else loader.iterables, count)
     if isinstance(loader, Mapping):
         return {name: _first_samples(part, count) for name, part in loader.items()}
     if isinstance(loader, (list, tuple)):

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
+from kd_lightning._lightning import callbacks_of, datamodule_of, log_interval
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.teachers import Teacher
 from kd_lightning.temperature import Progress
 
-__all__ = ["DistillationRun", "configure_with_groups", "gather", "is_distributed", "is_logging_step", "step_readings"]
+__all__ = [
+    "DistillationRun",
+    "TemperatureLogger",
+    "configure_with_groups",
+    "gather",
+    "is_distributed",
+    "is_logging_step",
+    "step_readings",
+]
 
 _T = TypeVar("_T")
 
 
 class DistillationRun:
-    """Where training stands, the teacher on every rank, and what a checkpoint says of both.
+    """The state of a run that is not the Distiller's own: progress, checks of the teacher, and their checkpoint.
 
     Args:
-        distiller: The run's.
-        owner: What holds it, for messages.
+        distiller: The Distiller of the run.
+        owner: The name of the class that holds the Distiller, for messages.
     """
 
     def __init__(self, distiller: Distiller, owner: str) -> None:
@@ -44,7 +55,7 @@ class DistillationRun:
         return self.distiller.teacher
 
     def progress(self, trainer: Trainer | None) -> Progress:
-        """Where training stands; outside of ``fit`` where the last fit, or the checkpoint, left it."""
+        """Return where training stands; outside of ``fit``, where the last fit or the checkpoint ended."""
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return self._last_progress
         if self._max_steps is None and trainer.training:
@@ -60,19 +71,19 @@ class DistillationRun:
         return self._last_progress
 
     def set_up(self, trainer: Trainer) -> None:
-        """Before a fit: the teacher's weights, and what the policy takes from the data."""
+        """Load the teacher's weights and show the data to the policies, before a fit."""
         self.teacher.load()
         for policy in self.distiller.policies().values():
-            policy.setup_data(getattr(trainer, "datamodule", None))
+            policy.setup_data(datamodule_of(trainer))
         self._max_steps = None
         self._restored.pop("resumed_teacher", None)
         rank_zero_info(f"Teacher: {self.teacher!r}, fingerprint {self.teacher.fingerprint()[:8]}")
 
     def check_student(self, student: nn.Module) -> None:
-        """Student and teacher must not share parameters.
+        """Raise if student and teacher share parameters.
 
         Raises:
-            ValueError: They do.
+            ValueError: If student and teacher share parameters.
         """
         teacher = self.distiller.teacher
         taught = set() if teacher is None else {id(parameter) for parameter in teacher.parameters()}
@@ -84,10 +95,10 @@ class DistillationRun:
             )
 
     def check_ranks(self, trainer: Trainer) -> None:
-        """The teacher must be the same on every rank. A collective: every rank must call it.
+        """Raise if the ranks have different teachers. A collective: every rank must call it.
 
         Raises:
-            RuntimeError: It is not.
+            RuntimeError: If the teacher's fingerprint differs between ranks.
         """
         fingerprints = gather(trainer, self.teacher.fingerprint())
         if len(set(fingerprints)) > 1:
@@ -98,10 +109,10 @@ class DistillationRun:
             )
 
     def check_resumed(self) -> None:
-        """When training starts: the teacher must be the one of the checkpoint that it resumes from.
+        """Raise at the start of training if the teacher is not the resumed checkpoint's.
 
         Raises:
-            RuntimeError: It is another.
+            RuntimeError: If the teacher differs from the checkpoint's.
         """
         before = self._restored.pop("resumed_teacher", None)
         if before is not None and before["fingerprint"] != self.teacher.fingerprint():
@@ -114,7 +125,7 @@ class DistillationRun:
         self.warn_of_changes()
 
     def state_dict(self, trainer: Trainer | None) -> dict[str, Any]:
-        """What a checkpoint holds of the run: tensors and primitives only."""
+        """Return the checkpoint's record of the run: tensors and primitives only."""
         teacher = self.distiller.teacher
         saved: dict[str, Any] = {
             "progress": vars(self.progress(trainer)),
@@ -129,7 +140,7 @@ class DistillationRun:
         return saved
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take up where the checkpoint was; :meth:`check_resumed` compares the rest."""
+        """Restore the progress; :meth:`check_resumed` compares the teacher and the settings."""
         self._restored = dict(saved)
         if "progress" in saved:
             self._last_progress = Progress(**saved["progress"])
@@ -140,7 +151,7 @@ class DistillationRun:
         self.distiller.layers.to(self.distiller.temperature.multiplier.device)
 
     def warn_of_changes(self) -> None:
-        """Say, once, which settings are no longer those of the checkpoint."""
+        """Warn once of each setting that differs from the checkpoint's."""
         now = self._configuration()
         for name, before in self._restored.pop("configuration", {}).items():
             if now.get(name) != before:
@@ -166,13 +177,17 @@ class DistillationRun:
         return f"{type(self).__name__}({self.owner})"
 
 
+class TemperatureLogger(Callback):
+    """A callback that logs the temperature, so that :func:`step_readings` leaves the temperature out."""
+
+
 def is_distributed(trainer: Trainer) -> bool:
-    """Whether the run has several processes that can talk to each other."""
+    """Return True if the run has several processes and they can communicate."""
     return trainer.world_size > 1 and dist.is_available() and dist.is_initialized()
 
 
 def gather(trainer: Trainer, value: _T) -> list[_T]:
-    """What each rank has, in the order of ranks. A collective: every rank must call it."""
+    """Return each rank's value, in the order of ranks. A collective: every rank must call it."""
     if not is_distributed(trainer):
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -181,29 +196,29 @@ def gather(trainer: Trainer, value: _T) -> list[_T]:
 
 
 def is_logging_step(trainer: Trainer) -> bool:
-    """Whether the loggers write in this training step, or the epoch ends with it.
+    """Return True if the loggers write in this training step, or if the epoch ends with it.
 
-    A call of ``self.log`` costs about a millisecond, so steps that nobody records do without.
+    Other steps skip ``self.log``, because each call costs about a millisecond.
     """
-    every: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
+    every = log_interval(trainer)
     return trainer.is_last_batch or (every > 0 and (trainer.global_step + 1) % every == 0)
 
 
 def step_readings(trainer: Trainer, out: DistillationOutput) -> dict[str, Tensor]:
-    """What a training step logs: both losses, and the temperature where no callback takes that over."""
+    """Return what a training step logs: the losses, and the temperature unless a :class:`TemperatureLogger` runs."""
     values = {"train_kd_loss": out.kd_loss.detach(), "train_task_loss": out.task_loss.detach()}
     values |= {f"train_layer_loss/{name}": loss.detach() for name, loss in out.layer_losses.items()}
-    callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
-    if not any(getattr(callback, "logs_temperature", False) for callback in callbacks):
+    if not any(isinstance(callback, TemperatureLogger) for callback in callbacks_of(trainer)):
         values |= out.readings()
     return {name: value.float() for name, value in values.items()}
 
 
 def configure_with_groups(configure: Callable[[], Any], groups: list[dict[str, Any]]) -> Any:
-    """What ``configure_optimizers`` returns, its first optimiser having these groups too.
+    """Return what ``configure_optimizers`` returns, with these groups added to its first optimiser.
 
-    They are there before a scheduler is made: with a group that comes later ``LambdaLR``, ``OneCycleLR`` and others
-    have too few rates.
+    The groups are added before ``configure`` makes a scheduler: ``LambdaLR``, ``OneCycleLR`` and others fix the number
+    of groups when they are made, and torch has no way to add one later. ``Optimizer.__init__`` is therefore replaced
+    during the call, with effect on the calling thread only.
 
     Example:
         >>> import torch
@@ -215,11 +230,11 @@ def configure_with_groups(configure: Callable[[], Any], groups: list[dict[str, A
         >>> [(group["weight_decay"], group["max_lr"]) for group in optimizers[0].param_groups]
         [(0.5, 0.1), (0.0, 0.1)]
     """
-    waiting, original = list(groups), Optimizer.__init__
+    waiting, original, thread = list(groups), Optimizer.__init__, threading.get_ident()
 
     def init(self: Optimizer, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        while waiting:
+        while waiting and threading.get_ident() == thread:
             self.add_param_group(waiting.pop(0))
 
     Optimizer.__init__ = init
@@ -234,7 +249,7 @@ def configure_with_groups(configure: Callable[[], Any], groups: list[dict[str, A
 
 
 def _find_optimizers(configured: Any) -> Iterator[Optimizer]:
-    """The optimisers in what ``configure_optimizers`` may return."""
+    """Yield the optimisers in what ``configure_optimizers`` may return."""
     if isinstance(configured, Optimizer):
         yield configured
     elif isinstance(configured, Mapping):

@@ -1,15 +1,13 @@
-"""What the LightningModules with and without a teacher share."""
+"""The base class of the LightningModules with and without a teacher."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -17,6 +15,7 @@ from torch.optim.optimizer import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
 
+from kd_lightning._lightning import accumulates, attached_trainer, init_arguments, is_given_by_cli
 from kd_lightning.export import describe_inputs, inputs_like
 from kd_lightning.functional import next_token_targets
 from kd_lightning.metrics import ClassificationMetrics
@@ -94,7 +93,7 @@ class SupervisedModule(LightningModule):
             Inputs (a tensor; a tuple for positional arguments; a mapping for keywords), and targets or None.
 
         Raises:
-            TypeError: A batch of another shape.
+            TypeError: If the batch is none of these.
         """
         if isinstance(batch, Tensor):
             return batch, None
@@ -114,17 +113,17 @@ class SupervisedModule(LightningModule):
         )
 
     def extract_logits(self, output: Any) -> Tensor:
-        """The logits in a network's output, the student's and the teacher's. Override for outputs of another kind.
+        """Return the logits in an output of the student or the teacher. Override for outputs of another kind.
 
         By default the tensor itself, ``.logits`` as in Hugging Face's outputs, ``["logits"]`` or ``["out"]``.
         """
         return extract_logits(output)
 
     def inputs_and_targets(self, batch: Any) -> tuple[Any, Tensor | None]:
-        """What :meth:`unpack_batch` gives, the targets shifted by one where ``shift_labels`` says so.
+        """Return the result of :meth:`unpack_batch`, with the targets shifted by one under ``shift_labels``.
 
         Raises:
-            ValueError: Labels to shift that are not there, or no ``(B, L)`` indices.
+            ValueError: If the batch has no labels to shift, or labels that are not ``(B, L)`` indices.
         """
         inputs, targets = self.unpack_batch(batch)
         if not self.shift_labels:
@@ -141,7 +140,7 @@ class SupervisedModule(LightningModule):
 
     @override
     def forward(self, inputs: Any) -> Tensor:
-        """The logits of the network that is trained."""
+        """Return the logits of the network that is trained."""
         return self.extract_logits(call_model(self.network, inputs))
 
     @override
@@ -155,7 +154,7 @@ class SupervisedModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        """The optimiser given; else the network's own, if it is a LightningModule with one; else AdamW, lr 0.001."""
+        """Return the optimiser given, else the network's own (a LightningModule with one), else AdamW, lr 0.001."""
         first, *rest = self.parameter_groups()
         if not first["params"]:
             raise ValueError(
@@ -211,7 +210,7 @@ class SupervisedModule(LightningModule):
         items = (targets != self.ignore_index).sum()
         super().backward(loss.float() * items, *args, **kwargs)  # of the sum
         self._step_items = items if self._step_items is None else self._step_items + items
-        if not self.trainer.fit_loop._should_accumulate():  # here, before any hook or clipping looks at gradients
+        if not accumulates(self.trainer):  # here, before any hook or clipping looks at gradients
             # Lightning has divided by the accumulated batches, and the strategy by the ranks
             means = self.trainer.accumulate_grad_batches * self.trainer.world_size
             total = self.trainer.strategy.reduce(self._step_items, reduce_op="sum")
@@ -288,7 +287,7 @@ class SupervisedModule(LightningModule):
                 )
 
     def _weight(self, logits: Tensor, targets: Tensor | None) -> int:
-        """What a batch's mean losses weigh in an evaluation: its labelled positions where it has several a sample."""
+        """Return the weight of a batch's mean losses: labelled positions if a sample has several, else samples."""
         if targets is None or targets.is_floating_point() or targets.dim() < 2:
             return len(logits)
         # times the ranks: Lightning takes the weights' mean over them in integers, and cuts what is left over
@@ -300,25 +299,19 @@ class SupervisedModule(LightningModule):
         From the command line that is the whole configuration, as Lightning gives it. In Python it is the arguments that
         are primitives: networks and functions are given again to ``load_from_checkpoint``.
         """
-        frame = inspect.currentframe()
-        init = frame.f_back if frame is not None else None
-        assert init is not None
-        if _given_hyperparameters.get() is not None:
-            self.save_hyperparameters(frame=init)
+        if is_given_by_cli():
+            self.save_hyperparameters()
             return
-        complex_arguments, caller = [], init
-        while caller is not None and caller.f_code.co_name == "__init__" and caller.f_locals.get("self") is self:
-            names = inspect.getargvalues(caller)[0]
-            complex_arguments += [name for name in names if not isinstance(caller.f_locals[name], _PLAIN)]
-            caller = caller.f_back
-        self.save_hyperparameters(ignore=complex_arguments, frame=init)
+        arguments = init_arguments(self).items()
+        self.save_hyperparameters(
+            ignore=[name for name, values in arguments if not all(isinstance(value, _PLAIN) for value in values)]
+        )
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._input_description = checkpoint.get("example_inputs")
         hparams = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
-        if hparams and "_instantiator" in hparams and self._trainer is None:
+        if hparams and "_instantiator" in hparams and attached_trainer(self) is None:
             # load_from_checkpoint of a file from the command line: keep its plain configuration rather than the objects
             # that were made of it, or the next checkpoint could not be loaded
-            self._set_hparams(dict(hparams))
-            self._hparams_name = "kwargs"
+            self.hparams.update(hparams)

@@ -1,0 +1,136 @@
+"""The parts of Lightning that are private or untyped: one function each, with the reason, for the whole package.
+
+``tests/unit/test_lightning_private.py`` has a test for each, which fails where a release of Lightning moves one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.parsing import collect_init_args
+from typing_extensions import override
+
+__all__ = [
+    "FirstLookModule",
+    "accumulates",
+    "attached_trainer",
+    "callbacks_of",
+    "datamodule_of",
+    "init_arguments",
+    "is_compiled",
+    "is_given_by_cli",
+    "is_sequential",
+    "log_interval",
+    "logged_step",
+    "train_loader",
+    "updates_logs",
+]
+
+# ---- public, but set by connectors, so that type checkers do not see them -----------------------------------------
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Return the trainer's callbacks."""
+    return trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
+
+
+def datamodule_of(trainer: Trainer) -> LightningDataModule | None:
+    """Return the data module of the run, or None where loaders were given."""
+    return getattr(trainer, "datamodule", None)
+
+
+def log_interval(trainer: Trainer) -> int:
+    """Return ``log_every_n_steps``; 0 turns logging in steps off."""
+    return trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
+
+
+def attached_trainer(module: LightningModule) -> Trainer | None:
+    """Return the module's trainer, or None before it has one, where the property ``trainer`` raises."""
+    try:
+        return module.trainer
+    except RuntimeError:
+        return None
+
+
+# ---- private ------------------------------------------------------------------------------------------------------
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Return True where the current batch's gradients are kept for a later batch's optimiser step.
+
+    Lightning has no public name for it: ``batch_idx`` and ``accumulate_grad_batches`` leave out the last batch of an
+    epoch, which always steps.
+    """
+    return trainer.fit_loop._should_accumulate()
+
+
+def logged_step(trainer: Trainer) -> int:
+    """Return the step that ``self.log`` writes for the batch that ended.
+
+    ``global_step`` counts the steps of all optimisers, so that its values would stand beside those of the losses.
+    """
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def updates_logs(trainer: Trainer) -> bool:
+    """Return True in ``on_train_batch_end`` of a step whose values Lightning writes to its loggers."""
+    return trainer._logger_connector.should_update_logs
+
+
+def train_loader(trainer: Trainer) -> Any:
+    """Return the training loaders as given, in ``setup``, before ``trainer.train_dataloader`` exists."""
+    return trainer.fit_loop._data_source.dataloader()
+
+
+def is_sequential(loader: CombinedLoader) -> bool:
+    """Return True where the loader's batches come from one of its loaders after the other, not from all at once."""
+    return loader._mode == "sequential"
+
+
+def is_compiled(module: LightningModule) -> bool:
+    """Return True where ``torch.compile`` replaced the methods of the LightningModule."""
+    return getattr(module, "_compiler_ctx", None) is not None
+
+
+def is_given_by_cli() -> bool:
+    """Return True while LightningCLI makes a module, whose configuration ``save_hyperparameters`` then saves."""
+    return _given_hyperparameters.get() is not None
+
+
+def init_arguments(module: LightningModule) -> dict[str, list[Any]]:
+    """Return the values of each argument of the ``__init__`` methods that are running, a subclass's and its bases'.
+
+    They are the arguments that ``module.save_hyperparameters()`` would save, so that those that are no primitives can
+    be named in its ``ignore``. Lightning finds them in the frames of the callers.
+    """
+    frame = inspect.currentframe()
+    assert frame is not None
+    values: dict[str, list[Any]] = {}
+    for arguments in collect_init_args(frame, [], classes=(type(module),)):
+        for name, value in arguments.items():
+            values.setdefault(name, []).append(value)
+    return values
+
+
+class FirstLookModule(LightningModule):
+    """A LightningModule that is given each batch before any hook, and before the transfer to the device.
+
+    The public hook ``on_before_batch_transfer`` is the user's, and a user's override need not call ours.
+    """
+
+    def take_batch(self, batch: Any) -> Any:
+        """Return the batch that hooks, callbacks and steps get."""
+        return batch
+
+    @override
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        return super()._on_before_batch_transfer(self.take_batch(batch), dataloader_idx)
+
+    def prepare_batch(self, batch: Any) -> Any:
+        """Return a batch of a loader as a step would get it: after all batch hooks, on the module's device."""
+        return self.trainer.strategy.batch_to_device(self._on_before_batch_transfer(batch), self.device)

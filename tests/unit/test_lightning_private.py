@@ -1,0 +1,191 @@
+"""One test for each private name of Lightning that ``kd_lightning/_lightning.py`` holds: it fails where one moves."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.compile import from_compiled
+from torch.utils.data import DataLoader
+
+from kd_lightning import _lightning
+
+
+def make_trainer(**options: Any) -> Trainer:
+    quiet = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "limit_val_batches": 0,
+    }
+    return Trainer(**(quiet | options))
+
+
+def make_loader(batches: int = 5) -> DataLoader[Any]:
+    return DataLoader(RandomDataset(32, 2 * batches), batch_size=2)
+
+
+class Data(LightningDataModule):
+    def train_dataloader(self) -> DataLoader[Any]:
+        return make_loader(1)
+
+
+class Watch(Callback):
+    """Keeps what a function gives at the end of each batch."""
+
+    def __init__(self, read: Any) -> None:
+        self.read = read
+        self.seen: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        self.seen.append(self.read(trainer))
+
+
+def test_callbacks_and_log_interval() -> None:
+    watch = Watch(None)
+    trainer = make_trainer(callbacks=[watch], log_every_n_steps=7)
+    assert watch in _lightning.callbacks_of(trainer)
+    assert _lightning.log_interval(trainer) == 7
+
+
+def test_datamodule() -> None:
+    trainer = make_trainer(callbacks=[watch := Watch(_lightning.datamodule_of)])
+    trainer.fit(BoringModel(), make_loader(1))
+    data = Data()
+    trainer = make_trainer(callbacks=[watch])
+    trainer.fit(BoringModel(), datamodule=data)
+    assert watch.seen[0] is None
+    assert watch.seen[1] is data
+
+
+def test_attached_trainer() -> None:
+    module = BoringModel()
+    assert _lightning.attached_trainer(module) is None
+    trainer = make_trainer()
+    trainer.fit(module, make_loader(1))
+    assert _lightning.attached_trainer(module) is trainer
+
+
+def test_accumulates_but_for_the_steps_and_the_last_batch() -> None:
+    class Module(BoringModel):
+        seen: list[bool]
+
+        def on_after_backward(self) -> None:
+            self.seen.append(_lightning.accumulates(self.trainer))
+
+    module = Module()
+    module.seen = []
+    make_trainer(accumulate_grad_batches=2).fit(module, make_loader(5))
+    assert module.seen == [True, False, True, False, False]
+
+
+def test_logged_step_is_that_of_the_losses() -> None:
+    written: list[int | None] = []
+
+    class Logger(DummyLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            if "loss" in metrics:
+                written.append(step)
+
+    class Module(BoringModel):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.step(batch)
+            self.log("loss", loss)
+            return loss
+
+    watch = Watch(lambda trainer: (_lightning.logged_step(trainer), _lightning.updates_logs(trainer)))
+    make_trainer(callbacks=[watch], logger=Logger(), log_every_n_steps=2).fit(Module(), make_loader(5))
+    assert written == [step for step, due in watch.seen if due] == [1, 3]
+
+
+def test_train_loader_in_setup() -> None:
+    loader, seen = make_loader(), []
+
+    class Module(BoringModel):
+        def setup(self, stage: str) -> None:
+            seen.append(_lightning.train_loader(self.trainer))
+
+    make_trainer().fit(Module(), loader)
+    assert seen == [loader]
+
+
+@pytest.mark.parametrize("mode", ["sequential", "min_size"])
+def test_is_sequential(mode: Any) -> None:
+    assert _lightning.is_sequential(CombinedLoader([make_loader()], mode)) == (mode == "sequential")
+
+
+def test_is_compiled() -> None:
+    module = BoringModel()
+    assert not _lightning.is_compiled(module)
+    assert _lightning.is_compiled(from_compiled(cast(Any, torch.compile(module, backend="eager"))))
+
+
+class Configured(BoringModel):
+    """Remembers who makes it."""
+
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.by_cli = _lightning.is_given_by_cli()
+
+
+def test_is_given_by_cli(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["test"])
+    assert not Configured().by_cli
+    cli = LightningCLI(
+        Configured, run=False, trainer_defaults={"logger": False}, seed_everything_default=0, save_config_callback=None
+    )
+    assert cli.model.by_cli
+
+
+def test_init_arguments_of_a_class_and_its_base() -> None:
+    class Base(LightningModule):
+        def __init__(self, rate: float, network: Any = None) -> None:
+            super().__init__()
+            self.arguments = _lightning.init_arguments(self)
+
+    class Derived(Base):
+        def __init__(self, name: str, **kwargs: Any) -> None:
+            super().__init__(0.5, **kwargs)
+
+    class Outside(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = Derived("a", network=[1])
+
+    assert Outside().other.arguments == {"rate": [0.5], "network": [[1], [1]], "name": ["a"]}
+
+
+def test_the_first_look_comes_before_the_hooks() -> None:
+    seen: list[str] = []
+
+    class Module(_lightning.FirstLookModule, BoringModel):
+        def take_batch(self, batch: Any) -> Any:
+            seen.append("first")
+            return batch + 1
+
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            seen.append("before")
+            return batch * 2
+
+        def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+            seen.append("transfer")
+            return batch
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            seen.append("after")
+            return batch
+
+        def setup(self, stage: str) -> None:
+            assert torch.equal(self.prepare_batch(torch.ones(2)), torch.full((2,), 4.0))
+
+    make_trainer().fit(Module(), make_loader(1))
+    assert seen == ["first", "before", "transfer", "after"] * 2
