@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -24,14 +23,23 @@ from typing_extensions import override
 
 from kd_lightning.callbacks.common import (
     DistillationHolder,
-    Mode,
     find_holder,
     mean_over_ranks,
-    paired_lead,
     read_metric,
 )
 from kd_lightning.callbacks.snapshot import Snapshot
 from kd_lightning.modules.run import gather
+from kd_lightning.ranking import (
+    Lead,
+    Mode,
+    align,
+    check_counts,
+    check_monitor,
+    check_temperatures,
+    check_weights,
+    mean_and_std,
+    rank,
+)
 from kd_lightning.schedules import as_schedule
 from kd_lightning.temperature import ConstantTemperature
 
@@ -61,13 +69,13 @@ class Trial:
 
     @property
     def mean(self) -> float:
-        """Mean over the seeds; NaN if one is NaN."""
-        return math.fsum(self.scores) / len(self.scores)
+        """Return the mean over the seeds; NaN if one is NaN."""
+        return mean_and_std(self.scores)[0]
 
     @property
     def spread(self) -> float:
-        """Standard deviation over the seeds; NaN for a single one."""
-        return statistics.stdev(self.scores) if len(self.scores) > 1 and math.isfinite(self.mean) else math.nan
+        """Return the standard deviation over the seeds; NaN for a single one."""
+        return mean_and_std(self.scores)[1]
 
 
 class TemperatureFinder(Callback):
@@ -129,25 +137,13 @@ class TemperatureFinder(Callback):
         find_only: bool = False,
     ) -> None:
         super().__init__()
-        if not candidates or not all(0 < candidate < math.inf for candidate in candidates):
-            raise ValueError(f"candidates must be one or more positive, finite numbers, got {tuple(candidates)}.")
-        if kd_weights is not None and not (kd_weights and all(0 <= weight < math.inf for weight in kd_weights)):
-            raise ValueError(f"kd_weights must be one or more finite numbers from 0 up, got {tuple(kd_weights)}.")
-        for name, value in (("steps", steps), ("seeds", seeds)):
-            if value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}.")
+        check_temperatures("candidates", tuple(candidates))
+        if kd_weights is not None:
+            check_weights("kd_weights", tuple(kd_weights))
+        check_counts(steps=steps, seeds=seeds)
         if mode not in ("min", "max"):
             raise ValueError(f"mode must be one of 'min', 'max', got {mode!r}.")
-        if monitor.startswith("test"):
-            raise ValueError(
-                f"TemperatureFinder does not choose on the test set, got monitor={monitor!r}: what was chosen on it "
-                "can no longer be measured on it. Take the metric's validation twin."
-            )
-        if monitor in ("val_loss", "val_kd_loss"):
-            raise ValueError(
-                f"{monitor} changes with the temperature itself, so it cannot choose one. Take val_acc or "
-                "val_task_loss."
-            )
+        check_monitor(monitor, "TemperatureFinder")
         self.candidates = [float(candidate) for candidate in candidates]
         self.steps = steps
         self.monitor = monitor
@@ -163,9 +159,8 @@ class TemperatureFinder(Callback):
 
     @property
     def ranking(self) -> list[Trial]:
-        """The trials whose scores are finite, the best first."""
-        sign = -1.0 if self.mode == "max" else 1.0
-        return sorted((t for t in self.results if math.isfinite(t.mean)), key=lambda trial: sign * trial.mean)
+        """Return the trials whose scores are finite, the best first."""
+        return rank(self.results, self.mode)
 
     @property
     def best(self) -> Trial | None:
@@ -203,10 +198,7 @@ class TemperatureFinder(Callback):
             rows.append([*row, *(f"{number:.4f}" for number in numbers), f"{wins} of {len(trial.scores)}"])
         drop = [] if self.kd_weights else [1]
         columns = [column for index, column in enumerate(zip(*rows, strict=True)) if index not in drop]
-        widths = [max(map(len, column)) for column in columns]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-                 for row in zip(*columns, strict=True)]  # fmt: skip
-        return "\n".join([*lines, self._verdict()])
+        return "\n".join([*align(list(zip(*columns, strict=True))), self._verdict()])
 
     def _verdict(self) -> str:
         ranking = self.ranking
@@ -217,12 +209,12 @@ class TemperatureFinder(Callback):
         if len(ranking) == 1:
             return text
         second = ranking[1]
-        text += f"; it leads {self._name(second)} by {abs(best.mean - second.mean):.4f}"
-        if len(best.scores) == 1:
+        lead = Lead.of(best.scores, second.scores, self.mode)
+        text = f"{text}; {lead.describe(self._name(second))}"
+        if lead.seeds == 1:
             return f"{text} on one seed: how noisy that is, seeds=3 shows"
-        _, error, worth = paired_lead(best.scores, second.scores)
-        worth += ": take either, or more seeds" if worth == "within the noise" else ""
-        return f"{text} ± {error:.4f} over {len(best.scores)} seeds, {worth}"
+        advice = ": take either, or more seeds" if lead.worth == "within the noise" else ""
+        return f"{text} over {lead.seeds} seeds, {lead.worth}{advice}"
 
     def _name(self, trial: Trial) -> str:
         weight = "" if trial.kd_weight is None else f" with kd_weight {trial.kd_weight:g}"
