@@ -28,7 +28,7 @@ def runs(storage: str) -> Iterator[RunQueue]:
 
 
 def work(storage: str, found: Any) -> None:
-    """Open the study, put in all jobs, and finish what can be claimed; as each process of a sweep does."""
+    """Open the study, enqueue all jobs, and finish those that can be claimed, as each process of a sweep does."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with open_study(storage, "sweep", "maximize", None, None) as study:
         runs = RunQueue(study)
@@ -65,7 +65,7 @@ def test_a_dead_process_is_found_by_its_silence(runs: RunQueue, monkeypatch: pyt
     assert dead is not None
     assert alive is not None
     said: list[str] = []
-    with runs.signs_of_life(alive):
+    with runs.heartbeat(alive):
         for _ in range(10):
             runs.give_up_dead(said.append)
             time.sleep(0.1)
