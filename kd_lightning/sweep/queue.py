@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Job", "RunQueue", "open_study"]
 
 _BEAT = 5.0  # seconds between two heartbeats of a run
+_POLL = 0.1  # seconds between two attempts to take the lock
 _GRACE = 60.0  # seconds without a heartbeat after which a run's process counts as dead
 
 
@@ -50,6 +51,7 @@ def open_study(storage: str, name: str, direction: str, sampler: Any, pruner: An
         pruner: An Optuna pruner; None for Optuna's default.
     """
     import optuna
+    from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
 
     options: dict[str, Any] = {"direction": direction, "sampler": sampler, "pruner": pruner, "load_if_exists": True}
@@ -58,7 +60,11 @@ def open_study(storage: str, name: str, direction: str, sampler: Any, pruner: An
         try:
             opened = _open_storage(storage)
             study = optuna.create_study(storage=opened, study_name=name, **options)
-        except (SQLAlchemyError, sqlite3.OperationalError):  # because another process creates the tables at this moment
+        except (
+            SQLAlchemyError,
+            sqlite3.OperationalError,
+            StorageInternalError,
+        ):  # because another process creates the tables at this moment
             attempt += 1
             if attempt == 10:
                 raise
@@ -127,11 +133,45 @@ class RunQueue:
         return found
 
     def put(self, jobs: Iterable[Job]) -> None:
-        """Enqueue the jobs that no process has enqueued."""
+        """Enqueue the jobs that no process has enqueued; one process at a time does so."""
+        jobs = list(jobs)
+        if self._missing(jobs):
+            with self._lock():
+                for job in self._missing(jobs):
+                    self.study.enqueue_trial(job.params, user_attrs={"cell": job.cell, "seed": job.seed})
+
+    def _missing(self, jobs: Iterable[Job]) -> list[Job]:
         there = self.current()
-        for job in jobs:
-            if (job.cell, job.seed) not in there:
-                self.study.enqueue_trial(job.params, user_attrs={"cell": job.cell, "seed": job.seed})
+        return [job for job in jobs if (job.cell, job.seed) not in there]
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Hold a second study as a lock, as its name is unique in the storage; delete a lock whose heartbeat is stale.
+
+        A process that loses its lock, taken for dead, may enqueue a run twice, which :meth:`current` resolves.
+        """
+        import optuna
+        from optuna.exceptions import DuplicatedStudyError
+
+        storage, name = self.study._storage, f"{self.study.study_name} (lock)"
+        seen, since, lock = None, time.monotonic(), None
+        while lock is None:
+            try:
+                lock = optuna.create_study(storage=storage, study_name=name)
+            except DuplicatedStudyError:
+                time.sleep(_POLL)
+                with suppress(KeyError):  # because the lock may be released at any time
+                    beat = optuna.load_study(study_name=name, storage=storage).user_attrs.get("alive")
+                    if beat != seen:
+                        seen, since = beat, time.monotonic()
+                    elif time.monotonic() - since >= _GRACE:
+                        optuna.delete_study(study_name=name, storage=storage)
+        try:
+            with self.heartbeat(lock):
+                yield
+        finally:
+            with suppress(KeyError):  # because another process may have found the heartbeat stale
+                optuna.delete_study(study_name=name, storage=storage)
 
     def claim(self, jobs: Iterable[Job]) -> Trial | None:
         """Claim the next waiting trial of these jobs; return None if no such trial is waiting."""
@@ -151,8 +191,8 @@ class RunQueue:
         return [trial for trial in self.current().values() if trial.state.name == "RUNNING"]
 
     @contextmanager
-    def heartbeat(self, trial: Trial) -> Iterator[None]:
-        """Write the trial's heartbeat until the context ends."""
+    def heartbeat(self, holder: Trial | Study) -> Iterator[None]:
+        """Write the heartbeat of a trial or a lock until the context ends."""
         stop = threading.Event()
 
         def beat() -> None:
@@ -160,7 +200,7 @@ class RunQueue:
             while not stop.wait(_BEAT):
                 count += 1
                 with suppress(Exception):  # because the database may be busy, and the next heartbeat suffices
-                    trial.set_user_attr("alive", count)
+                    holder.set_user_attr("alive", count)
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
