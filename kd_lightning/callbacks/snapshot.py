@@ -1,4 +1,4 @@
-"""The state of a run's objects, taken once and put back bit for bit as often as needed."""
+"""A snapshot of a run's objects, taken once and restored bit for bit as often as needed."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 __all__ = ["Snapshot"]
 
 _WITH_ATTRIBUTES = (nn.Module, Optimizer, LRScheduler, GradScaler, DataLoader, Sampler)
-_DATA = (Dataset, LightningDataModule)  # large: of their attributes, only what draws batches is looked into
+_DATA = (Dataset, LightningDataModule)  # whose attributes are followed only if they draw batches, because data is large
 _DRAWS_BATCHES = (
     DataLoader, Sampler, Dataset, torch.Generator, np.random.Generator, np.random.RandomState, random.Random
 )  # fmt: skip
 
 
 class Snapshot:
-    """Keeps what modules, optimisers, schedulers, gradient scalers, loaders and random generators hold.
+    """The state of modules, optimisers, schedulers, gradient scalers, loaders and random generators.
 
-    Tensors are put back in place (value, gradient, ``requires_grad``), lists, dictionaries and sets in place too, and
-    attributes as they were, those made since taken away; so everything that referred to an object still does. Other
-    objects are left as they are. Data sets' tensors are not copied.
+    Tensors (value, gradient, ``requires_grad``), lists, dictionaries and sets are restored in place, so references to
+    them stay valid. Attributes are restored too, and those added since are deleted. Objects of other classes are left
+    as they are, and the tensors of data sets are not copied.
 
     Args:
-        *roots: Where to start; what they hold is followed.
+        *roots: Objects to start from; the objects that they hold are included.
 
     Example:
         >>> model = nn.BatchNorm1d(2)
@@ -47,12 +47,12 @@ class Snapshot:
 
     def __init__(self, *roots: Any) -> None:
         self._undo: list[Callable[[], Any]] = []
-        self._seen: dict[int, Any] = {}  # the objects themselves, so that no id is used again
+        self._seen: dict[int, Any] = {}  # keeps the objects alive, so that no id is used again
         for root in roots:
             self._keep(root)
 
     def restore(self) -> None:
-        """Put everything back. May be called again."""
+        """Restore all objects; may be called repeatedly."""
         for undo in self._undo:
             undo()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -24,14 +23,23 @@ from typing_extensions import override
 
 from kd_lightning.callbacks.common import (
     DistillationHolder,
-    Mode,
     find_holder,
     mean_over_ranks,
-    paired_lead,
     read_metric,
 )
 from kd_lightning.callbacks.snapshot import Snapshot
 from kd_lightning.modules.run import gather
+from kd_lightning.ranking import (
+    Lead,
+    Mode,
+    align,
+    check_counts,
+    check_monitor,
+    check_temperatures,
+    check_weights,
+    mean_and_std,
+    rank,
+)
 from kd_lightning.schedules import as_schedule
 from kd_lightning.temperature import ConstantTemperature
 
@@ -45,11 +53,11 @@ _SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 
 @dataclass
 class Trial:
-    """What one candidate came to.
+    """The scores of one candidate.
 
     Attributes:
         candidate: The temperature, or the multiplier of a policy that is not constant.
-        kd_weight: The weight it was tried with; None: the run's own.
+        kd_weight: The weight it was tried with; None for the run's own.
         temperature: The student's mean temperature in the last step.
         scores: The monitored metric, one value per seed; NaN where training broke down.
     """
@@ -61,22 +69,22 @@ class Trial:
 
     @property
     def mean(self) -> float:
-        """Mean over the seeds; NaN if one is NaN."""
-        return math.fsum(self.scores) / len(self.scores)
+        """Return the mean over the seeds; NaN if one is NaN."""
+        return mean_and_std(self.scores)[0]
 
     @property
     def spread(self) -> float:
-        """Standard deviation over the seeds; NaN for a single one."""
-        return statistics.stdev(self.scores) if len(self.scores) > 1 and math.isfinite(self.mean) else math.nan
+        """Return the standard deviation over the seeds; NaN for a single one."""
+        return mean_and_std(self.scores)[1]
 
 
 class TemperatureFinder(Callback):
-    """Tries temperatures before training, on validation, and starts training with the best.
+    """A search that tries temperatures on validation data before training, and starts training with the best.
 
     At the start of ``fit`` each candidate trains ``steps`` optimiser steps from the same weights, optimiser, data order
-    and random numbers, and is scored by ``monitor``. Then everything is put back to the last bit: weights, optimiser,
-    schedulers, random states, loaders, loggers, counters, callbacks, the policy's buffers, metrics. A run after the
-    finder equals a run that was started with the suggested temperature.
+    and random numbers, and is scored by ``monitor``. Then weights, optimiser, schedulers, random states, loaders,
+    loggers, counters, callbacks, the policy's buffers and metrics are restored bit for bit. A run after the finder
+    equals a run that was started with the suggested temperature.
 
     *Candidates* are temperatures for a :class:`ConstantTemperature` (``temperature: 4.0``), whose value is set. For any
     other policy they are multipliers of the policy's own temperatures, 1 being the policy as it is, and the policy's
@@ -88,9 +96,9 @@ class TemperatureFinder(Callback):
     many seeds each candidate was the best, and whether the lead over the second is more than noise. Weights start the
     same in all of them. A short search favours what learns fast, which need not be what ends best.
 
-    What is not put back: attributes that hold objects of other classes than torch's and Lightning's, memory inside of
-    data sets and loader workers, what the module's hooks write to disk. Hooks of the other callbacks do not run in the
-    search. It takes the memory of a second copy of weights and optimiser state.
+    Not restored: attributes that hold objects of other classes than torch's and Lightning's, the state of data sets and
+    loader workers, files that the module's hooks write. Hooks of the other callbacks do not run during the search. The
+    search needs memory for a second copy of weights and optimiser state.
 
     Args:
         candidates: Temperatures, or multipliers, one or more.
@@ -99,17 +107,17 @@ class TemperatureFinder(Callback):
             ``val_kd_loss``, which change with the temperature itself.
         mode: ``"max"`` if larger is better, ``"min"`` if smaller.
         kd_weights: Try each temperature with each of these weights too.
-        seeds: How many seeds each candidate is trained with. 1 says nothing about noise.
-        plot_path: Where to write the plot, beneath the run's log folder if relative. None: nowhere.
+        seeds: Number of seeds that each candidate is trained with; 1 gives no estimate of the noise.
+        plot_path: File of the plot, relative to the run's log folder; None for no plot.
         find_only: End after the search, without training.
 
     Raises:
-        ValueError: An argument outside its range; a metric that cannot choose a temperature; at fit, candidates outside
-            of the policy's bounds, or validation data that is the test set.
-        RuntimeError: The metric was not logged; names those there are.
-        TypeError: No Distiller in this run.
+        ValueError: If an argument is out of range or the metric cannot choose a temperature; at fit, if a candidate
+            lies outside the policy's bounds, or validation uses the test set.
+        RuntimeError: If the metric was not logged.
+        TypeError: If the run has no Distiller.
 
-    State: the results. On resuming nothing is searched, and what was found is set again.
+    State: the results. A resumed run skips the search and takes the temperature found before.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -129,25 +137,13 @@ class TemperatureFinder(Callback):
         find_only: bool = False,
     ) -> None:
         super().__init__()
-        if not candidates or not all(0 < candidate < math.inf for candidate in candidates):
-            raise ValueError(f"candidates must be one or more positive, finite numbers, got {tuple(candidates)}.")
-        if kd_weights is not None and not (kd_weights and all(0 <= weight < math.inf for weight in kd_weights)):
-            raise ValueError(f"kd_weights must be one or more finite numbers from 0 up, got {tuple(kd_weights)}.")
-        for name, value in (("steps", steps), ("seeds", seeds)):
-            if value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}.")
+        check_temperatures("candidates", tuple(candidates))
+        if kd_weights is not None:
+            check_weights("kd_weights", tuple(kd_weights))
+        check_counts(steps=steps, seeds=seeds)
         if mode not in ("min", "max"):
             raise ValueError(f"mode must be one of 'min', 'max', got {mode!r}.")
-        if monitor.startswith("test"):
-            raise ValueError(
-                f"TemperatureFinder does not choose on the test set, got monitor={monitor!r}: what was chosen on it "
-                "can no longer be measured on it. Take the metric's validation twin."
-            )
-        if monitor in ("val_loss", "val_kd_loss"):
-            raise ValueError(
-                f"{monitor} changes with the temperature itself, so it cannot choose one. Take val_acc or "
-                "val_task_loss."
-            )
+        check_monitor(monitor, "TemperatureFinder")
         self.candidates = [float(candidate) for candidate in candidates]
         self.steps = steps
         self.monitor = monitor
@@ -159,28 +155,27 @@ class TemperatureFinder(Callback):
         self.results: list[Trial] = []
         self._unit = "temperature"
 
-    # ---- what was found ---------------------------------------------------------------------------------------------
+    # ---- results ----------------------------------------------------------------------------------------------------
 
     @property
     def ranking(self) -> list[Trial]:
-        """The trials whose scores are finite, the best first."""
-        sign = -1.0 if self.mode == "max" else 1.0
-        return sorted((t for t in self.results if math.isfinite(t.mean)), key=lambda trial: sign * trial.mean)
+        """Return the trials whose scores are finite, the best first."""
+        return rank(self.results, self.mode)
 
     @property
     def best(self) -> Trial | None:
-        """The trial with the best mean score; None before the search, or where no score was finite."""
+        """Return the trial with the best mean score; None before the search, or if no mean is finite."""
         return next(iter(self.ranking), None)
 
     def suggestion(self) -> float | None:
-        """The best candidate: a temperature, or the multiplier of a policy that is not constant."""
+        """Return the best candidate: a temperature, or the multiplier of a policy that is not constant."""
         return None if self.best is None else self.best.candidate
 
     def plot(self) -> Figure:
-        """The scores over the candidates: each seed, the mean, the spread.
+        """Draw the scores over the candidates: each seed, the mean and the spread.
 
         Raises:
-            RuntimeError: Nothing was searched yet.
+            RuntimeError: If the search has not run yet.
         """
         from kd_lightning.plotting import plot_temperature_finder
 
@@ -190,7 +185,7 @@ class TemperatureFinder(Callback):
         return plot_temperature_finder(trials, self.monitor, self.suggestion(), unit=self._unit)
 
     def table(self) -> str:
-        """The results as text, with what they are worth."""
+        """Return the results as aligned text, followed by the suggestion and its lead."""
         by_seed = list(zip(*(trial.scores for trial in self.results), strict=True))
         choose = max if self.mode == "max" else min
         tops = [choose((score for score in scores if math.isfinite(score)), default=None) for scores in by_seed]
@@ -203,10 +198,7 @@ class TemperatureFinder(Callback):
             rows.append([*row, *(f"{number:.4f}" for number in numbers), f"{wins} of {len(trial.scores)}"])
         drop = [] if self.kd_weights else [1]
         columns = [column for index, column in enumerate(zip(*rows, strict=True)) if index not in drop]
-        widths = [max(map(len, column)) for column in columns]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-                 for row in zip(*columns, strict=True)]  # fmt: skip
-        return "\n".join([*lines, self._verdict()])
+        return "\n".join([*align(list(zip(*columns, strict=True))), self._verdict()])
 
     def _verdict(self) -> str:
         ranking = self.ranking
@@ -217,12 +209,12 @@ class TemperatureFinder(Callback):
         if len(ranking) == 1:
             return text
         second = ranking[1]
-        text += f"; it leads {self._name(second)} by {abs(best.mean - second.mean):.4f}"
-        if len(best.scores) == 1:
+        lead = Lead.of(best.scores, second.scores, self.mode)
+        text = f"{text}; {lead.describe(self._name(second))}"
+        if lead.seeds == 1:
             return f"{text} on one seed: how noisy that is, seeds=3 shows"
-        _, error, worth = paired_lead(best.scores, second.scores)
-        worth += ": take either, or more seeds" if worth == "within the noise" else ""
-        return f"{text} ± {error:.4f} over {len(best.scores)} seeds, {worth}"
+        advice = ": take either, or more seeds" if lead.worth == "within the noise" else ""
+        return f"{text} over {lead.seeds} seeds, {lead.worth}{advice}"
 
     def _name(self, trial: Trial) -> str:
         weight = "" if trial.kd_weight is None else f" with kd_weight {trial.kd_weight:g}"
@@ -236,7 +228,7 @@ class TemperatureFinder(Callback):
         self._check(trainer, holder)
         if trainer.ckpt_path is not None or trainer.global_step > 0:
             if self.best is not None:
-                self._set(self.best, holder, multiplier=False)  # that is in the checkpoint
+                self._set(self.best, holder, multiplier=False)  # because the checkpoint holds the multiplier
             rank_zero_info(
                 "TemperatureFinder searches nothing in a resumed run"
                 + ("." if self.best is None else f": {self._name(self.best)}, as found before.")
@@ -249,7 +241,9 @@ class TemperatureFinder(Callback):
         else:
             self._set(self.best, holder)
         if self.plot_path is not None:
-            path = Path(trainer.log_dir or trainer.default_root_dir) / self.plot_path  # a collective: for every rank
+            path = (
+                Path(trainer.log_dir or trainer.default_root_dir) / self.plot_path
+            )  # on every rank, because log_dir is a collective
             if trainer.is_global_zero:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.plot().savefig(path, dpi=150)
@@ -258,7 +252,7 @@ class TemperatureFinder(Callback):
             trainer.fit_loop.max_epochs = trainer.num_sanity_val_steps = 0
 
     def search(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Try all candidates, fill :attr:`results`, and leave everything as it was."""
+        """Try all candidates, fill :attr:`results`, and restore the run's state."""
         holder = find_holder(trainer, pl_module)
         weights = [None] if self.kd_weights is None else self.kd_weights
         self.results = [Trial(candidate, weight) for weight in weights for candidate in self.candidates]
@@ -331,7 +325,7 @@ class TemperatureFinder(Callback):
 
 
 class _StopAfter(Callback):
-    """Ends a trial, shows progress, and keeps the last temperature."""
+    """A callback that ends a trial, updates the progress bar, and keeps the last temperature."""
 
     def __init__(self, steps: int, bar: tqdm[Any]) -> None:
         self.steps = steps
@@ -353,7 +347,7 @@ class _StopAfter(Callback):
 
 @contextmanager
 def _aside(trainer: Trainer, holder: DistillationHolder, stop: _StopAfter) -> Iterator[None]:
-    """Loops, loggers and callbacks of their own, so that those of the run see nothing of a trial."""
+    """Give a trial loops, loggers and callbacks of its own, so that the run's are not affected."""
     kept, stage = dict(vars(trainer)), trainer.state.stage
     run = trainer.fit_loop
     loop = _FitLoop(trainer, min_epochs=0, max_epochs=run.max_epochs)
@@ -376,7 +370,7 @@ def _aside(trainer: Trainer, holder: DistillationHolder, stop: _StopAfter) -> It
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Other random numbers, and another order of distributed samplers, for every seed but 0, the run's own."""
+    """Seed random numbers and distributed samplers; seed 0 keeps the run's own random state."""
     kept = {name: os.environ.get(name) for name in _SEED_VARIABLES}
     if seed > 0:
         seed_everything(seed, workers=bool(int(kept["PL_SEED_WORKERS"] or 0)), verbose=False)
@@ -391,6 +385,6 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _update_hparam(holder: DistillationHolder, name: str, value: float) -> None:
-    """A number among the hyper-parameters is what ``load_from_checkpoint`` would make the module of."""
+    """Update a numeric hyper-parameter, from which ``load_from_checkpoint`` rebuilds the module."""
     if isinstance(holder, LightningModule) and isinstance(holder.hparams.get(name), (int, float)):
         holder.hparams[name] = value

@@ -1,4 +1,4 @@
-"""Who runs what: a study whose runs several processes share, none of them twice."""
+"""A queue of runs in an Optuna study, shared by several processes so that each run is executed once."""
 
 from __future__ import annotations
 
@@ -19,13 +19,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Job", "RunQueue", "open_study"]
 
-_BEAT = 5.0  # seconds between two signs of life of a run
-_GRACE = 60.0  # seconds without one after which its process counts as dead
+_BEAT = 5.0  # seconds between two heartbeats of a run
+_POLL = 0.1  # seconds between two attempts to take the lock
+_GRACE = 60.0  # seconds without a heartbeat after which a run's process counts as dead
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run to do: a cell of the grid (None: the baseline, "…": whatever the sampler suggests) with one seed."""
+    """A run to execute.
+
+    Attributes:
+        cell: Name of the cell.
+        seed: The seed.
+        params: Temperature and weight; empty for the baseline, and for a cell that the sampler has yet to suggest.
+    """
 
     cell: str
     seed: int
@@ -34,8 +41,17 @@ class Job:
 
 @contextmanager
 def open_study(storage: str, name: str, direction: str, sampler: Any, pruner: Any) -> Iterator[Study]:
-    """Open or create a study, and close it. ``storage``: a URL of a database, or the path of a journal file."""
+    """Open or create a study, and close its connections at the end.
+
+    Args:
+        storage: URL of a database, or path of a journal file.
+        name: Name of the study.
+        direction: ``"maximize"`` or ``"minimize"``.
+        sampler: An Optuna sampler; None for Optuna's default.
+        pruner: An Optuna pruner; None for Optuna's default.
+    """
     import optuna
+    from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
 
     options: dict[str, Any] = {"direction": direction, "sampler": sampler, "pruner": pruner, "load_if_exists": True}
@@ -44,7 +60,11 @@ def open_study(storage: str, name: str, direction: str, sampler: Any, pruner: An
         try:
             opened = _open_storage(storage)
             study = optuna.create_study(storage=opened, study_name=name, **options)
-        except (SQLAlchemyError, sqlite3.OperationalError):  # another process makes the tables at this moment
+        except (
+            SQLAlchemyError,
+            sqlite3.OperationalError,
+            StorageInternalError,
+        ):  # because another process creates the tables at this moment
             attempt += 1
             if attempt == 10:
                 raise
@@ -57,7 +77,7 @@ def open_study(storage: str, name: str, direction: str, sampler: Any, pruner: An
 
 
 def _open_storage(storage: str) -> Any:
-    """SQLite's transactions take the write lock at once: else two processes could both read that a run is free."""
+    """Open a storage; SQLite takes the write lock at once, lest two processes both read that a run is waiting."""
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
     from sqlalchemy import event
@@ -70,27 +90,27 @@ def _open_storage(storage: str) -> Any:
     opened = RDBStorage(storage, engine_kwargs={"connect_args": {"timeout": 60}})
     event.listen(opened.engine, "connect", lambda connection, _: _set_up(connection))
     event.listen(opened.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-    opened.engine.dispose()  # the connections of before
+    opened.engine.dispose()  # because the connections opened so far lack these listeners
     return opened
 
 
 def _set_up(connection: Any) -> None:
-    """We begin transactions ourselves; and a commit does not wait for the disk, which a crash of a process survives."""
+    """Leave BEGIN to the listener, and do not sync each commit, which is safe against crashes of a process."""
     connection.isolation_level = None
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
 class RunQueue:
-    """Runs as trials of a study: waiting, claimed by one process, finished.
+    """A queue whose runs are trials of a study: waiting, claimed by one process, finished.
 
-    A process that runs a trial gives a sign of life every few seconds; one without a sign for a minute is dead, and its
-    run is given to another. The watcher sees whether the sign *changes*, so that the clocks of two machines need not
-    agree. Where two processes put in the same run, the one with the lower number counts.
+    A process writes a heartbeat every few seconds while it executes a run. A process whose heartbeat is stale for a
+    minute counts as dead, and its run is executed by another one. Processes watch whether the heartbeat *changes*, so
+    the clocks of two machines need not agree. Where two processes enqueue the same run, the lower trial number counts.
 
     Args:
         study: The study.
-        retry_failed: Whether runs that failed are done again.
+        retry_failed: Whether failed runs are executed again.
     """
 
     def __init__(self, study: Study, retry_failed: bool = False) -> None:
@@ -99,11 +119,11 @@ class RunQueue:
         self._seen: dict[tuple[int, Any], float] = {}
 
     def trials(self) -> list[FrozenTrial]:
-        """All trials, as they are now."""
+        """Return all trials in their present state."""
         return self.study.get_trials(deepcopy=False)
 
     def current(self) -> dict[tuple[str, int], FrozenTrial]:
-        """For each cell and seed the trial that counts: given up and repeated ones are left out."""
+        """Return the valid trial of each cell and seed, without those given up or to be retried."""
         found: dict[tuple[str, int], FrozenTrial] = {}
         for trial in self.trials():
             cell, seed = trial.user_attrs.get("cell"), trial.user_attrs.get("seed")
@@ -113,14 +133,48 @@ class RunQueue:
         return found
 
     def put(self, jobs: Iterable[Job]) -> None:
-        """Put in the jobs that nobody has put in."""
+        """Enqueue the jobs that no process has enqueued; one process at a time does so."""
+        jobs = list(jobs)
+        if self._missing(jobs):
+            with self._lock():
+                for job in self._missing(jobs):
+                    self.study.enqueue_trial(job.params, user_attrs={"cell": job.cell, "seed": job.seed})
+
+    def _missing(self, jobs: Iterable[Job]) -> list[Job]:
         there = self.current()
-        for job in jobs:
-            if (job.cell, job.seed) not in there:
-                self.study.enqueue_trial(job.params, user_attrs={"cell": job.cell, "seed": job.seed})
+        return [job for job in jobs if (job.cell, job.seed) not in there]
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Hold a second study as a lock, as its name is unique in the storage; delete a lock whose heartbeat is stale.
+
+        A process that loses its lock, taken for dead, may enqueue a run twice, which :meth:`current` resolves.
+        """
+        import optuna
+        from optuna.exceptions import DuplicatedStudyError
+
+        storage, name = self.study._storage, f"{self.study.study_name} (lock)"
+        seen, since, lock = None, time.monotonic(), None
+        while lock is None:
+            try:
+                lock = optuna.create_study(storage=storage, study_name=name)
+            except DuplicatedStudyError:
+                time.sleep(_POLL)
+                with suppress(KeyError):  # because the lock may be released at any time
+                    beat = optuna.load_study(study_name=name, storage=storage).user_attrs.get("alive")
+                    if beat != seen:
+                        seen, since = beat, time.monotonic()
+                    elif time.monotonic() - since >= _GRACE:
+                        optuna.delete_study(study_name=name, storage=storage)
+        try:
+            with self.heartbeat(lock):
+                yield
+        finally:
+            with suppress(KeyError):  # because another process may have found the heartbeat stale
+                optuna.delete_study(study_name=name, storage=storage)
 
     def claim(self, jobs: Iterable[Job]) -> Trial | None:
-        """Take the next waiting job of these; None if there is none."""
+        """Claim the next waiting trial of these jobs; return None if no such trial is waiting."""
         wanted = {(job.cell, job.seed) for job in jobs}
         while any(key in wanted and trial.state.name == "WAITING" for key, trial in self.current().items()):
             trial = self.study.ask()
@@ -129,24 +183,24 @@ class RunQueue:
             if key in wanted and owner is not None and owner.number == trial.number:
                 trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
                 return trial
-            self.give_up(trial.number)  # somebody else's, or one that ask() made because nothing was waiting
+            self.give_up(trial.number)  # because it is another command's, or ask() created it as nothing was waiting
         return None
 
     def running(self) -> list[FrozenTrial]:
-        """The runs that a process has claimed and not finished."""
+        """Return the trials that a process has claimed and not finished."""
         return [trial for trial in self.current().values() if trial.state.name == "RUNNING"]
 
     @contextmanager
-    def signs_of_life(self, trial: Trial) -> Iterator[None]:
-        """While this lasts, other processes see that the trial is being run."""
+    def heartbeat(self, holder: Trial | Study) -> Iterator[None]:
+        """Write the heartbeat of a trial or a lock until the context ends."""
         stop = threading.Event()
 
         def beat() -> None:
             count = 0
             while not stop.wait(_BEAT):
                 count += 1
-                with suppress(Exception):  # a database that is busy, a trial that was given up: the next one will do
-                    trial.set_user_attr("alive", count)
+                with suppress(Exception):  # because the database may be busy, and the next heartbeat suffices
+                    holder.set_user_attr("alive", count)
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -157,21 +211,21 @@ class RunQueue:
             thread.join()
 
     def give_up_dead(self, say: Callable[[str], None]) -> None:
-        """Give up the runs of processes without a sign of life."""
+        """Give up the runs whose heartbeat is stale."""
         now = time.monotonic()
         for trial in self.running():
-            sign = (trial.number, trial.user_attrs.get("alive"))
-            if now - self._seen.setdefault(sign, now) >= _GRACE:
+            heartbeat = (trial.number, trial.user_attrs.get("alive"))
+            if now - self._seen.setdefault(heartbeat, now) >= _GRACE:
                 worker = trial.user_attrs.get("worker", "unknown")
-                say(f"run {trial.number} of process {worker} has shown no sign of life for {_GRACE:g} s: done again")
+                say(f"run {trial.number} of process {worker} has had no heartbeat for {_GRACE:g} s: executed again")
                 self.give_up(trial.number)
 
     def give_up(self, number: int) -> None:
-        """Let somebody else have this run."""
+        """Release a run, so that another process can execute it."""
         self.finish(number, "FAIL")
 
     def finish(self, number: int, state: str, value: float | None = None) -> bool:
-        """Record the end of a run; False if somebody else has ended it already."""
+        """Record the end of a run; return False if another process has recorded it before."""
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 

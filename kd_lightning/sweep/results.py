@@ -1,16 +1,14 @@
-"""What a sweep found: cells, a table, a choice by validation."""
+"""The result of a sweep: cells, a table, a choice by validation."""
 
 from __future__ import annotations
 
 import csv
-import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_lightning.callbacks.common import paired_lead
+from kd_lightning.ranking import Lead, Mode, align, mean_and_std, rank, show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,21 +18,21 @@ __all__ = ["SweepCell", "SweepResult", "SweepRun"]
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run.
+    """A single run of a sweep.
 
     Attributes:
-        number: Of its trial in the study.
-        temperature: None in the baseline.
-        kd_weight: 0 in the baseline.
+        number: Number of the run's trial in the study.
+        temperature: The temperature; None in the baseline.
+        kd_weight: Weight of the distillation term; 0 in the baseline.
         task_weight: Weight of the task term.
-        seed: Its seed.
+        seed: The run's seed.
         state: ``"complete"``, ``"pruned"``, ``"failed"``, ``"running"`` or ``"waiting"``.
-        score: The best validation value; None without one.
-        epoch: The epoch of that value, from 0.
-        seconds: How long it took.
-        reason: Why it failed.
-        folder: Logs and weights, beneath the sweep's folder.
-        test: Metrics of the test set; empty where it was not measured.
+        score: The best validation value; None if the run has no validation.
+        epoch: The epoch of the best validation value, from 0.
+        seconds: Duration in seconds.
+        reason: The error of a failed run.
+        folder: Folder of logs and weights, relative to the sweep's folder.
+        test: Metrics of the test set; empty where the test set was not measured.
     """
 
     number: int
@@ -52,13 +50,13 @@ class SweepRun:
 
     @property
     def name(self) -> str:
-        """Cell and seed in words."""
+        """Return the run's name, made of its cell and seed."""
         return f"{_cell_name(self.temperature, self.kd_weight)}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
 class SweepCell:
-    """One temperature and weight with all its seeds; without a temperature it is the baseline.
+    """A pair of temperature and weight with the runs of all seeds; the baseline if the temperature is None.
 
     Example:
         >>> runs = [SweepRun(n, 4.0, 0.9, 0.1, n, "complete", score) for n, score in enumerate((0.8, 0.9))]
@@ -73,78 +71,77 @@ class SweepCell:
 
     @property
     def name(self) -> str:
-        """The cell in words."""
+        """Return the cell's name."""
         return _cell_name(self.temperature, self.kd_weight)
 
     @property
     def complete(self) -> bool:
-        """Whether every seed ran to its end."""
+        """Return whether the runs of all seeds are complete."""
         return all(run.state == "complete" for run in self.runs)
 
     @property
     def scores(self) -> list[float]:
-        """The validation scores of the complete runs."""
+        """Return the validation scores of the complete runs."""
         return [run.score for run in self.runs if run.state == "complete" and run.score is not None]
 
     @property
     def mean(self) -> float:
-        """Mean score; NaN where no run is complete."""
+        """Return the mean score; NaN if no run is complete."""
         return mean_and_std(self.scores)[0]
 
     @property
     def std(self) -> float:
-        """Standard deviation over the seeds; NaN for fewer than two."""
+        """Return the standard deviation over the seeds; NaN for fewer than two complete runs."""
         return mean_and_std(self.scores)[1]
 
     def test_scores(self, metric: str) -> list[float]:
-        """The test scores of the runs that were measured."""
+        """Return the test scores of the runs that were measured on the test set."""
         return [run.test[metric] for run in self.runs if metric in run.test]
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """All cells of a sweep, and which is the best.
+    """The cells of a sweep and their ranking.
 
     Attributes:
         cells: In the order of temperature, then weight.
-        baseline: The same student without the teacher; None where it was left out.
+        baseline: The same student without the teacher; None if the sweep has no baseline.
         monitor: The validation metric.
         mode: ``"max"`` if larger is better.
         output: The sweep's folder.
-        not_tested: Why the test set was not measured; empty if it was.
+        not_tested: The reason why the test set was not measured; empty if it was measured.
     """
 
     cells: Sequence[SweepCell]
     baseline: SweepCell | None
     monitor: str
-    mode: str
+    mode: Mode
     output: Path
     not_tested: str = ""
 
     @property
     def ranking(self) -> list[SweepCell]:
-        """The complete cells by their mean score, the best first."""
-        sign = -1.0 if self.mode == "max" else 1.0
-        return sorted((cell for cell in self.cells if cell.complete and cell.runs), key=lambda cell: sign * cell.mean)
+        """Return the complete cells by their mean score, the best first."""
+        return rank((cell for cell in self.cells if cell.complete), self.mode)
 
     @property
     def best(self) -> SweepCell | None:
-        """The cell with the best mean validation score over all seeds; the baseline takes no part. None without one."""
+        """Return the cell with the best mean validation score, the baseline aside; None if no cell is complete."""
         return next(iter(self.ranking), None)
 
     @property
     def runs(self) -> list[SweepRun]:
-        """All runs, the baseline's too."""
+        """Return all runs, including the baseline's."""
         rows = [*self.cells, *([] if self.baseline is None else [self.baseline])]
         return [run for cell in rows for run in cell.runs]
 
     @property
     def test_metric(self) -> str:
-        """The test twin of the monitored metric."""
+        """Return the name of the monitored metric's counterpart on the test set."""
         return self.monitor.replace("val", "test", 1)
 
     def rows(self) -> list[list[str]]:
-        """The table's cells, headings first, the baseline last."""
+        """Return the rows of the table, headings first, the baseline last."""
         rows = [["temperature", "kd_weight", self.monitor, "lowest", "highest", "runs"]]
         for cell in [*self.cells, *([] if self.baseline is None else [self.baseline])]:
             scores = cell.scores
@@ -156,7 +153,7 @@ class SweepResult:
         return rows
 
     def verdict(self) -> list[str]:
-        """The choice, what it is worth, and its test score, in sentences."""
+        """Return sentences on the chosen cell, its lead over the next one and the baseline, and its test score."""
         ranking, baseline = self.ranking, self.baseline
         if not ranking:
             return ["no cell has all its runs complete: nothing is chosen"]
@@ -176,23 +173,18 @@ class SweepResult:
         return lines
 
     def _compare(self, best: SweepCell, other: SweepCell, name: str) -> str:
-        lead, error, worth = paired_lead(best.scores, other.scores)
-        lead *= 1 if self.mode == "max" else -1
-        text = f"it {'trails' if lead < 0 else 'leads'} {name} by {abs(lead):.4f}"
-        if len(best.scores) < 2:
-            return f"{text} on one seed: --seeds 3 shows how noisy that is"
-        return f"{text} ± {error:.4f} (standard error over {len(best.scores)} paired seeds): {worth}"
+        lead = Lead.of(best.scores, other.scores, self.mode)
+        if lead.seeds == 1:
+            return f"{lead.describe(name)} on one seed: --seeds 3 shows how noisy that is"
+        return f"{lead.describe(name)} (standard error over {lead.seeds} paired seeds): {lead.worth}"
 
     def table(self) -> str:
-        """Mean ± standard deviation for each cell, the baseline beneath, then the choice."""
-        rows = self.rows()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        """Return the rows as aligned text, followed by the verdict and the errors of failed runs."""
         failed = [f"{run.name}: {run.reason}" for run in self.runs if run.state == "failed"]
-        return "\n".join([*lines, *self.verdict(), *failed])
+        return "\n".join([*align(self.rows()), *self.verdict(), *failed])
 
     def plot(self) -> Figure:
-        """The heat-map of temperature × weight."""
+        """Draw the heat-map of temperature × weight."""
         from kd_lightning.plotting import plot_sweep
 
         cells = [(cell.temperature, cell.kd_weight, cell.scores) for cell in self.cells if cell.temperature is not None]
@@ -203,7 +195,7 @@ class SweepResult:
         return plot_sweep(cells, self.monitor, baseline=baseline, best=best, mode=self.mode)
 
     def write_csv(self, path: Path) -> None:
-        """One line for each run."""
+        """Write one line per run."""
         names = sorted({name for run in self.runs for name in run.test})
         columns = ["number", "temperature", "kd_weight", "task_weight", "seed", "state"]
         with path.open("w", newline="") as file:
@@ -214,20 +206,6 @@ class SweepResult:
                 values = [getattr(run, column) for column in columns]
                 seconds = None if run.seconds is None else f"{run.seconds:.1f}"
                 writer.writerow([*values, run.score, run.epoch, seconds, *tests, run.folder, run.reason])
-
-
-def mean_and_std(scores: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; NaN where there are too few."""
-    return (
-        statistics.fmean(scores) if scores else math.nan,
-        statistics.stdev(scores) if len(scores) > 1 else math.nan,
-    )
-
-
-def show(scores: Sequence[float]) -> str:
-    """``mean ± std``, the mean alone for one score, a dash for none."""
-    mean, std = mean_and_std(scores)
-    return "–" if not scores else f"{mean:.4f}" if len(scores) == 1 else f"{mean:.4f} ± {std:.4f}"
 
 
 def _cell_name(temperature: float | None, kd_weight: float) -> str:

@@ -1,4 +1,4 @@
-"""One run of a sweep: a configuration with its temperature, weights and seed, trained or tested by itself."""
+"""A single run of a sweep: train or test a configuration with its temperature, weights and seed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PARTS = ("seed_everything", "num_threads", "trainer", "model", "data")
 
 
 class Parts(KDLightningCLI):
-    """Model, data and trainer of a configuration, without a command."""
+    """The model, data and trainer of a configuration, without a subcommand."""
 
     model: DistillationModule
 
@@ -44,13 +44,13 @@ class Parts(KDLightningCLI):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run changes in the configuration.
+    """The changes that a run makes to the configuration.
 
     Attributes:
-        temperature: None: the configuration's own.
+        temperature: The temperature; None for the configuration's own.
         kd_weight: Weight of the distillation term; 0 in the baseline.
         task_weight: Weight of the task term.
-        seed: Of weights, data order and everything random but the choice of the data.
+        seed: Seed of weights, data order and all other randomness except the split of the data.
         multiply: Whether the temperature multiplies the configuration's policy instead of replacing it.
     """
 
@@ -61,7 +61,7 @@ class Setting:
     multiply: bool = False
 
     def apply(self, config: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """The configuration of the run: silent, alone in its folder."""
+        """Return the configuration of the run, without progress bar and with a folder of its own."""
         config = copy.deepcopy(config)
         config["seed_everything"] = self.seed
         arguments = config["model"]["init_args"]
@@ -79,11 +79,11 @@ class Setting:
 
 
 def resolve(config: str | Path | Sequence[str | Path] | Mapping[str, Any]) -> tuple[dict[str, Any], Parts]:
-    """A whole configuration, with all defaults, as primitives; and what it builds.
+    """Resolve a configuration to primitives with all defaults, and build its parts.
 
     Raises:
-        TypeError: It is not of a DistillationModule.
-        ValueError: It asks for several devices.
+        TypeError: If the model is not a DistillationModule.
+        ValueError: If the configuration asks for several devices.
     """
     if isinstance(config, Mapping):
         parts = Parts({name: config[name] for name in PARTS if name in config})
@@ -103,11 +103,11 @@ def resolve(config: str | Path | Sequence[str | Path] | Mapping[str, Any]) -> tu
 
 @dataclass
 class Validations(Callback):
-    """Watches the validations of a run: records, prunes, and stops what has gone wrong.
+    """A record of a run's validations that prunes the run, and stops it where a value is not finite.
 
     Args:
         monitor: The metric.
-        report: Called with each value and its number; returns whether to stop.
+        report: Function of a value and its number that returns whether to prune the run.
     """
 
     monitor: str
@@ -130,7 +130,11 @@ class Validations(Callback):
             self.pruned = trainer.should_stop = True
 
     def check_finite(self, trainer: Trainer) -> None:
-        """Raise an ArithmeticError where the metric or the training loss is not a finite number."""
+        """Raise if the metric or the training loss is not finite.
+
+        Raises:
+            ArithmeticError: If the metric or the training loss is not finite.
+        """
         for name in (self.monitor, "train_loss"):
             value = trainer.callback_metrics.get(name)
             if value is not None and not math.isfinite(float(value)):
@@ -138,7 +142,7 @@ class Validations(Callback):
 
 
 def build(config: dict[str, Any], setting: Setting) -> Parts:
-    """Model, data and trainer of a run, freshly seeded."""
+    """Build the freshly seeded model, data and trainer of a run."""
     parts = Parts(config)
     if setting.multiply and setting.temperature is not None:
         parts.model.distiller.temperature.multiplier.fill_(setting.temperature)
@@ -146,14 +150,14 @@ def build(config: dict[str, Any], setting: Setting) -> Parts:
 
 
 def train(config: dict[str, Any], setting: Setting, folder: Path, watch: Validations, mode: str) -> tuple[float, int]:
-    """Train one run and keep its best weights, by validation, in ``checkpoints/best.ckpt``.
+    """Train a run and keep the weights of its best validation in ``checkpoints/best.ckpt``.
 
     Returns:
         The best value of the metric and its epoch.
 
     Raises:
-        LookupError: The metric is not logged, or there was no validation.
-        ArithmeticError: It, or the training loss, is not finite.
+        LookupError: If validation does not log the metric, or the run has no validation.
+        ArithmeticError: If the metric or the training loss is not finite.
     """
     parts = build(setting.apply(config, folder), setting)
     trainer: Any = parts.trainer
@@ -174,7 +178,7 @@ def train(config: dict[str, Any], setting: Setting, folder: Path, watch: Validat
 
 
 def measure(config: dict[str, Any], setting: Setting, folder: Path) -> dict[str, float]:
-    """The metrics of the test set with the run's best weights."""
+    """Measure the run's best weights on the test set."""
     config = setting.apply(config, folder)
     config["trainer"]["logger"] = False
     parts = build(config, setting)

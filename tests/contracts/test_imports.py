@@ -11,7 +11,7 @@ import kd_lightning
 
 ROOT = Path(kd_lightning.__file__).parent
 LAYERS = [
-    {"functional", "schedules"},
+    {"functional", "ranking", "schedules"},
     {"temperature", "losses", "models"},
     {"teachers"},
     {"layers"},

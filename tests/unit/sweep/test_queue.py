@@ -30,7 +30,7 @@ def runs(storage: str) -> Iterator[RunQueue]:
 
 
 def work(storage: str, found: Any) -> None:
-    """Open the study, put in all jobs, and finish what can be claimed; as each process of a sweep does."""
+    """Open the study, enqueue all jobs, and finish those that can be claimed, as each process of a sweep does."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with open_study(storage, "sweep", "maximize", None, None) as study:
         runs = RunQueue(study)
@@ -57,6 +57,41 @@ def test_processes_that_start_together_share_the_jobs(storage: str) -> None:
         process.join()
         assert process.exitcode == 0
     assert sorted(done) == sorted((job.cell, job.seed) for job in JOBS)  # each once
+    assert put_in(storage) == len(JOBS)
+
+
+def put_in(storage: str) -> int:
+    """Count the trials that were enqueued, and check that no lock is left."""
+    with open_study(storage, "sweep", "maximize", None, None) as study:
+        assert optuna.get_all_study_names(study._storage) == ["sweep"]
+        return sum("cell" in trial.user_attrs for trial in study.get_trials())
+
+
+def test_one_process_at_a_time_enqueues(storage: str) -> None:
+    """Processes that check at the same moment, each of which enqueued all jobs without a lock."""
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(4)
+    processes = [context.Process(target=put, args=(storage, barrier)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    assert put_in(storage) == len(JOBS)
+
+
+def put(storage: str, barrier: Any) -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with open_study(storage, "sweep", "maximize", None, None) as study:
+        barrier.wait(60)
+        RunQueue(study).put(JOBS)
+
+
+def test_the_lock_of_a_dead_process_is_deleted(storage: str, runs: RunQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "_GRACE", 0.5)
+    optuna.create_study(storage=runs.study._storage, study_name="sweep (lock)").set_user_attr("alive", 3)
+    runs.put(JOBS)
+    assert put_in(storage) == len(JOBS)
 
 
 def test_a_dead_process_is_found_by_its_silence(runs: RunQueue, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +102,7 @@ def test_a_dead_process_is_found_by_its_silence(runs: RunQueue, monkeypatch: pyt
     assert dead is not None
     assert alive is not None
     said: list[str] = []
-    with runs.signs_of_life(alive):
+    with runs.heartbeat(alive):
         for _ in range(10):
             runs.give_up_dead(said.append)
             time.sleep(0.1)

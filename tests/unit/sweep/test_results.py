@@ -1,4 +1,4 @@
-"""What a sweep says of its choice."""
+"""The verdict of a sweep."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kd_lightning.ranking import Mode
 from kd_lightning.sweep.results import SweepCell, SweepResult, SweepRun
 
 
@@ -32,7 +33,7 @@ def cell(temperature: float | None, scores: list[float]) -> SweepCell:
     ],
 )  # fmt: skip
 def test_the_choice_is_held_against_the_baseline(
-    mode: str, scores: list[float], baseline: list[float], said: str, tmp_path: Path
+    mode: Mode, scores: list[float], baseline: list[float], said: str, tmp_path: Path
 ) -> None:
     result = SweepResult([cell(4.0, scores)], cell(None, baseline), "val_acc", mode, tmp_path, "")
     assert result.verdict()[1] == f"it {said}"

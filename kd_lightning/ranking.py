@@ -1,0 +1,178 @@
+"""Ranking of candidates by a metric over several seeds, shared by the temperature finder and the sweep."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
+
+__all__ = [
+    "Lead",
+    "Mode",
+    "align",
+    "check_counts",
+    "check_monitor",
+    "check_temperatures",
+    "check_weights",
+    "mean_and_std",
+    "rank",
+    "show",
+]
+
+Mode = Literal["min", "max"]
+
+
+class Ranked(Protocol):
+    """A candidate with a mean score."""
+
+    @property
+    def mean(self) -> float:
+        """Return the mean score over the seeds."""
+        ...
+
+
+RankedT = TypeVar("RankedT", bound=Ranked)
+
+
+def rank(candidates: Iterable[RankedT], mode: Mode) -> list[RankedT]:
+    """Sort candidates by their mean score, the best first, and drop those whose mean is not finite.
+
+    Args:
+        candidates: The candidates; equal means keep their order.
+        mode: ``"max"`` if larger is better, ``"min"`` if smaller.
+    """
+    sign = -1.0 if mode == "max" else 1.0
+    return sorted((c for c in candidates if math.isfinite(c.mean)), key=lambda candidate: sign * candidate.mean)
+
+
+def mean_and_std(scores: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and the sample standard deviation; NaN where scores are too few or not finite.
+
+    Example:
+        >>> mean_and_std([1.0, 3.0]), mean_and_std([2.0])
+        ((2.0, 1.4142135623730951), (2.0, nan))
+    """
+    mean = statistics.fmean(scores) if scores else math.nan
+    return mean, statistics.stdev(scores) if len(scores) > 1 and math.isfinite(mean) else math.nan
+
+
+def show(scores: Sequence[float]) -> str:
+    """Format scores as ``mean ± std``, a single score as the mean, and no scores as a dash.
+
+    Example:
+        >>> show([0.8, 0.9]), show([0.8]), show([])
+        ('0.8500 ± 0.0707', '0.8000', '–')
+    """
+    mean, std = mean_and_std(scores)
+    return "–" if not scores else f"{mean:.4f}" if len(scores) == 1 else f"{mean:.4f} ± {std:.4f}"
+
+
+@dataclass(frozen=True)
+class Lead:
+    """A candidate's lead over another one that was trained with the same seeds.
+
+    Attributes:
+        amount: Difference of the mean scores, positive where the candidate is better.
+        error: Standard error of the paired differences; NaN for a single seed.
+        seeds: Number of seeds.
+
+    Example:
+        >>> lead = Lead.of([0.9, 0.8, 0.9], [0.7, 0.7, 0.6], "max")
+        >>> lead.describe("temperature 2"), lead.worth
+        ('it leads temperature 2 by 0.2000 ± 0.0577', 'more than two standard errors')
+        >>> Lead.of([0.9], [0.7], "min").describe("temperature 2")
+        'it trails temperature 2 by 0.2000'
+    """
+
+    amount: float
+    error: float
+    seeds: int
+
+    @classmethod
+    def of(cls, scores: Sequence[float], others: Sequence[float], mode: Mode) -> Lead:
+        """Compare the scores of two candidates, seed by seed."""
+        pairs = [score - other for score, other in zip(scores, others, strict=True)]
+        error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
+        amount = statistics.fmean(scores) - statistics.fmean(others)  # the sign agrees with the ranking by means
+        return cls(amount if mode == "max" else -amount, error, len(pairs))
+
+    @property
+    def worth(self) -> str:
+        """Return whether the lead exceeds two standard errors, in words."""
+        if self.seeds < 3:
+            return "too few to tell"
+        return "more than two standard errors" if abs(self.amount) > 2 * self.error else "within the noise"
+
+    def describe(self, other: str) -> str:
+        """Return a clause with the amount and, for several seeds, its standard error.
+
+        Args:
+            other: Name of the other candidate.
+        """
+        error = f" ± {self.error:.4f}" if self.seeds > 1 else ""
+        return f"it {'trails' if self.amount < 0 else 'leads'} {other} by {abs(self.amount):.4f}{error}"
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Format rows of equal length as lines with right-aligned columns.
+
+    Example:
+        >>> align([["a", "bcd"], ["10", "2"]])
+        [' a  bcd', '10    2']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def check_monitor(monitor: str, chooser: str) -> None:
+    """Refuse a metric that cannot choose a temperature.
+
+    Args:
+        monitor: Name of the metric.
+        chooser: Subject of the error message.
+
+    Raises:
+        ValueError: If the metric is of the test set, or a loss that contains the distillation term.
+    """
+    if monitor.startswith("test"):
+        raise ValueError(
+            f"{chooser} does not choose on the test set, got monitor={monitor!r}: what was chosen on it can no longer "
+            "be measured on it. Take the metric's validation twin."
+        )
+    if monitor in ("val_loss", "val_kd_loss"):
+        raise ValueError(
+            f"{monitor} changes with the temperature itself, so it cannot choose one. Take val_acc or val_task_loss."
+        )
+
+
+def check_temperatures(name: str, values: Sequence[float]) -> None:
+    """Refuse an empty sequence, and values that are not positive, finite numbers.
+
+    Raises:
+        ValueError: If ``values`` is empty or a value is not positive and finite.
+    """
+    if not values or not all(0 < value < math.inf for value in values):
+        raise ValueError(f"{name} must be one or more positive, finite numbers, got {values}.")
+
+
+def check_weights(name: str, values: Sequence[float]) -> None:
+    """Refuse an empty sequence, and values that are negative or not finite.
+
+    Raises:
+        ValueError: If ``values`` is empty or a value is negative or not finite.
+    """
+    if not values or not all(0 <= value < math.inf for value in values):
+        raise ValueError(f"{name} must be one or more finite numbers from 0 up, got {values}.")
+
+
+def check_counts(**counts: int) -> None:
+    """Refuse counts below 1.
+
+    Raises:
+        ValueError: If a count is below 1; the message has the argument's name.
+    """
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be 1 or more, got {count}.")
