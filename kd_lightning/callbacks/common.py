@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
@@ -19,7 +18,6 @@ __all__ = [
     "find_holder",
     "is_validation_check",
     "mean_over_ranks",
-    "paired_lead",
     "read_metric",
 ]
 
@@ -82,21 +80,6 @@ def mean_over_ranks(values: Sequence[float]) -> float:
         return math.nan
     mean = math.fsum(value / len(values) for value in values)
     return min(max(mean, min(values)), max(values))
-
-
-def paired_lead(scores: Sequence[float], others: Sequence[float]) -> tuple[float, float, str]:
-    """Compare scores with others of the same seeds: the mean lead, its standard error (NaN of one), and a verdict.
-
-    Example:
-        >>> paired_lead([0.9, 0.8, 0.9], [0.7, 0.7, 0.6])[2], paired_lead([0.9, 0.8], [0.7, 0.7])[2]
-        ('more than two standard errors', 'too few to tell')
-    """
-    pairs = [a - b for a, b in zip(scores, others, strict=True)]
-    lead = statistics.fmean(pairs)
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
-    if len(pairs) < 3:
-        return lead, error, "too few to tell"
-    return lead, error, "more than two standard errors" if abs(lead) > 2 * error else "within the noise"
 
 
 def count_checks(count: int) -> str:

@@ -188,8 +188,8 @@ class TeacherEnsemble(Teacher):
 
     @override
     def network(self) -> nn.Module:
-        raise ValueError("layers are those of one network, and a TeacherEnsemble is several: leave them out, or take "
-                         "one FrozenTeacher.")  # fmt: skip
+        several = "layers are those of one network, and a TeacherEnsemble is several"
+        raise ValueError(f"{several}: leave them out, or take one FrozenTeacher.")
 
     @override
     def check_loss(self, kd_loss: nn.Module) -> None:
@@ -235,9 +235,8 @@ class TeacherEnsemble(Teacher):
     @override
     def student_inputs(self, inputs: Any) -> Any:
         """Return the networks' inputs, without the key that ``routing`` names."""
-        if isinstance(self.routing, str) and isinstance(inputs, Mapping):
-            return {key: value for key, value in inputs.items() if key != self.routing}
-        return inputs
+        keyed = isinstance(self.routing, str) and isinstance(inputs, Mapping)
+        return {key: value for key, value in inputs.items() if key != self.routing} if keyed else inputs
 
     @override
     def members(self, logits: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:

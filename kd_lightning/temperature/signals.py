@@ -27,6 +27,7 @@ class Signals:
             logits themselves.
 
     Example:
+        >>> import torch
         >>> signals = Signals(torch.zeros(2, 3), torch.zeros(2, 3), targets=torch.tensor([1, -100]))
         >>> signals.valid
         tensor([ True, False])

@@ -266,6 +266,24 @@ def test_tpe_searches_the_ranges_and_gives_each_suggestion_its_seeds(tmp_path: P
     assert all("test_acc" in run.test for run in result.best.runs)
 
 
+def test_samplers_and_pruners_of_optuna(tmp_path: Path) -> None:
+    """An object in Python, and a class path on the command line, which also describes the object's study."""
+    options: dict[str, Any] = {"trials": 1, "seeds": 1, "output": str(tmp_path)}
+    sampler, pruner = optuna.samplers.RandomSampler(seed=0), optuna.pruners.ThresholdPruner(lower=2.0)
+    result = sweep(short(), [1.0, 16.0], [0.5, 0.9], sampler=sampler, pruner=pruner, **options)
+    assert [cell.runs[0].state for cell in result.cells] == ["pruned"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(short()))
+    named = ["--sampler=optuna.samplers.RandomSampler", "--pruner=optuna.pruners.NopPruner"]
+    few = ["--trials=1", "--seeds=1", f"--output={tmp_path}"]
+    assert "0, 1 pruned" in run(
+        "sweep", f"--config={tmp_path / 'config.yaml'}", *GRID[:1], "1", "16", *GRID[3:], *named, *few
+    )
+    with pytest.raises(
+        ValueError, match="sampler must be one of 'grid', 'tpe', or an Optuna BaseSampler, got 'random'"
+    ):
+        sweep(short(), [1.0], [0.5], sampler="random", **options)  # pyright: ignore[reportArgumentType]
+
+
 def test_multiplied_policies_and_pruned_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pruner = optuna.pruners.ThresholdPruner(lower=2.0)  # nothing is good enough
     monkeypatch.setattr(optuna.pruners, "MedianPruner", lambda **_: pruner)
