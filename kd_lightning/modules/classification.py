@@ -41,6 +41,7 @@ class ClassificationModule(SupervisedModule):
         ValueError: An unknown interval or ``mean_over``; at fit, a network without trainable parameters.
 
     Example:
+        >>> import torch
         >>> module = ClassificationModule(nn.Linear(4, 3), optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
         >>> module(torch.ones(2, 4)).shape
         torch.Size([2, 3])

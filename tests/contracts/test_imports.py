@@ -16,7 +16,7 @@ LAYERS = [
     {"teachers"},
     {"layers"},
     {"output", "distiller", "fused_distiller", "plotting", "export"},
-    {"metrics", "modules"},
+    {"metrics", "modules", "_lightning"},
     {"callbacks"},
     {"sweep", "cli", "__main__"},
 ]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -23,6 +24,11 @@ Make = Callable[..., DistillationModule]
 MakeTrainer = Callable[..., Trainer]
 
 
+def networks_of(teacher: Any) -> nn.ModuleList:
+    """The teacher's network, or those of an ensemble's members."""
+    return nn.ModuleList([member.module for member in getattr(teacher, "teachers", [teacher])])
+
+
 class Report(Callback):
     """Writes what each rank has, and looks at what DDP synchronises."""
 
@@ -33,11 +39,12 @@ class Report(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, DistillationModule)
         assert pl_module.teacher is not None
-        self.before = {name: value.clone() for name, value in pl_module.teacher.module.state_dict().items()}
+        self.before = {name: value.clone() for name, value in networks_of(pl_module.teacher).state_dict().items()}
         if trainer.world_size > 1:
             assert trainer.model is not None
             assert trainer.model is not pl_module  # the DDP wrapper
-            taught = {id(t) for t in [*pl_module.teacher.module.parameters(), *pl_module.teacher.module.buffers()]}
+            networks = networks_of(pl_module.teacher)
+            taught = {id(t) for t in [*networks.parameters(), *networks.buffers()]}
             synchronised = [*trainer.model.parameters(), *trainer.model.buffers()]
             assert not taught & {id(tensor) for tensor in synchronised}
 
@@ -51,7 +58,7 @@ class Report(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, DistillationModule)
         assert pl_module.teacher is not None
-        for name, value in pl_module.teacher.module.state_dict().items():
+        for name, value in networks_of(pl_module.teacher).state_dict().items():
             assert torch.equal(value, self.before[name])
         report = {
             "state": pl_module.state_dict(),
