@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from kd_lightning._lightning import callbacks_of
 from kd_lightning.distiller import DistillationOutput, Distiller
+from kd_lightning.ranking import Mode
 
 __all__ = [
     "DistillationHolder",
@@ -20,8 +21,6 @@ __all__ = [
     "mean_over_ranks",
     "read_metric",
 ]
-
-Mode = Literal["min", "max"]
 
 
 class DistillationHolder(Protocol):
