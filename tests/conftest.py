@@ -23,6 +23,11 @@ collect_ignore_glob = ["integration/examples/[!t]*.py"]  # test_examples.py besi
 NUM_CLASSES, NUM_FEATURES = 6, 8
 
 
+def pytest_collectstart() -> None:
+    """Networks made while a test module is imported are the same in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
