@@ -10,17 +10,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import nn
 
 from kd_lightning import DistillationModule
-from kd_lightning.temperature import Signals, Temperature, TemperaturePolicy
+from tests.helpers import make_data, make_network
 
 torch.set_num_threads(1)  # forked processes hang where the parent has used OpenMP threads; and CI has two cores
 
 collect_ignore_glob = ["integration/examples/[!t]*.py"]  # test_examples.py beside them runs them
-
-NUM_CLASSES, NUM_FEATURES = 6, 8
 
 
 def pytest_collectstart() -> None:
@@ -32,36 +29,6 @@ def pytest_collectstart() -> None:
 def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # of an earlier test: Lightning reseeds its processes with it
-
-
-class LearnedTemperature(TemperaturePolicy):
-    """A minimal policy with a parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.raw = nn.Parameter(torch.zeros(1))
-
-    def compute(self, signals: Signals) -> Temperature:
-        t = 1 + 8 * torch.sigmoid(self.raw)
-        return Temperature(t, t)
-
-
-def make_network(hidden: int = 16, norm: bool = True, num_classes: int = NUM_CLASSES) -> nn.Sequential:
-    """A small network; batch norm is what stock callbacks damage in a registered teacher."""
-    layers = [nn.Linear(NUM_FEATURES, hidden), *([nn.BatchNorm1d(hidden)] if norm else []), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(hidden, num_classes))
-
-
-def make_data(count: int = 64, seed: int = 0) -> TensorDataset:
-    """Gaussian classes that overlap a little."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(NUM_CLASSES, NUM_FEATURES, generator=torch.Generator().manual_seed(99)) * 1.5
-    targets = torch.arange(count) % NUM_CLASSES
-    return TensorDataset(centres[targets] + torch.randn(count, NUM_FEATURES, generator=generator), targets)
-
-
-def make_loader(count: int = 64, batch_size: int = 16, seed: int = 0) -> DataLoader[tuple[Tensor, ...]]:
-    return DataLoader(make_data(count, seed), batch_size=batch_size)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from kd_lightning import ClassificationModule, DistillationModule, FrozenTeacher
 from kd_lightning.datamodules import DigitsDataModule
 from kd_lightning.models import DigitsCNN
 from kd_lightning.teachers import Indexed, TeacherCache
-from tests.conftest import make_data, make_loader, make_network
+from tests.helpers import make_data, make_loader, make_network
 
 pytestmark = pytest.mark.slow
 

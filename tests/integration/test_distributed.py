@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
-from torch.utils.data import DataLoader, DistributedSampler
 
 from kd_lightning import DistillationModule, FrozenTeacher, TeacherEnsemble
 from kd_lightning.temperature import CosineSchedule
-from tests.conftest import LearnedTemperature, make_data, make_loader, make_network
+from tests.helpers import InOrder, LearnedTemperature, make_loader, make_network
 
 pytestmark = pytest.mark.slow
 
@@ -66,25 +65,6 @@ class Report(Callback):
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         }
         torch.save(report, self.folder / f"{trainer.world_size}-{trainer.global_rank}.pt")
-
-
-class InOrder(LightningDataModule):
-    """Rank r of n takes samples r, r + n, …: each global batch is the one that a single process has.
-
-    Lightning's own sampler would shuffle.
-    """
-
-    def loader(self, count: int, seed: int) -> DataLoader[Any]:
-        assert self.trainer is not None
-        data, world, rank = make_data(count, seed), self.trainer.world_size, self.trainer.global_rank
-        sampler = DistributedSampler(data, num_replicas=world, rank=rank, shuffle=False)
-        return DataLoader(data, batch_size=16 // world, sampler=sampler)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return self.loader(64, seed=0)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self.loader(32, seed=1)
 
 
 def ensemble(teacher: torch.nn.Module) -> TeacherEnsemble:

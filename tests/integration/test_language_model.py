@@ -32,7 +32,7 @@ from kd_lightning.losses import CrossEntropyLoss, FusedLinearKDLoss, KDLoss, Sim
 from kd_lightning.models import CausalTransformer
 from kd_lightning.teachers import check_hidden_states, hidden_states
 from kd_lightning.temperature import CosineSchedule, LearnableTemperature, TokenDifficultyTemperature
-from tests.conftest import LearnedTemperature
+from tests.helpers import LearnedTemperature
 
 MakeTrainer = Callable[..., Trainer]
 VOCABULARY, LENGTH = 13, 10

@@ -20,7 +20,7 @@ from kd_lightning import ClassificationModule, DistillationModule
 from kd_lightning.cli import main
 from kd_lightning.export import SUFFIXES, describe_inputs, export_student, inputs_like
 from kd_lightning.models import DigitsCNN
-from tests.conftest import make_loader, make_network
+from tests.helpers import make_loader, make_network
 
 pytestmark = pytest.mark.slow
 

@@ -28,7 +28,7 @@ from kd_lightning.temperature import (
     Temperature,
     TemperaturePolicy,
 )
-from tests.conftest import make_loader
+from tests.helpers import make_loader
 from tests.unit.callbacks.helpers import Script, digits, multiplier_of
 
 Make = Callable[..., DistillationModule]

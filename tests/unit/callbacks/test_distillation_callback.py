@@ -37,7 +37,7 @@ from kd_lightning.functional import bernoulli_kd_loss, kd_loss
 from kd_lightning.losses import BernoulliKDLoss, DKDLoss, KDLoss
 from kd_lightning.teachers import TeacherCache
 from kd_lightning.temperature import CosineSchedule, LearnableTemperature, LinearSchedule
-from tests.conftest import NUM_CLASSES, LearnedTemperature, make_data, make_loader, make_network
+from tests.helpers import NUM_CLASSES, LearnedTemperature, assert_same, make_data, make_loader, make_network, snapshot
 from tests.unit.callbacks.helpers import Script
 
 MakeTrainer = Callable[..., Trainer]
@@ -113,16 +113,6 @@ class TwoLoaders(Plain):
 def _same_start(teacher: nn.Module) -> None:
     torch.manual_seed(3)
     teacher.eval()
-
-
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
-    assert one.keys() == two.keys()
-    for name in one:
-        assert torch.equal(one[name], two[name]), name
 
 
 def traces(module: nn.Module) -> dict[str, Any]:

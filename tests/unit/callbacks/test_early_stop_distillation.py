@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from kd_lightning import DistillationModule
 from kd_lightning.callbacks import EarlyStopDistillation
-from tests.conftest import make_loader
+from tests.helpers import make_loader
 from tests.unit.callbacks.helpers import Script, digits, distiller_of
 
 Make = Callable[..., DistillationModule]

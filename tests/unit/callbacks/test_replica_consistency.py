@@ -12,7 +12,7 @@ from kd_lightning import DistillationModule
 from kd_lightning.callbacks import AdaptiveTemperature, EarlyStopDistillation, ReplicaConsistency
 from kd_lightning.callbacks.replica_consistency import _difference
 from kd_lightning.temperature import Signals, Temperature, TemperaturePolicy
-from tests.conftest import make_loader
+from tests.helpers import make_loader
 from tests.unit.callbacks.helpers import digits, distiller_of
 
 Make = Callable[..., DistillationModule]

@@ -21,7 +21,7 @@ from kd_lightning.callbacks import AdaptiveTemperature, TemperatureFinder
 from kd_lightning.callbacks.snapshot import Snapshot
 from kd_lightning.callbacks.temperature_finder import Trial
 from kd_lightning.temperature import CosineSchedule, ScheduledTemperature, Signals, Temperature, TemperaturePolicy
-from tests.conftest import NUM_CLASSES, NUM_FEATURES, make_data, make_loader, make_network
+from tests.helpers import NUM_CLASSES, NUM_FEATURES, make_data, make_loader, make_network
 from tests.unit.callbacks.helpers import digits, distiller_of
 
 Make = Callable[..., DistillationModule]

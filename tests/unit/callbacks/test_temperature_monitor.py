@@ -19,7 +19,7 @@ from kd_lightning.callbacks import AdaptiveTemperature, TemperatureMonitor
 from kd_lightning.callbacks.temperature_monitor import gradient_share
 from kd_lightning.functional import predictive_entropy
 from kd_lightning.temperature import CosineSchedule, Signals, Temperature, TemperaturePolicy
-from tests.conftest import make_data, make_loader, make_network
+from tests.helpers import make_data, make_loader, make_network
 from tests.unit.callbacks.helpers import Script, digits
 
 Make = Callable[..., DistillationModule]

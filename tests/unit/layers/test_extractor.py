@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kd_lightning import FeatureExtractor
 from kd_lightning.layers.extractor import layer_depths
+from tests.helpers import hooks
 
 # dynamo looks at the inputs' .grad, and hides the warning only where warnings are no errors
 dynamo_looks_at_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -40,10 +41,6 @@ class Network(nn.Module):
 class Steady(Network):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.block2(self.block1(torch.tanh(self.stem(x)))))
-
-
-def hooks(module: nn.Module) -> int:
-    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
 
 
 def expected(network: Network, x: Tensor) -> dict[str, Tensor]:

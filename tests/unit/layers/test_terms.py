@@ -36,23 +36,7 @@ from kd_lightning.temperature import (
     MultiTemperature,
     Progress,
 )
-from tests.conftest import LearnedTemperature
-
-
-class Net(nn.Module):
-    """Images (N, 1, 8, 8) to 5 classes, by two stages of maps and one of vectors."""
-
-    def __init__(self, width: int = 4, stride: int = 1, hidden: int = 6) -> None:
-        super().__init__()
-        self.stage1 = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
-        self.stage2 = nn.Sequential(nn.Conv2d(width, 2 * width, 3, stride, padding=1), nn.BatchNorm2d(2 * width))
-        self.hidden = nn.Linear(2 * width, hidden)
-        self.fc = nn.Linear(hidden, 5)
-        self.dropout = nn.Dropout(0.5)
-
-    def forward(self, images: Tensor) -> Tensor:
-        maps = self.stage2(self.stage1(images))
-        return self.fc(self.dropout(torch.relu(self.hidden(maps.mean((2, 3))))))
+from tests.helpers import LearnedTemperature, Net, hooks
 
 
 @pytest.fixture
@@ -68,11 +52,6 @@ def teacher() -> Net:
 
 def batch(count: int = 6) -> tuple[Tensor, Tensor]:
     return torch.randn(count, 1, 8, 8), torch.arange(count) % 5
-
-
-def hooks(*modules: nn.Module) -> int:
-    parts = [part for module in modules for part in module.modules()]
-    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in parts)
 
 
 def test_bare_loop(teacher: Net) -> None:

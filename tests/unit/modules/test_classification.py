@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kd_lightning import ClassificationModule, DistillationModule, FrozenTeacher
-from tests.conftest import make_data, make_loader, make_network
+from tests.helpers import make_data, make_loader, make_network
 
 MakeTrainer = Callable[..., Trainer]
 

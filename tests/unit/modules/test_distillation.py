@@ -28,7 +28,16 @@ from kd_lightning.temperature import (
     ExponentialSchedule,
     LinearSchedule,
 )
-from tests.conftest import NUM_CLASSES, NUM_FEATURES, LearnedTemperature, make_data, make_loader, make_network
+from tests.helpers import (
+    NUM_CLASSES,
+    NUM_FEATURES,
+    LearnedTemperature,
+    assert_same,
+    make_data,
+    make_loader,
+    make_network,
+    snapshot,
+)
 
 Make = Callable[..., DistillationModule]
 MakeTrainer = Callable[..., Trainer]
@@ -48,16 +57,6 @@ class CallTrain(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.train()
-
-
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
-    assert one.keys() == two.keys()
-    for name in one:
-        assert torch.equal(one[name], two[name]), name
 
 
 # ---- training ----------------------------------------------------------------------------------------------------

@@ -24,9 +24,7 @@ from kd_lightning.callbacks import TemperatureFinder, TemperatureMonitor
 from kd_lightning.losses import ChannelWiseKDLoss, HintLoss, SimilarityKDLoss, SimilarityPreservingLoss
 from kd_lightning.modules.distillation import _first_samples
 from kd_lightning.temperature import ConstantTemperature, DepthTemperature, LearnableTemperature, LinearSchedule
-from tests.conftest import make_data, make_loader, make_network
-from tests.integration.test_distributed import InOrder
-from tests.unit.layers.test_terms import Net, hooks
+from tests.helpers import InOrder, Net, assert_same, hooks, make_data, make_loader, make_network
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -77,12 +75,6 @@ def make_module(layers: list[LayerTerm] | None = None, **options: Any) -> Distil
     torch.manual_seed(2)
     student = options.pop("student", Net)()
     return DistillationModule(student=student, layers=terms() if layers is None else layers, **options)
-
-
-def assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
-    assert one.keys() == two.keys()
-    for name in one:
-        assert torch.equal(one[name], two[name]), name
 
 
 def no_hooks(module: DistillationModule) -> bool:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning import Distiller, FrozenTeacher
 from kd_lightning.teachers import TeacherCache
-from tests.conftest import NUM_CLASSES, NUM_FEATURES, make_data, make_network
+from tests.helpers import NUM_CLASSES, NUM_FEATURES, make_data, make_network
 
 COUNT = 24
 

@@ -38,8 +38,16 @@ from kd_lightning.temperature import (
     MultiTemperature,
     Progress,
 )
-from tests.conftest import NUM_CLASSES, NUM_FEATURES, LearnedTemperature, make_data, make_loader, make_network
-from tests.unit.teachers.helpers import assert_same_state, state
+from tests.helpers import (
+    NUM_CLASSES,
+    NUM_FEATURES,
+    LearnedTemperature,
+    assert_same,
+    make_data,
+    make_loader,
+    make_network,
+    snapshot,
+)
 
 Make = Callable[..., DistillationModule]
 MakeTrainer = Callable[..., Trainer]
@@ -580,7 +588,7 @@ def test_a_loss_of_ones_own_and_weights_by_row(teachers: list[nn.Module]) -> Non
 def test_each_member_runs_once_a_batch_and_nothing_of_it_changes(
     make_module: Make, make_trainer: MakeTrainer, teachers: list[nn.Module], tmp_path: Path
 ) -> None:
-    before, calls = [state(teacher) for teacher in teachers], []
+    before, calls = [snapshot(teacher) for teacher in teachers], []
     for teacher in teachers:
         teacher.register_forward_hook(lambda *_: calls.append(1))
     module = make_module(teacher=TeacherEnsemble(teachers, [2.0, 4.0, LearnedTemperature()], combine="losses"))
@@ -588,7 +596,7 @@ def test_each_member_runs_once_a_batch_and_nothing_of_it_changes(
     trainer.fit(module, make_loader(64, batch_size=16))
     assert len(calls) == 2 * 4 * 3
     for teacher, weights in zip(teachers, before, strict=True):
-        assert_same_state(teacher, weights)
+        assert_same(teacher.state_dict(), weights)
     trainer.validate(module, make_loader(40, seed=1), verbose=False)
     inputs, targets = make_data(40, seed=1).tensors
     mixture = sum(teacher(inputs).softmax(-1) for teacher in teachers)
@@ -639,7 +647,7 @@ def test_resume_is_exact(
     trainer.fit(first, make_loader())
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     make_trainer(max_epochs=4).fit(resumed, make_loader(), ckpt_path=tmp_path / "half.ckpt")
-    assert_same_state(resumed, state(straight))
+    assert_same(resumed.state_dict(), snapshot(straight))
 
 
 def test_sharing_with_the_student_is_found(teachers: list[nn.Module]) -> None:
@@ -666,7 +674,7 @@ def test_the_key_that_routes_reaches_no_network(
         trainer = make_trainer(max_epochs=1)
         trainer.fit(module, loader, loader)
         trainer.predict(module, loader)
-    assert_same_state(by_key, state(by_class))
+    assert_same(by_key.state_dict(), snapshot(by_class))
 
 
 def without_source(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:

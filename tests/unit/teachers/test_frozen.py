@@ -20,8 +20,8 @@ from kd_lightning.models import DigitsCNN
 from kd_lightning.teachers import fingerprint
 from kd_lightning.teachers.frozen import Precision
 from kd_lightning.temperature import MultiTemperature
-from tests.conftest import make_loader, make_network
-from tests.unit.teachers.helpers import assert_same_state, network, state
+from tests.helpers import assert_same, make_loader, make_network, snapshot
+from tests.unit.teachers.helpers import network
 
 
 def test_no_gradient_reaches_teacher_or_its_inputs(teacher: nn.Module) -> None:
@@ -36,11 +36,11 @@ def test_no_gradient_reaches_teacher_or_its_inputs(teacher: nn.Module) -> None:
 
 @pytest.mark.parametrize("sabotage", [lambda m: m.train(), lambda m: m[1].train()])
 def test_stays_in_eval_whoever_calls_train(teacher: nn.Module, sabotage: Callable[[nn.Module], object]) -> None:
-    frozen, before = FrozenTeacher(teacher), state(teacher)
+    frozen, before = FrozenTeacher(teacher), snapshot(teacher)
     expected = frozen(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)))
     sabotage(teacher)
     assert torch.equal(frozen(torch.randn(4, 8, generator=torch.Generator().manual_seed(0))), expected)
-    assert_same_state(teacher, before)
+    assert_same(teacher.state_dict(), before)
 
 
 def test_untrained_teacher_warns() -> None:
@@ -127,10 +127,10 @@ def test_a_half_precision_teacher_gives_the_losses_of_its_logits(teacher: nn.Mod
 
 
 def test_a_checkpoint_is_read_into_the_precision(teacher: nn.Module, tmp_path: Path) -> None:
-    torch.save(state(teacher), tmp_path / "teacher.pt")
+    torch.save(snapshot(teacher), tmp_path / "teacher.pt")
     other = make_network(32)
     FrozenTeacher(other, tmp_path / "teacher.pt", precision="bf16").load()
-    assert_same_state(other, state(copy.deepcopy(teacher).bfloat16()))
+    assert_same(other.state_dict(), snapshot(copy.deepcopy(teacher).bfloat16()))
 
 
 def test_token_numbers_are_not_cast() -> None:

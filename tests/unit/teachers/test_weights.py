@@ -11,7 +11,8 @@ from torch import nn
 
 from kd_lightning import FrozenTeacher
 from kd_lightning.teachers import fingerprint, load_weights
-from tests.unit.teachers.helpers import assert_same_state, network, state
+from tests.helpers import assert_same, snapshot
+from tests.unit.teachers.helpers import network
 
 
 def test_fingerprint_sees_every_bit(teacher: nn.Module) -> None:
@@ -45,7 +46,7 @@ def write(kind: str, weights: dict[str, torch.Tensor], folder: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["safetensors", "bare", "mdistiller", "data parallel", "lightning", "compiled"])
 def test_every_kind_of_checkpoint_loads(kind: str, teacher: nn.Module, tmp_path: Path) -> None:
-    path = write(kind, state(teacher), tmp_path)
+    path = write(kind, snapshot(teacher), tmp_path)
     other = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 6))
     frozen = FrozenTeacher(other, checkpoint=path)
     assert not frozen.loaded
@@ -62,31 +63,31 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
 
 def test_two_networks_in_one_file_ask_for_the_prefix(tmp_path: Path) -> None:
     one, two = network(), network()
-    both = {f"student.{k}": v for k, v in state(one).items()} | {f"teacher.{k}": v for k, v in state(two).items()}
+    both = {f"student.{k}": v for k, v in snapshot(one).items()} | {f"teacher.{k}": v for k, v in snapshot(two).items()}
     torch.save({"state_dict": both}, tmp_path / "both.pt")
     target = network()
     with pytest.raises(ValueError, match=r"several prefixes, 'student\.', 'teacher\.'"):
         load_weights(target, tmp_path / "both.pt")
     load_weights(target, tmp_path / "both.pt", prefix="teacher.")
-    assert_same_state(target, state(two))
+    assert_same(target.state_dict(), snapshot(two))
 
 
 def test_misfits_are_named_all_at_once_and_nothing_is_loaded(tmp_path: Path) -> None:
-    saved = state(network())
+    saved = snapshot(network())
     saved["0.extra"] = saved.pop("0.bias")
     saved["3.weight"] = torch.zeros(3, 9)
     torch.save(saved, tmp_path / "odd.pt")
     target = network()
-    before = state(target)
+    before = snapshot(target)
     with pytest.raises(ValueError, match=r"missing in the file: 0\.bias") as error:
         load_weights(target, tmp_path / "odd.pt")
     assert "not in the module: 0.extra" in str(error.value)
     assert "3.weight (3, 9) in the file, (3, 8) in the module" in str(error.value)
-    assert_same_state(target, before)
+    assert_same(target.state_dict(), before)
 
 
 def test_another_class_count_says_so(tmp_path: Path) -> None:
-    torch.save(state(network(100)), tmp_path / "hundred.pt")
+    torch.save(snapshot(network(100)), tmp_path / "hundred.pt")
     with pytest.raises(ValueError, match="class counts differ: 100 in the file, 10 in the module"):
         load_weights(network(10), tmp_path / "hundred.pt")
 

@@ -1,0 +1,95 @@
+"""The small, real problem and the comparisons that test modules share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from kd_lightning.temperature import Signals, Temperature, TemperaturePolicy
+
+NUM_CLASSES, NUM_FEATURES = 6, 8
+
+
+class LearnedTemperature(TemperaturePolicy):
+    """A minimal policy with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.zeros(1))
+
+    def compute(self, signals: Signals) -> Temperature:
+        t = 1 + 8 * torch.sigmoid(self.raw)
+        return Temperature(t, t)
+
+
+def make_network(hidden: int = 16, norm: bool = True, num_classes: int = NUM_CLASSES) -> nn.Sequential:
+    """A small network; batch norm is what stock callbacks damage in a registered teacher."""
+    layers = [nn.Linear(NUM_FEATURES, hidden), *([nn.BatchNorm1d(hidden)] if norm else []), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(hidden, num_classes))
+
+
+def make_data(count: int = 64, seed: int = 0) -> TensorDataset:
+    """Gaussian classes that overlap a little."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(NUM_CLASSES, NUM_FEATURES, generator=torch.Generator().manual_seed(99)) * 1.5
+    targets = torch.arange(count) % NUM_CLASSES
+    return TensorDataset(centres[targets] + torch.randn(count, NUM_FEATURES, generator=generator), targets)
+
+
+def make_loader(count: int = 64, batch_size: int = 16, seed: int = 0) -> DataLoader[tuple[Tensor, ...]]:
+    return DataLoader(make_data(count, seed), batch_size=batch_size)
+
+
+class InOrder(LightningDataModule):
+    """Rank r of n takes samples r, r + n, …: each global batch is the one that a single process has.
+
+    Lightning's own sampler would shuffle.
+    """
+
+    def loader(self, count: int, seed: int) -> DataLoader[Any]:
+        assert self.trainer is not None
+        data, world, rank = make_data(count, seed), self.trainer.world_size, self.trainer.global_rank
+        sampler = DistributedSampler(data, num_replicas=world, rank=rank, shuffle=False)
+        return DataLoader(data, batch_size=16 // world, sampler=sampler)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.loader(64, seed=0)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.loader(32, seed=1)
+
+
+class Net(nn.Module):
+    """Images (N, 1, 8, 8) to 5 classes, by two stages of maps and one of vectors."""
+
+    def __init__(self, width: int = 4, stride: int = 1, hidden: int = 6) -> None:
+        super().__init__()
+        self.stage1 = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+        self.stage2 = nn.Sequential(nn.Conv2d(width, 2 * width, 3, stride, padding=1), nn.BatchNorm2d(2 * width))
+        self.hidden = nn.Linear(2 * width, hidden)
+        self.fc = nn.Linear(hidden, 5)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.stage2(self.stage1(images))
+        return self.fc(self.dropout(torch.relu(self.hidden(maps.mean((2, 3))))))
+
+
+def hooks(*modules: nn.Module) -> int:
+    parts = [part for module in modules for part in module.modules()]
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in parts)
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
+    """Compare state dicts bit for bit."""
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
