@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,33 @@ def test_imports_run_one_way(path: Path) -> None:
 def test_the_core_serves_a_bare_loop(path: Path) -> None:
     if room_of(path) in WITHOUT_LIGHTNING:
         assert not [name for name in imported(path) if name.split(".")[0] in ("lightning", "pytorch_lightning")]
+
+
+def imported_modules(path: Path, files: Mapping[str, Path]) -> set[str]:
+    """Return the files that a file imports when it runs: inside functions too, for type checkers not."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            wholes = [f"{node.module}.{alias.name}" for alias in node.names]
+            names |= {whole if whole in files else node.module for whole in wholes}
+    return names & files.keys()
+
+
+def test_no_circle_of_modules() -> None:
+    files = {
+        ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES
+    }
+    graph = {name: imported_modules(path, files) for name, path in files.items()}
+    assert graph["kd_lightning.distiller"] >= {"kd_lightning.output", "kd_lightning.temperature"}
+    assert set(graphlib.TopologicalSorter(graph).static_order()) == set(files)  # raises CycleError
+
+
+def test_no_test_module_imports_another() -> None:
+    tests = Path(__file__).parents[1]
+    for path in tests.rglob("*.py"):
+        shared = [name for name in imported(path) if name.startswith("tests.")]
+        assert not [name for name in shared if any(part.startswith("test_") for part in name.split("."))], path
