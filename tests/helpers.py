@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from kd_lightning.temperature import Signals, Temperature, TemperaturePolicy
 
@@ -50,9 +50,12 @@ class InOrder(LightningDataModule):
     Lightning's own sampler would shuffle.
     """
 
+    def dataset(self, count: int, seed: int) -> Dataset[Any]:
+        return make_data(count, seed)
+
     def loader(self, count: int, seed: int) -> DataLoader[Any]:
         assert self.trainer is not None
-        data, world, rank = make_data(count, seed), self.trainer.world_size, self.trainer.global_rank
+        data, world, rank = self.dataset(count, seed), self.trainer.world_size, self.trainer.global_rank
         sampler = DistributedSampler(data, num_replicas=world, rank=rank, shuffle=False)
         return DataLoader(data, batch_size=16 // world, sampler=sampler)
 

@@ -10,19 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from kd_lightning._lightning import accumulates, is_compiled
+from kd_lightning._lightning import is_compiled
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.modules.run import (
     DistillationRun,
     configure_with_groups,
-    is_distributed,
     is_logging_step,
     step_readings,
 )
@@ -173,9 +171,7 @@ class DistillationCallback(Callback):
         trainer.precision_plugin.convert_module(distiller)
         distiller.to(trainer.strategy.root_device)
         self._run.check_ranks(trainer)
-        if is_distributed(trainer):  # DDP does so for the module, which has no part in the Distiller
-            for tensor in distiller.state_dict().values():
-                dist.broadcast(tensor, src=0)
+        self._run.broadcast(trainer)
         self._wrap(self._find_layer(pl_module), "forward", self._recording)
 
     def _find_layer(self, pl_module: LightningModule) -> nn.Module:
@@ -371,11 +367,7 @@ class DistillationCallback(Callback):
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if is_distributed(trainer) and not accumulates(trainer):
-            for parameter in self.distiller.parameters():
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad)
-                    parameter.grad /= dist.get_world_size()
+        self._run.average_gradients(trainer)
 
     # ---- validation -------------------------------------------------------------------------------------------------
 

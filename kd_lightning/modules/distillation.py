@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -271,6 +272,19 @@ class DistillationModule(FirstLookModule, SupervisedModule):
     def on_fit_start(self) -> None:
         self._run.teacher.to(self.device)  # strategies that do not move the module, such as FSDP
         self._run.check_ranks(self.trainer)
+        if self._syncs_the_distiller:
+            self._run.broadcast(self.trainer)
+
+    @property
+    def _syncs_the_distiller(self) -> bool:
+        """Return True where FSDP2 synchronises sharded parameters alone, and the Distiller's are whole."""
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    @override
+    def on_after_backward(self) -> None:
+        super().on_after_backward()
+        if self._syncs_the_distiller:
+            self._run.average_gradients(self.trainer)
 
     @override
     def on_train_start(self) -> None:

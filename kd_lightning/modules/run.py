@@ -12,10 +12,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
-from kd_lightning._lightning import callbacks_of, datamodule_of, log_interval
+from kd_lightning._lightning import accumulates, callbacks_of, datamodule_of, log_interval
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.teachers import Teacher
 from kd_lightning.temperature import Progress
@@ -108,6 +109,23 @@ class DistillationRun:
                 "from a checkpoint (FrozenTeacher(network, checkpoint=...)), the same on every rank."
             )
 
+    def broadcast(self, trainer: Trainer) -> None:
+        """Give every rank rank 0's policies, losses and projectors, where the strategy does not. A collective."""
+        if is_distributed(trainer):
+            for tensor in filter(_is_whole, self.distiller.state_dict().values()):
+                dist.broadcast(tensor, src=0)
+
+    def average_gradients(self, trainer: Trainer) -> None:
+        """Average the gradients of policies, losses and projectors over the ranks, once per optimiser step.
+
+        For strategies that reduce the gradients of the student alone. A collective: every rank must call it.
+        """
+        if is_distributed(trainer) and not accumulates(trainer):
+            for parameter in filter(_is_whole, self.distiller.parameters()):
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= dist.get_world_size()
+
     def check_resumed(self) -> None:
         """Raise at the start of training if the teacher is not the resumed checkpoint's.
 
@@ -179,6 +197,11 @@ class DistillationRun:
 
 class TemperatureLogger(Callback):
     """A callback that logs the temperature, so that :func:`step_readings` leaves the temperature out."""
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Return False for a DTensor, whose gradients its own hooks reduce."""
+    return not isinstance(tensor, DTensor)
 
 
 def is_distributed(trainer: Trainer) -> bool:

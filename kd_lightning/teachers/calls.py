@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -146,6 +147,7 @@ def hidden_states(module: nn.Module, inputs: Any) -> HiddenStates:
 
     Raises:
         TypeError: If the module lacks either, or if its base model returns no hidden states.
+        ValueError: If FSDP2 shards the output layer apart from the module.
 
     Example:
         >>> from kd_lightning.models import CausalTransformer
@@ -153,7 +155,19 @@ def hidden_states(module: nn.Module, inputs: Any) -> HiddenStates:
         torch.Size([2, 5, 32])
     """
     body, head = _body_and_head(module)
-    return HiddenStates(_last_hidden(call_model(body, inputs), module), head.weight, head.bias)
+    if not _is_sharded(module):
+        return HiddenStates(_last_hidden(call_model(body, inputs), module), head.weight, head.bias)
+    head.forward = lambda hidden: hidden  # the whole module runs, because its hooks gather the output layer's weight
+    try:
+        hidden = extract_logits(call_model(module, inputs))
+    finally:
+        del head.forward
+    if _is_sharded(head):
+        raise ValueError(
+            f"the fused loss reads the output layer's weight after the forward, but the output layer of "
+            f"{type(module).__name__} is sharded by itself. Leave it to the root: shard the blocks, then the model."
+        )
+    return HiddenStates(hidden, head.weight, head.bias)
 
 
 def check_hidden_states(module: nn.Module, inputs: Any) -> None:
@@ -191,6 +205,15 @@ def check_hidden_states(module: nn.Module, inputs: Any) -> None:
             "states (a soft cap, a scale or an adapter comes in between), so the fused loss would train on others. "
             "Take KDLoss."
         )
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Return True for a module that ``fully_shard`` was called on."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule  # here, because the import takes two seconds
+
+    return isinstance(module, FSDPModule)
 
 
 def _body_and_head(module: nn.Module) -> tuple[nn.Module, nn.Linear]:
