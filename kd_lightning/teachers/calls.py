@@ -157,7 +157,7 @@ def hidden_states(module: nn.Module, inputs: Any) -> HiddenStates:
     body, head = _body_and_head(module)
     if not _is_sharded(module):
         return HiddenStates(_last_hidden(call_model(body, inputs), module), head.weight, head.bias)
-    head.forward = lambda hidden: hidden  # the whole module runs, because its hooks gather the output layer's weight
+    head.forward = lambda input: input  # the whole module runs, because its hooks gather the output layer's weight
     try:
         hidden = extract_logits(call_model(module, inputs))
     finally:
