@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import sqlite3
 import threading
@@ -15,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
+    from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
-__all__ = ["Job", "RunQueue", "open_study"]
+__all__ = ["Job", "RunQueue", "open_queue"]
 
 _BEAT = 5.0  # seconds between two heartbeats of a run
-_POLL = 0.1  # seconds between two attempts to take the lock
+_AHEAD = 32  # trials that wait at most: a storage reads all waiting trials at each claim, 0.3 ms a trial
+_POLL = 0.2  # mean seconds between two looks at a queue that another process fills
 _GRACE = 60.0  # seconds without a heartbeat after which a run's process counts as dead
 
 
@@ -38,10 +41,17 @@ class Job:
     seed: int
     params: dict[str, float] = field(default_factory=dict, compare=False)
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """Cell and seed."""
+        return self.cell, self.seed
+
 
 @contextmanager
-def open_study(storage: str, name: str, direction: str, sampler: Any, pruner: Any) -> Iterator[Study]:
-    """Open or create a study, and close its connections at the end.
+def open_queue(
+    storage: str, name: str, direction: str, sampler: Any = None, pruner: Any = None, retry_failed: bool = False
+) -> Iterator[RunQueue]:
+    """Open or create a study as a queue, and close its connections at the end.
 
     Args:
         storage: URL of a database, or path of a journal file.
@@ -49,17 +59,18 @@ def open_study(storage: str, name: str, direction: str, sampler: Any, pruner: An
         direction: ``"maximize"`` or ``"minimize"``.
         sampler: An Optuna sampler; None for Optuna's default.
         pruner: An Optuna pruner; None for Optuna's default.
+        retry_failed: Whether failed runs are executed again.
     """
     import optuna
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
 
     options: dict[str, Any] = {"direction": direction, "sampler": sampler, "pruner": pruner, "load_if_exists": True}
-    attempt, opened, study = 0, None, None
-    while study is None:
+    attempt, queue, opened = 0, None, None
+    while queue is None:
         try:
             opened = _open_storage(storage)
-            study = optuna.create_study(storage=opened, study_name=name, **options)
+            queue = RunQueue(optuna.create_study(storage=opened, study_name=name, **options), opened, retry_failed)
         except (
             SQLAlchemyError,
             sqlite3.OperationalError,
@@ -70,7 +81,7 @@ def open_study(storage: str, name: str, direction: str, sampler: Any, pruner: An
                 raise
             time.sleep(0.2 * attempt)
     try:
-        yield study
+        yield queue
     finally:
         if (engine := getattr(opened, "engine", None)) is not None:
             engine.dispose()
@@ -104,19 +115,27 @@ def _set_up(connection: Any) -> None:
 class RunQueue:
     """A queue whose runs are trials of a study: waiting, claimed by one process, finished.
 
+    Optuna decides which process gets a waiting trial. It cannot say which jobs belong to the queue, whether a job is
+    there already, or which trial to take: ``enqueue_trial`` in each process enqueues a job once per process, and
+    ``ask`` invents a trial where none is waiting. So one process at a time enqueues the next jobs, under a lock, and
+    each process starts a waiting trial of its own jobs.
+
     A process writes a heartbeat every few seconds while it executes a run. A process whose heartbeat is stale for a
     minute counts as dead, and its run is executed by another one. Processes watch whether the heartbeat *changes*, so
     the clocks of two machines need not agree. Where two processes enqueue the same run, the lower trial number counts.
 
     Args:
         study: The study.
+        storage: The study's storage.
         retry_failed: Whether failed runs are executed again.
     """
 
-    def __init__(self, study: Study, retry_failed: bool = False) -> None:
+    def __init__(self, study: Study, storage: BaseStorage, retry_failed: bool = False) -> None:
         self.study = study
+        self._storage = storage
+        self._study_id = storage.get_study_id_from_name(study.study_name)
         self._retry = {trial.number for trial in self.trials() if trial.state.name == "FAIL"} if retry_failed else set()
-        self._seen: dict[tuple[int, Any], float] = {}
+        self._seen: dict[Any, float] = {}
 
     def trials(self) -> list[FrozenTrial]:
         """Return all trials in their present state."""
@@ -132,59 +151,73 @@ class RunQueue:
                 found.setdefault((cell, seed), trial)
         return found
 
-    def put(self, jobs: Iterable[Job]) -> None:
-        """Enqueue the jobs that no process has enqueued; one process at a time does so."""
+    def claim(self, jobs: Iterable[Job]) -> Trial | None:
+        """Claim the first job that no process has claimed; return None if all are claimed or finished."""
         jobs = list(jobs)
-        if self._missing(jobs):
-            with self._lock():
-                for job in self._missing(jobs):
-                    self.study.enqueue_trial(job.params, user_attrs={"cell": job.cell, "seed": job.seed})
+        while True:
+            current = self.current()
+            waiting = [t for job in jobs if (t := current.get(job.key)) is not None and t.state.name == "WAITING"]
+            missing = len(waiting) < _AHEAD // 2 and any(job.key not in current for job in jobs)
+            if not missing and not waiting:
+                return None
+            enqueued = missing and self._enqueue(jobs)
+            for trial in [*waiting[:1], *random.sample(waiting[1:], max(len(waiting) - 1, 0))]:
+                if (claimed := self._start(trial)) is not None:
+                    return claimed
+            if not enqueued:  # because others are faster: they fill the queue, or have claimed what was waiting
+                time.sleep(_POLL * 2 * random.random())
 
-    def _missing(self, jobs: Iterable[Job]) -> list[Job]:
-        there = self.current()
-        return [job for job in jobs if (job.cell, job.seed) not in there]
+    def _start(self, waiting: FrozenTrial) -> Trial | None:
+        """Claim this trial; return None if another process has claimed it."""
+        import optuna
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
 
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        """Hold a second study as a lock, as its name is unique in the storage; delete a lock whose heartbeat is stale.
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, waiting.number)
+        with suppress(UpdateFinishedTrialError):
+            if self._storage.set_trial_state_values(trial_id, TrialState.RUNNING):
+                trial = optuna.Trial(self.study, trial_id)
+                trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
+                return trial
+        return None
 
-        A process that loses its lock, taken for dead, may enqueue a run twice, which :meth:`current` resolves.
+    def _enqueue(self, jobs: Iterable[Job]) -> bool:
+        """Enqueue the next jobs that are missing; return False if another process is enqueuing.
+
+        The lock is a second study, as its name is unique in the storage. A process that loses its lock, taken for dead,
+        may enqueue a run twice, which :meth:`current` resolves.
         """
         import optuna
         from optuna.exceptions import DuplicatedStudyError
 
-        storage, name = self.study._storage, f"{self.study.study_name} (lock)"
-        seen, since, lock = None, time.monotonic(), None
-        while lock is None:
-            try:
-                lock = optuna.create_study(storage=storage, study_name=name)
-            except DuplicatedStudyError:
-                time.sleep(_POLL)
-                with suppress(KeyError):  # because the lock may be released at any time
-                    beat = optuna.load_study(study_name=name, storage=storage).user_attrs.get("alive")
-                    if beat != seen:
-                        seen, since = beat, time.monotonic()
-                    elif time.monotonic() - since >= _GRACE:
-                        optuna.delete_study(study_name=name, storage=storage)
+        name = f"{self.study.study_name} (lock)"
+        try:
+            lock = optuna.create_study(storage=self._storage, study_name=name)
+        except DuplicatedStudyError:
+            self._delete_stale_lock(name)
+            return False
         try:
             with self.heartbeat(lock):
-                yield
+                there = self.current()
+                for job in [job for job in jobs if job.key not in there][:_AHEAD]:
+                    self.study.enqueue_trial(job.params, user_attrs={"cell": job.cell, "seed": job.seed})
         finally:
             with suppress(KeyError):  # because another process may have found the heartbeat stale
-                optuna.delete_study(study_name=name, storage=storage)
+                optuna.delete_study(study_name=name, storage=self._storage)
+        return True
 
-    def claim(self, jobs: Iterable[Job]) -> Trial | None:
-        """Claim the next waiting trial of these jobs; return None if no such trial is waiting."""
-        wanted = {(job.cell, job.seed) for job in jobs}
-        while any(key in wanted and trial.state.name == "WAITING" for key, trial in self.current().items()):
-            trial = self.study.ask()
-            key = (trial.user_attrs.get("cell"), trial.user_attrs.get("seed"))
-            owner = self.current().get(key)  # pyright: ignore[reportArgumentType]
-            if key in wanted and owner is not None and owner.number == trial.number:
-                trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
-                return trial
-            self.give_up(trial.number)  # because it is another command's, or ask() created it as nothing was waiting
-        return None
+    def _delete_stale_lock(self, name: str) -> None:
+        import optuna
+
+        with suppress(KeyError):  # because the lock may be released at any time
+            lock = optuna.load_study(study_name=name, storage=self._storage)
+            if self._is_stale(("lock", self._storage.get_study_id_from_name(name), lock.user_attrs.get("alive"))):
+                optuna.delete_study(study_name=name, storage=self._storage)
+
+    def _is_stale(self, heartbeat: tuple[Any, ...]) -> bool:
+        """Return True if this process has seen the same heartbeat for too long."""
+        now = time.monotonic()
+        return now - self._seen.setdefault(heartbeat, now) >= _GRACE
 
     def running(self) -> list[FrozenTrial]:
         """Return the trials that a process has claimed and not finished."""
@@ -212,10 +245,8 @@ class RunQueue:
 
     def give_up_dead(self, say: Callable[[str], None]) -> None:
         """Give up the runs whose heartbeat is stale."""
-        now = time.monotonic()
         for trial in self.running():
-            heartbeat = (trial.number, trial.user_attrs.get("alive"))
-            if now - self._seen.setdefault(heartbeat, now) >= _GRACE:
+            if self._is_stale(("trial", trial.number, trial.user_attrs.get("alive"))):
                 worker = trial.user_attrs.get("worker", "unknown")
                 say(f"run {trial.number} of process {worker} has had no heartbeat for {_GRACE:g} s: executed again")
                 self.give_up(trial.number)

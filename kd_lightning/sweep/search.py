@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from kd_lightning.ranking import check_counts, check_monitor, check_temperatures, check_weights
 from kd_lightning.sweep.plan import BASELINE, Plan, comparable, refuse_changes
-from kd_lightning.sweep.queue import RunQueue, open_study
+from kd_lightning.sweep.queue import RunQueue, open_queue
 from kd_lightning.sweep.report import write_report
 from kd_lightning.sweep.results import SweepCell, SweepResult, SweepRun
 from kd_lightning.sweep.run import Setting, Validations, measure, resolve, train
@@ -140,9 +140,9 @@ def sweep(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     place = storage or f"sqlite:///{folder / 'sweep.db'}"
     try:
-        with open_study(place, study_name, direction, sampling, pruning) as study, _quiet():
-            refuse_changes(study, settings)
-            return _Sweep(RunQueue(study, retry_failed), plan).do()
+        with open_queue(place, study_name, direction, sampling, pruning, retry_failed) as queue, _quiet():
+            refuse_changes(queue.study, settings)
+            return _Sweep(queue, plan).do()
     finally:
         optuna.logging.set_verbosity(verbosity)
 
@@ -191,9 +191,7 @@ class _Sweep:
         while self.progress()[0] < len(self.plan.cells) * len(self.plan.seeds):
             if self.interrupted:
                 raise KeyboardInterrupt
-            jobs = self.plan.jobs(self.queue.trials())
-            self.queue.put(jobs)
-            self.trial = self.queue.claim(jobs)
+            self.trial = self.queue.claim(self.plan.jobs(self.queue.trials()))
             if self.trial is None:
                 if not waited:
                     _say("nothing is left to start; waiting for the runs of other processes, or for stale heartbeats")
