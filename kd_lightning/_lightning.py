@@ -19,6 +19,7 @@ __all__ = [
     "FirstLookModule",
     "accumulates",
     "attached_trainer",
+    "batches_done",
     "callbacks_of",
     "datamodule_of",
     "init_arguments",
@@ -67,6 +68,11 @@ def accumulates(trainer: Trainer) -> bool:
     epoch, which always steps.
     """
     return trainer.fit_loop._should_accumulate()
+
+
+def batches_done(trainer: Trainer) -> int:
+    """Return the batches of this epoch that have been trained on; after a resume, those before it too."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.processed  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def logged_step(trainer: Trainer) -> int:

@@ -65,8 +65,9 @@ class Progress:
         if self.max_epochs is not None:
             return min(self.epoch / max(self.max_epochs, 1), 1.0)
         raise ValueError(
-            "this schedule spans the whole run, but Progress has neither max_steps nor max_epochs. Give one of them "
-            "(Trainer: max_epochs or max_steps), or use a schedule that counts, such as ExponentialSchedule."
+            "this schedule spans the whole run, whose end must be known, but Progress has neither max_steps nor "
+            "max_epochs. Give the Trainer max_epochs or max_steps (max_time alone names no step), or take a schedule "
+            "that counts, such as ExponentialSchedule."
         )
 
     def count(self, unit: Unit) -> int:

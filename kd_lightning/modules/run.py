@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from kd_lightning._lightning import accumulates, callbacks_of, datamodule_of, log_interval
 from kd_lightning.distiller import DistillationOutput, Distiller
+from kd_lightning.modules.run_length import RunLength
 from kd_lightning.teachers import Teacher
 from kd_lightning.temperature import Progress
 
@@ -45,7 +46,7 @@ class DistillationRun:
     def __init__(self, distiller: Distiller, owner: str) -> None:
         self.distiller = distiller
         self.owner = owner
-        self._max_steps: int | None = None
+        self._length = RunLength()
         self._last_progress = Progress(max_steps=1, max_epochs=1)  # at the start of a run
         self._restored: dict[str, Any] = {}
 
@@ -59,13 +60,10 @@ class DistillationRun:
         """Return where training stands; outside of ``fit``, where the last fit or the checkpoint ended."""
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return self._last_progress
-        if self._max_steps is None and trainer.training:
-            steps = trainer.estimated_stepping_batches
-            self._max_steps = int(steps) if 0 < steps < float("inf") else 0  # 0: it has no known end
         max_epochs = trainer.max_epochs
         self._last_progress = Progress(
             step=trainer.global_step,
-            max_steps=self._max_steps or None,
+            max_steps=self._length.steps(trainer),
             epoch=trainer.current_epoch,
             max_epochs=max_epochs if max_epochs and max_epochs > 0 else None,
         )
@@ -76,7 +74,7 @@ class DistillationRun:
         self.teacher.load()
         for policy in self.distiller.policies().values():
             policy.setup_data(datamodule_of(trainer))
-        self._max_steps = None
+        self._length = RunLength()
         self._restored.pop("resumed_teacher", None)
         rank_zero_info(f"Teacher: {self.teacher!r}, fingerprint {self.teacher.fingerprint()[:8]}")
 

@@ -75,6 +75,12 @@ def test_attached_trainer() -> None:
     assert _lightning.attached_trainer(module) is trainer
 
 
+def test_batches_done() -> None:
+    trainer = make_trainer(callbacks=[watch := Watch(_lightning.batches_done)], max_epochs=2)
+    trainer.fit(BoringModel(), make_loader(3))
+    assert watch.seen == [1, 2, 3, 1, 2, 3]
+
+
 def test_accumulates_but_for_the_steps_and_the_last_batch() -> None:
     class Module(BoringModel):
         seen: list[bool]
