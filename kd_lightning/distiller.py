@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from kd_lightning.functional.rows import without_padding
 from kd_lightning.layers import LayerResult, LayerTerm, LayerTerms
 from kd_lightning.losses import CrossEntropyLoss, KDLoss
 from kd_lightning.output import DistillationOutput, as_terms
-from kd_lightning.schedules import Progress, Schedule, as_schedule, weight_at
+from kd_lightning.schedules import ConstantSchedule, Progress, Schedule, as_schedule, weight_at
 from kd_lightning.teachers import GivenLogits, Opinions, Teacher, as_teacher, extract_logits
 from kd_lightning.temperature import Signals, TemperaturePolicy, as_policy
 from kd_lightning.temperature.base import Temperatures
@@ -23,6 +24,12 @@ from kd_lightning.temperature.base import Temperatures
 __all__ = ["DistillationOutput", "Distiller"]
 
 _NO_TEACHER = GivenLogits()
+_CONVERTERS: dict[str, Callable[[Any], Any]] = {
+    "teacher": as_teacher,
+    "temperature": as_policy,
+    "kd_weight": partial(as_schedule, name="kd_weight"),
+    "task_weight": partial(as_schedule, name="task_weight"),
+}
 
 
 class Distiller(nn.Module):
@@ -89,18 +96,31 @@ class Distiller(nn.Module):
         layers: Sequence[LayerTerm] | None = None,
     ) -> None:
         super().__init__()
-        self.teacher = as_teacher(teacher)
-        self.temperature = as_policy(temperature)
+        self.kd_enabled = True
         self.kd_loss = KDLoss() if kd_loss is None else kd_loss
         self.task_loss = CrossEntropyLoss(ignore_index=self.task_ignore_index) if task_loss is None else task_loss
-        self.kd_weight = as_schedule(kd_weight)
-        self.kd_enabled = True
-        self.task_weight = as_schedule(task_weight)
         self.layers = LayerTerms(layers or ())
-        self.teacher_temperatures = nn.ModuleList(self._teaching.temperatures)
-        self._teaching.check_loss(self.kd_loss)
-        if len(self.layers) and self.teacher is not None:
-            self.teacher.network()  # raises where there is none
+        self.kd_weight = as_schedule(kd_weight, "kd_weight")
+        self.task_weight = as_schedule(task_weight, "task_weight")
+        self.temperature = as_policy(temperature)
+        self.teacher = as_teacher(teacher)
+        if (self.kd_weight, self.task_weight) == (ConstantSchedule(0), ConstantSchedule(0)) and not len(self.layers):
+            raise ValueError("kd_weight and task_weight are both 0, which trains nothing. Give one of them a weight.")
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; arguments of the constructor may be set anew, and are converted and checked as there."""
+        value = _CONVERTERS[name](value) if name in _CONVERTERS else value
+        device = self.temperature.multiplier.device if "temperature" in self._modules else None
+        super().__setattr__(name, value)
+        if name == "teacher":
+            self.teacher_temperatures = nn.ModuleList(self._teaching.temperatures)
+            self._teaching.check_loss(self.kd_loss)
+            if len(self.layers) and self.teacher is not None:
+                self.teacher.network()  # raises where there is none
+        if device is not None and name in ("teacher", "temperature"):  # set after a move
+            self.temperature.to(device)
+            self._teaching.to(device)
 
     @property
     def class_dim(self) -> int:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 from typing import Literal, get_args
 
 from typing_extensions import override
@@ -380,8 +381,12 @@ def check_boundaries(owner: str, parts: str, num_parts: int, boundaries: Sequenc
     return tuple(boundaries)
 
 
-def as_schedule(value: float | Callable[[Progress], float]) -> Callable[[Progress], float]:
+def as_schedule(value: float | Callable[[Progress], float], name: str = "schedule") -> Callable[[Progress], float]:
     """Turn a number into a :class:`ConstantSchedule`; leave a schedule, or any function, as it is.
+
+    Args:
+        value: The number or schedule.
+        name: Name of the argument, for messages.
 
     Raises:
         TypeError: If the value is neither a number nor a function.
@@ -391,11 +396,12 @@ def as_schedule(value: float | Callable[[Progress], float]) -> Callable[[Progres
         >>> as_schedule(0.9)
         ConstantSchedule(value=0.9)
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return ConstantSchedule(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return ConstantSchedule(value if isinstance(value, int) else float(value))
     if callable(value) and not isinstance(value, type):
         return value
-    raise TypeError(f"expected a number or a schedule (Progress → number), got {value!r}.")
+    hint = " Pass an instance, not the class." if isinstance(value, type) else ""
+    raise TypeError(f"{name} must be a number or a schedule (Progress → number), got {value!r}.{hint}")
 
 
 def weight_at(schedule: Callable[[Progress], float], progress: Progress, name: str) -> float:
@@ -413,7 +419,7 @@ def weight_at(schedule: Callable[[Progress], float], progress: Progress, name: s
 def _check_values(schedule: object, *names: str, positive: bool = False) -> None:
     for name in names:
         value = getattr(schedule, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
         if not number or value < 0 or (positive and value == 0):
             rule = "positive" if positive else "not negative"
             raise ValueError(f"{type(schedule).__name__}: {name} must be a finite number, {rule}, got {value!r}.")

@@ -20,6 +20,7 @@ from kd_lightning._lightning import is_compiled
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.modules.run import (
     DistillationRun,
+    HoldsDistiller,
     configure_with_groups,
     is_logging_step,
     step_readings,
@@ -32,7 +33,7 @@ __all__ = ["DistillationCallback"]
 _ABSENT: Any = object()
 
 
-class DistillationCallback(Callback):
+class DistillationCallback(HoldsDistiller, Callback):
     r"""Adds a teacher to a LightningModule as it is: :math:`L = w_{kd} L_{kd} + w_{task} L_{module}`.
 
     :math:`L_{module}` is what the module's own ``training_step`` returns. The student's logits are what ``forward``, or

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -163,7 +164,7 @@ def as_temperature(temperature: float | Tensor | Temperature, logits: Tensor) ->
 
 def is_number(temperature: object) -> TypeGuard[float]:
     """Return True if the temperature is a Python number; a bool is none."""
-    return isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    return isinstance(temperature, Real) and not isinstance(temperature, bool)
 
 
 def checked_number(temperature: float) -> float:

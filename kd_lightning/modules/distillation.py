@@ -31,7 +31,7 @@ from kd_lightning.distiller import DistillationOutput
 from kd_lightning.export import ExportFormat, ExportReport, export_student
 from kd_lightning.fused_distiller import make_distiller
 from kd_lightning.layers import LayerTerm
-from kd_lightning.modules.run import DistillationRun, is_logging_step, step_readings
+from kd_lightning.modules.run import DistillationRun, HoldsDistiller, is_logging_step, step_readings
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.teachers import Teacher, split_index
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
@@ -41,7 +41,7 @@ __all__ = ["DistillationModule"]
 _CHECKPOINT_KEY = "kd_lightning"
 
 
-class DistillationModule(FirstLookModule, SupervisedModule):
+class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
     r"""Trains a student on a frozen teacher: :math:`L = w_{kd} L_{kd} + w_{task} L_{task}`.
 
     Logged: ``train_loss``, ``train_kd_loss``, ``train_task_loss``, ``temperature_student``, ``temperature_teacher``,
@@ -144,11 +144,6 @@ class DistillationModule(FirstLookModule, SupervisedModule):
     @override
     def ignore_index(self) -> int:
         return self.distiller.task_ignore_index
-
-    @property
-    def teacher(self) -> Any:
-        """The :class:`~kd_lightning.teachers.Teacher`, or None."""
-        return self.distiller.teacher
 
     @property
     def progress(self) -> Progress:

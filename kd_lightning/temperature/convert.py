@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import TypeAlias
 
 from torch import nn
@@ -35,8 +36,8 @@ def as_policy(temperature: float | Callable[[Progress], float] | TemperaturePoli
     """
     if isinstance(temperature, TemperaturePolicy):
         return temperature
-    if isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
-        return ConstantTemperature(temperature)
+    if isinstance(temperature, Real) and not isinstance(temperature, bool):
+        return ConstantTemperature(float(temperature))
     if callable(temperature) and not isinstance(temperature, (type, nn.Module)):
         return ScheduledTemperature(temperature)
     received = temperature.__name__ if isinstance(temperature, type) else type(temperature).__name__
