@@ -28,6 +28,7 @@ __all__ = [
     "StepSchedule",
     "Unit",
     "as_schedule",
+    "value_at",
     "weight_at",
 ]
 
@@ -404,13 +405,31 @@ def as_schedule(value: float | Callable[[Progress], float], name: str = "schedul
     raise TypeError(f"{name} must be a number or a schedule (Progress → number), got {value!r}.{hint}")
 
 
+def value_at(schedule: Callable[[Progress], float], progress: Progress) -> float:
+    """Return a schedule's value at this point of training.
+
+    Raises:
+        TypeError: If the value is no number.
+    """
+    value = schedule(progress)
+    if isinstance(value, (int, float)):
+        return value
+    if not isinstance(value, Real):
+        raise TypeError(
+            f"a schedule must return a number, but {schedule} returned {value!r} ({type(value).__name__}) at "
+            f"{progress}. Return a float; a tensor becomes one by float(tensor)."
+        )
+    return float(value)
+
+
 def weight_at(schedule: Callable[[Progress], float], progress: Progress, name: str) -> float:
     """Return a loss weight at this point of training.
 
     Raises:
+        TypeError: If the schedule gives a value that is no number.
         ValueError: If the schedule gives a value that is negative or not finite.
     """
-    weight = schedule(progress)
+    weight = value_at(schedule, progress)
     if not (math.isfinite(weight) and weight >= 0):
         raise ValueError(f"{name} must be finite and not negative, but {schedule} gave {weight} at {progress}.")
     return weight

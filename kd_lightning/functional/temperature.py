@@ -123,12 +123,12 @@ def predictive_entropy(
     return entropy / math.log(num_classes) if normalize else entropy
 
 
-def as_temperature(temperature: float | Tensor | Temperature, logits: Tensor) -> Temperature:
+def as_temperature(temperature: float | Tensor | Temperature, logits: Tensor, owner: str = "") -> Temperature:
     """Bring a number, a tensor or a :class:`Temperature` to a checked :class:`Temperature` for these logits.
 
     Shapes are checked on the host. Values are checked on the host where that is free (numbers, CPU tensors) and by an
     asynchronous device assertion elsewhere, so that no training step has a host sync. Under ``torch.compile`` and
-    ``torch.func`` values are not checked.
+    ``torch.func`` values are not checked. ``owner`` begins the messages, as in ``"MyPolicy: "``.
 
     Raises:
         ValueError: If a value is not positive and finite, or if a shape does not fit the logits.
@@ -144,11 +144,11 @@ def as_temperature(temperature: float | Tensor | Temperature, logits: Tensor) ->
     """
     if isinstance(temperature, Temperature):
         student, teacher, scale = temperature
-        _check_temperature(student, logits, "student temperature")
+        _check_temperature(student, logits, f"{owner}student temperature")
         return Temperature(
             student,
-            teacher if teacher is student else _check_temperature(teacher, logits, "teacher temperature"),
-            None if scale is None else _check_temperature(scale, logits, "scale", minimum_included=True),
+            teacher if teacher is student else _check_temperature(teacher, logits, f"{owner}teacher temperature"),
+            None if scale is None else _check_temperature(scale, logits, f"{owner}scale", minimum_included=True),
         )
     if isinstance(temperature, Tensor):
         shared = _check_temperature(temperature, logits, "temperature")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.functional import Temperature
-from kd_lightning.functional.temperature import as_temperature
+from kd_lightning.functional.temperature import as_temperature, check_values, is_number
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.statistics import mean_over_valid
 
@@ -86,6 +86,7 @@ class TemperaturePolicy(nn.Module, ABC):
         self.min_temperature = float(min_temperature)
         self.max_temperature = float(max_temperature)
         self.register_buffer("multiplier", torch.ones(1, dtype=torch.float32))
+        self.register_load_state_dict_post_hook(_check_multiplier)
 
     @abstractmethod
     def compute(self, signals: Signals) -> Temperatures:
@@ -161,15 +162,42 @@ class TemperaturePolicy(nn.Module, ABC):
         computed = self.compute(signals)
         if isinstance(computed, Temperature):
             return self._finish(computed, signals)
+        if not isinstance(computed, (tuple, list)) or not computed:
+            raise TypeError(self._wrong_type(computed))
         return tuple(self._finish(term, signals) for term in computed)
 
+    def _wrong_type(self, computed: object) -> str:
+        return (
+            f"{type(self).__name__}.compute must return a Temperature of two tensors, or a sequence of them, got "
+            f"{computed!r}. Write Temperature(student=t, teacher=t) with t = signals.full(4.0), or a tensor (N, 1) for "
+            "one temperature per sample."
+        )
+
+    def _check_sign(self, temperature: Tensor | float) -> None:
+        """Raise if a temperature by the policy's own rule is negative, which the bounds would hide."""
+        message = (
+            f"{type(self).__name__}.compute returned a negative temperature. Temperatures are positive: bring values of "
+            "any sign there by softplus or exp."
+        )
+        if isinstance(temperature, Tensor):
+            check_values(~(temperature.detach() < 0).any(), message)
+        elif temperature < 0:
+            raise ValueError(message)
+
     def _finish(self, computed: Temperature, signals: Signals) -> Temperature:
+        if not (isinstance(computed, Temperature) and all(map(_is_value, computed[:2]))):
+            raise TypeError(self._wrong_type(computed))
+        self._check_sign(computed.student)
+        if computed.teacher is not computed.student:
+            self._check_sign(computed.teacher)
         student = _fill_left_out(self._bound(computed.student), signals)
         shared = computed.teacher is computed.student
         teacher = student if shared else _fill_left_out(self._bound(computed.teacher), signals)
         scale = None if computed.scale is None else _fill_left_out(computed.scale, signals)
         scale = self.loss_scale(Temperature(student, teacher, scale))
-        return as_temperature(Temperature(student, teacher, scale), signals.student_logits)
+        return as_temperature(
+            Temperature(student, teacher, scale), signals.student_logits, f" of {type(self).__name__}"
+        )
 
     def _bound(self, temperature: Tensor) -> Tensor:
         return (temperature * self.multiplier).clamp(self.min_temperature, self.max_temperature)
@@ -212,6 +240,20 @@ class TemperaturePolicy(nn.Module, ABC):
         values |= {name: getattr(self, name) for name, p in defaults.items() if getattr(self, name) != p.default}
         return ", ".join(
             f"{name}={_shown(value)}" for name, value in values.items() if not isinstance(value, (nn.Module, Tensor))
+        )
+
+
+def _is_value(value: object) -> bool:
+    return isinstance(value, Tensor) or is_number(value)
+
+
+def _check_multiplier(policy: nn.Module, _: object) -> None:
+    assert isinstance(policy, TemperaturePolicy)
+    value = 1.0 if policy.multiplier.is_meta else policy.multiplier.item()
+    if not 0 < value < math.inf:
+        raise ValueError(
+            f"the multiplier of {type(policy).__name__} must be positive and finite, but the checkpoint has {value:g}: "
+            "the checkpoint was damaged or edited. Load another, or set the multiplier in it to 1."
         )
 
 

@@ -234,6 +234,7 @@ class DisagreementTemperature(TemperaturePolicy):
         else:
             weight = 1.0 / (signals.student_logits.softmax(-1).amax(-1, keepdim=True) + 1e-3)
         temperature = self.base + self.beta * (mean_over_valid(weight, signals.valid) - weight)
+        temperature = temperature.clamp(min=0.0)  # a large beta makes it negative; the bounds do the rest
         return Temperature(student=temperature, teacher=temperature)
 
     def _cosine(self, signals: Signals) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature
-from kd_lightning.schedules import Progress, Schedule
+from kd_lightning.schedules import Progress, Schedule, value_at
 from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 
@@ -64,7 +64,7 @@ class ScheduledTemperature(TemperaturePolicy):
         bounds: See :class:`TemperaturePolicy`.
 
     Raises:
-        TypeError: If the schedule is not callable.
+        TypeError: If the schedule is not callable; on the call, if it gives no number.
         ValueError: On the call, if the schedule gives a value that is not positive and finite.
 
     Example:
@@ -85,11 +85,11 @@ class ScheduledTemperature(TemperaturePolicy):
 
     @override
     def compute(self, signals: Signals) -> Temperature:
-        value = self.schedule(signals.progress)
+        value = value_at(self.schedule, signals.progress)
         if not 0 < value < math.inf:  # NaN fails too; torch.compile cannot trace math.isfinite here
             raise ValueError(
                 f"a temperature schedule must give positive, finite values, but {self.schedule} gave {value} at "
-                f"{signals.progress}."
+                f"{signals.progress}. Usual temperatures lie between 1 and 20."
             )
         temperature = signals.full(value)
         return Temperature(student=temperature, teacher=temperature)

@@ -111,6 +111,40 @@ class TestShapes:
     def test_a_number_will_do(self):
         assert Given(2.0, 3.0)(signals()).teacher.item() == 3.0
 
+    @pytest.mark.parametrize(
+        "returned", [4.0, torch.ones(1), None, "hot", [], [2.0], (torch.ones(1), torch.ones(1)), [None]]
+    )
+    def test_types_refused(self, returned):
+        class Wrong(TemperaturePolicy):
+            def compute(self, signals):
+                return returned
+
+        with pytest.raises(TypeError, match=r"Wrong.compute must return a Temperature of two tensors, or a sequence"):
+            Wrong()(signals())
+        with pytest.raises(TypeError, match=r"Given.compute must return a Temperature of two tensors, or a sequence"):
+            Given(None, None)(signals())
+
+    @pytest.mark.parametrize("value", [torch.full((4, 1), -1.0), torch.tensor([[1.0], [2.0], [-0.1], [1.0]]), -1.0])
+    def test_negative(self, value):
+        """A bound would have made it 0.05."""
+        with pytest.raises(
+            ValueError, match=r"Given.compute returned a negative temperature. Temperatures are positive"
+        ):
+            Given(value, value)(signals())
+        with pytest.raises(ValueError, match=r"Given.compute returned a negative temperature"):
+            Given(torch.ones(1), value)(signals())
+
+    def test_a_message_names_the_class(self):
+        with pytest.raises(ValueError, match=r"^Given: student temperature has shape \(4,\)"):
+            Given(torch.ones(4), torch.ones(4))(signals())
+
+    @pytest.mark.parametrize("value", [-1.0, 0.0, math.nan, math.inf])
+    def test_a_multiplier_that_cannot_be(self, value):
+        state = ConstantTemperature(2.0).state_dict()
+        state["multiplier"] = torch.tensor([value])
+        with pytest.raises(ValueError, match=r"the multiplier of ConstantTemperature must be positive and finite, but"):
+            ConstantTemperature(3.0).load_state_dict(state)
+
     def test_nan(self):
         t = torch.full((4, 1), math.nan)
         with pytest.raises(ValueError, match="student temperature must be positive and finite"):
@@ -195,6 +229,11 @@ class TestScheduled:
     @pytest.mark.parametrize("value", [0.0, -2.0, math.nan, math.inf])
     def test_schedule_value_errors(self, value):
         with pytest.raises(ValueError, match="must give positive, finite values"):
+            ScheduledTemperature(lambda progress: value)(signals())
+
+    @pytest.mark.parametrize("value", [None, "4", torch.tensor(4.0)])
+    def test_schedule_type_errors(self, value):
+        with pytest.raises(TypeError, match=r"a schedule must return a number, but .* returned "):
             ScheduledTemperature(lambda progress: value)(signals())
 
     def test_not_callable(self):
