@@ -176,8 +176,8 @@ class TemperaturePolicy(nn.Module, ABC):
     def _check_sign(self, temperature: Tensor | float) -> None:
         """Raise if a temperature by the policy's own rule is negative, which the bounds would hide."""
         message = (
-            f"{type(self).__name__}.compute returned a negative temperature. Temperatures are positive: bring values of "
-            "any sign there by softplus or exp."
+            f"{type(self).__name__}.compute returned a negative temperature. Temperatures are positive: bring "
+            "values of any sign there by softplus or exp."
         )
         if isinstance(temperature, Tensor):
             check_values(~(temperature.detach() < 0).any(), message)
@@ -195,9 +195,8 @@ class TemperaturePolicy(nn.Module, ABC):
         teacher = student if shared else _fill_left_out(self._bound(computed.teacher), signals)
         scale = None if computed.scale is None else _fill_left_out(computed.scale, signals)
         scale = self.loss_scale(Temperature(student, teacher, scale))
-        return as_temperature(
-            Temperature(student, teacher, scale), signals.student_logits, f" of {type(self).__name__}"
-        )
+        temperature = Temperature(student, teacher, scale)
+        return as_temperature(temperature, signals.student_logits, f"{type(self).__name__}: ")
 
     def _bound(self, temperature: Tensor) -> Tensor:
         return (temperature * self.multiplier).clamp(self.min_temperature, self.max_temperature)
