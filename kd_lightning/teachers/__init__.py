@@ -11,19 +11,25 @@ from kd_lightning.teachers.calls import (
 )
 from kd_lightning.teachers.ensemble import TeacherEnsemble
 from kd_lightning.teachers.frozen import FrozenTeacher, as_teacher
+from kd_lightning.teachers.function import FunctionTeacher
 from kd_lightning.teachers.indexed import Indexed, IndexedDataset, split_index
+from kd_lightning.teachers.made_at import Output
+from kd_lightning.teachers.onnx import OnnxTeacher
 from kd_lightning.teachers.teacher import GivenLogits, LossTerm, Opinions, Teacher
 from kd_lightning.teachers.weights import fingerprint, load_weights
 
 __all__ = [
     "Call",
     "FrozenTeacher",
+    "FunctionTeacher",
     "GivenLogits",
     "HiddenStates",
     "Indexed",
     "IndexedDataset",
     "LossTerm",
+    "OnnxTeacher",
     "Opinions",
+    "Output",
     "Teacher",
     "TeacherCache",
     "TeacherEnsemble",

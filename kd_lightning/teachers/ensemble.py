@@ -164,7 +164,7 @@ class TeacherEnsemble(Teacher):
 
     @property
     @override
-    def caches(self) -> tuple[TeacherCache, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def caches(self) -> tuple[TeacherCache, ...]:
         return tuple(cache for teacher in self.teachers for cache in teacher.caches)
 
     @override

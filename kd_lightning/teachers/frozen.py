@@ -22,7 +22,6 @@ from kd_lightning.teachers.calls import (
     hidden_states,
     in_micro_batches,
 )
-from kd_lightning.teachers.indexed import IndexedDataset
 from kd_lightning.teachers.teacher import Teacher
 from kd_lightning.teachers.weights import fingerprint, load_weights, looks_untrained
 
@@ -190,11 +189,6 @@ class FrozenTeacher(Teacher):
 
     @property
     @override
-    def caches(self) -> tuple[TeacherCache, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return () if self.cache is None else (self.cache,)
-
-    @property
-    @override
     def gives_hidden_states(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.cache is None
 
@@ -215,27 +209,6 @@ class FrozenTeacher(Teacher):
                 f"{self.micro_batch_size}: leave it out."
             )
         return self.module
-
-    def index(self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None) -> IndexedDataset:
-        """Wrap the training data so that their batches, ``(batch, index)``, name their rows in the cache.
-
-        .. code-block:: python
-
-            data = teacher.index(dataset)
-            loader = DataLoader(data, batch_size=64, shuffle=True)
-
-        Args:
-            dataset: A map-style dataset.
-            collate_fn: How its samples become a batch, where torch's default does not do; then give the loader
-                ``collate_fn=data.collate``.
-
-        Raises:
-            ValueError: There is no cache; or its file is not of this teacher, dataset and transform, or is damaged; or
-                the samples are random.
-        """
-        if self.cache is None:
-            raise ValueError("this teacher has no cache: FrozenTeacher(..., cache=TeacherCache(path)).")
-        return self.cache.index(dataset, self.fingerprint(), collate_fn)
 
     def to(self, *args: Any, **kwargs: Any) -> FrozenTeacher:
         """Move or cast the network, as ``nn.Module.to``; a ``precision`` of its own stays."""

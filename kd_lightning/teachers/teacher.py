@@ -93,8 +93,8 @@ class Teacher(ABC):
     """The file whose weights are read at first use."""
     loaded: bool = True
     """False while the weights wait in the checkpoint."""
-    caches: tuple[TeacherCache, ...] = ()
-    """The caches that hold its logits."""
+    cache: TeacherCache | None = None
+    """The cache that keeps its logits, by sample."""
     temperatures: Sequence[TemperaturePolicy] = ()
     """The teacher's own policies, which the Distiller registers, trains and checkpoints."""
     settings: str = ""
@@ -185,6 +185,11 @@ class Teacher(ABC):
 
     # ---- what only some teachers have -----------------------------------------------------------------------------
 
+    @property
+    def caches(self) -> tuple[TeacherCache, ...]:
+        """The caches that hold its logits."""
+        return () if self.cache is None else (self.cache,)
+
     def network(self) -> nn.Module:
         """Return the network whose one forward gives the features of a batch, for layers.
 
@@ -204,10 +209,23 @@ class Teacher(ABC):
     def index(self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None) -> IndexedDataset:
         """Wrap the training data so that their batches, ``(batch, index)``, name their rows in the cache.
 
+        .. code-block:: python
+
+            data = teacher.index(dataset)
+            loader = DataLoader(data, batch_size=64, shuffle=True)
+
+        Args:
+            dataset: A map-style dataset.
+            collate_fn: Function that collates samples, by default torch's. With another function, pass
+                ``collate_fn=data.collate`` to the loader.
+
         Raises:
-            ValueError: If the teacher has no cache.
+            ValueError: If the teacher has no cache; if the cache's file is damaged or belongs to another teacher,
+                dataset or transform; if the samples are random.
         """
-        raise ValueError("this teacher has no cache: FrozenTeacher(..., cache=TeacherCache(path)).")
+        if self.cache is None:
+            raise ValueError("this teacher has no cache: FrozenTeacher(..., cache=TeacherCache(path)).")
+        return self.cache.index(dataset, self.fingerprint(), collate_fn)
 
     def student_inputs(self, inputs: Any) -> Any:
         """Return the part of the inputs that is meant for networks, the student's included."""
