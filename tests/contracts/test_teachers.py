@@ -1,0 +1,149 @@
+"""Properties of every exported teacher: a class of ``kd_lightning.teachers`` without a case here fails."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from kd_lightning import DistillationModule, Distiller, FrozenTeacher, TeacherEnsemble, teachers
+from kd_lightning.callbacks import DistillationCallback
+from kd_lightning.export import export_student
+from kd_lightning.teachers import FunctionTeacher, OnnxTeacher, Teacher
+from tests.helpers import NUM_CLASSES, NUM_FEATURES, make_loader, make_network
+
+NO_TEACHERS = {"Teacher", "GivenLogits"}  # the protocol, and the stand-in of a Distiller without a teacher
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    net = make_network(norm=False)
+    for parameter in net.parameters():
+        parameter.data *= 3.0  # stands for training
+    return net
+
+
+class Scores:
+    """A function with weights that pickles."""
+
+    def __init__(self, seed: int) -> None:
+        self.weight = torch.randn(NUM_FEATURES, NUM_CLASSES, generator=torch.Generator().manual_seed(seed))
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return inputs.float() @ self.weight
+
+
+def onnx(seed: int, folder: Path) -> Teacher:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    path = folder / f"teacher-{seed}.onnx"
+    if not path.exists():
+        export_student(network(seed).eval(), path, "onnx", torch.randn(4, NUM_FEATURES))
+    return OnnxTeacher(path)
+
+
+BUILD: dict[str, Callable[[int, Path], Teacher]] = {
+    "FrozenTeacher": lambda seed, folder: FrozenTeacher(network(seed)),
+    "FunctionTeacher": lambda seed, folder: FunctionTeacher(Scores(seed), name=f"scores {seed}"),
+    "OnnxTeacher": onnx,
+    "TeacherEnsemble": lambda seed, folder: TeacherEnsemble([network(seed), network(seed + 10)]),
+}
+each = pytest.mark.parametrize("name", BUILD)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+INPUTS = torch.randn(5, NUM_FEATURES, generator=torch.Generator().manual_seed(7))
+
+
+def of(teacher: Teacher, inputs: Tensor = INPUTS) -> list[Tensor]:
+    return list(teacher.members(teacher.logits(inputs)))
+
+
+def test_every_exported_teacher_has_a_case() -> None:
+    exported = (getattr(teachers, name) for name in teachers.__all__)
+    found = {value.__name__ for value in exported if isinstance(value, type) and issubclass(value, Teacher)}
+    assert set(BUILD) == found - NO_TEACHERS
+
+
+@each
+def test_logits_are_finite_and_have_no_gradient(name: str, tmp_path: Path) -> None:
+    for logits in of(BUILD[name](0, tmp_path), INPUTS.clone().requires_grad_()):
+        assert logits.shape == (5, NUM_CLASSES)
+        assert logits.isfinite().all()
+        assert not logits.requires_grad
+        assert not logits.is_inference()  # else a learnable temperature could not save it for its backward
+
+
+@each
+def test_the_fingerprint_tells_teachers_apart(name: str, tmp_path: Path) -> None:
+    teacher, twin, other = (BUILD[name](seed, tmp_path) for seed in (0, 0, 1))
+    of(teacher)
+    assert teacher.fingerprint() == twin.fingerprint() == teacher.fingerprint()
+    assert teacher.fingerprint() != other.fingerprint()
+
+
+@each
+def test_moves_and_casts_with_the_distiller(name: str, tmp_path: Path) -> None:
+    teacher = BUILD[name](0, tmp_path)
+    expected = of(teacher)
+    Distiller(teacher).double().to("cpu")
+    assert {parameter.dtype for parameter in teacher.parameters()} <= {torch.float64}
+    for logits, value in zip(of(teacher, INPUTS.double()), expected, strict=True):
+        torch.testing.assert_close(logits.float(), value, rtol=1e-4, atol=1e-5)
+
+
+@each
+def test_copies(name: str, tmp_path: Path) -> None:
+    teacher = BUILD[name](0, tmp_path)
+    expected = of(teacher)
+    for twin in (copy.deepcopy(teacher), pickle.loads(pickle.dumps(teacher))):
+        assert twin.fingerprint() == teacher.fingerprint()
+        for logits, value in zip(of(twin), expected, strict=True):
+            assert torch.equal(logits, value)
+        assert repr(twin) == repr(teacher)
+
+
+class Plain(LightningModule):
+    """The user's own module, which the callback distils."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make_network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@each
+def test_serves_distiller_module_and_callback(name: str, tmp_path: Path, make_trainer: Callable[..., Trainer]) -> None:
+    teacher = BUILD[name](0, tmp_path)
+    distiller = Distiller(teacher, task_weight=0.0)
+    student = torch.zeros(5, NUM_CLASSES, requires_grad=True)
+    distiller(INPUTS, student).loss.backward()
+    assert student.grad is not None
+    assert student.grad.abs().sum() > 0
+
+    module = DistillationModule(student=make_network(), teacher=teacher)
+    make_trainer(max_epochs=1).fit(module, make_loader())
+    callback = DistillationCallback(teacher=teacher)
+    plain = Plain()
+    make_trainer(max_epochs=1, callbacks=[callback]).fit(plain, make_loader())
+
+    secret = {id(parameter) for parameter in teacher.parameters()}
+    for holder in (distiller, module, plain):
+        assert not secret & {id(parameter) for parameter in holder.parameters()}
+        assert not any("teacher" in key for key in holder.state_dict())
+    before = of(BUILD[name](0, tmp_path))
+    for logits, value in zip(of(teacher), before, strict=True):  # training has changed nothing
+        torch.testing.assert_close(logits, value, rtol=0, atol=0)
