@@ -22,8 +22,10 @@ from kd_lightning.teachers.calls import (
     hidden_states,
     in_micro_batches,
 )
+from kd_lightning.teachers.freeze import freeze
 from kd_lightning.teachers.teacher import Teacher
-from kd_lightning.teachers.weights import fingerprint, load_weights, looks_untrained
+from kd_lightning.teachers.weights import fingerprint as hash_weights
+from kd_lightning.teachers.weights import load_weights, looks_untrained
 
 __all__ = ["FrozenTeacher", "Precision", "as_teacher"]
 
@@ -56,10 +58,13 @@ class FrozenTeacher(Teacher):
         micro_batch_size: Run at most so many samples at once, and join the outputs, where the teacher is too large for
             the whole batch. Tensors of the batch's length are split, all others given to each part.
         cache: Where its logits are kept, by sample; see :meth:`logits` and :meth:`index`.
+        fingerprint: Name and version of the weights, in the place of their hash, where they are too large to hash or
+            offloaded by accelerate. Ranks, checkpoints and the cache compare it.
 
     Raises:
         TypeError: ``module`` is no ``nn.Module``.
-        ValueError: An unknown precision, or a ``micro_batch_size`` below 1.
+        ValueError: An unknown precision, a ``micro_batch_size`` below 1, an empty ``fingerprint``, a program exported
+            in training mode, or weights on the meta device with neither ``checkpoint`` nor ``fingerprint``.
         FileNotFoundError: On first use: there is no such file.
         ValueError: On first use: the file holds no weights, or its names or shapes do not fit; says which.
 
@@ -85,17 +90,29 @@ class FrozenTeacher(Teacher):
         channels_last: bool = False,
         compile: bool | dict[str, Any] = False,
         micro_batch_size: int | None = None,
+        fingerprint: str | None = None,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(
                 f"a teacher must be an nn.Module, got {type(module).__name__}."
                 + (" Pass an instance, not the class." if isinstance(module, type) else "")
+                + (" Give program.module()." if isinstance(module, torch.export.ExportedProgram) else "")
             )
         if precision is not None and precision not in _DTYPES:
             raise ValueError(f"precision must be one of {', '.join(map(repr, _DTYPES))} or None, got {precision!r}.")
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be 1 or more, or None for all at once, got {micro_batch_size}.")
-        self.module = module.requires_grad_(False).eval()
+        if fingerprint is not None and (not isinstance(fingerprint, str) or not fingerprint):
+            raise ValueError(f"fingerprint must be a text that names the weights, such as 'v3', got {fingerprint!r}.")
+        without_values = any(parameter.is_meta for parameter in module.parameters())
+        if without_values and checkpoint is None and fingerprint is None:
+            raise ValueError(
+                f"the teacher {type(module).__name__} has weights on the meta device, which have no values. Give "
+                "FrozenTeacher(module, checkpoint=...), or FrozenTeacher(module, fingerprint='model v3') if accelerate "
+                "offloads them."
+            )
+        self._can_eval = freeze(module)
+        self.module = module
         self.checkpoint = None if checkpoint is None else str(checkpoint)
         self.prefix = prefix
         self.cache = cache
@@ -105,15 +122,18 @@ class FrozenTeacher(Teacher):
         self.micro_batch_size = micro_batch_size
         self._parts = tuple(module.modules())
         self._compiled: Callable[..., Any] | None = None
-        self._fingerprint: str | None = None
+        self._fingerprint: str | None = fingerprint
+        # accelerate's hooks bring each layer's inputs to its device, so that a move would break the placement
+        devices = set((getattr(module, "hf_device_map", None) or {}).values())
+        self._placed = len(devices) > 1 or (without_values and checkpoint is None)
         self.loaded = checkpoint is None
-        if checkpoint is None and looks_untrained(module):
+        if checkpoint is None and not without_values and looks_untrained(module):
             warnings.warn(
                 f"the teacher {type(module).__name__} still has the weights of its initialisation: the student would "
                 "be taught noise. Give FrozenTeacher(module, checkpoint=...) or load its weights first.",
                 stacklevel=2,
             )
-        if precision is not None:
+        if precision is not None and not self._placed:
             module.to(_DTYPES[precision])
         if channels_last:
             module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -131,12 +151,12 @@ class FrozenTeacher(Teacher):
         return self
 
     def fingerprint(self) -> str:
-        """A hash of all weights and buffers (names, types, shapes, bytes), taken once, when first asked for.
+        """A hash of all weights and buffers (names, types, shapes, bytes), taken once; or the ``fingerprint`` given.
 
         Two teachers with the same fingerprint are bit-identical. Ranks compare it, and checkpoints store it.
         """
         if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.load().module)
+            self._fingerprint = hash_weights(self.load().module)
         return self._fingerprint
 
     def __call__(self, inputs: Any) -> Any:
@@ -151,7 +171,9 @@ class FrozenTeacher(Teacher):
 
     def _frozen(self, call: Callable[[Any], Any], inputs: Any) -> Any:
         self.load()
-        if any(part.training for part in self._parts):  # somebody called train() on it, or shares a part of it
+        if self._can_eval and any(
+            part.training for part in self._parts
+        ):  # somebody called train() on it, or shares a part of it
             self.module.eval()
         if isinstance(inputs, Mapping):
             inputs = dict(inputs)  # of whatever kind, such as Hugging Face's BatchEncoding
@@ -212,6 +234,8 @@ class FrozenTeacher(Teacher):
 
     def to(self, *args: Any, **kwargs: Any) -> FrozenTeacher:
         """Move or cast the network, as ``nn.Module.to``; a ``precision`` of its own stays."""
+        if not self._movable():
+            return self
         if self.precision is None:
             self.module.to(*args, **kwargs)
         else:
@@ -224,7 +248,14 @@ class FrozenTeacher(Teacher):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        self.module._apply(fn if self.precision is None else keep_dtype)
+        if self._movable():
+            self.module._apply(fn if self.precision is None else keep_dtype)
+
+    def _movable(self) -> bool:
+        """Return False if accelerate has placed the weights; read them first if they are on the meta device."""
+        if not self._placed and any(parameter.is_meta for parameter in self.module.parameters()):
+            self.load()
+        return not self._placed
 
     def _run(self, inputs: Any) -> Any:
         network: Callable[..., Any] = self.module

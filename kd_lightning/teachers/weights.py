@@ -5,22 +5,85 @@ from __future__ import annotations
 import difflib
 import hashlib
 import pickle
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 __all__ = ["fingerprint", "load_weights", "looks_untrained"]
 
+_Primitive: TypeAlias = bool | int | float | str | bytes | torch.dtype | None
+_KEYS = (
+    *("state_dict", "model", "model_state_dict", "net", "module", "params", "student", "teacher"),
+    *("state_dict_ema", "model_ema", "ema"),
+)
+
 
 def fingerprint(module: nn.Module) -> str:
-    """Hash the names, types, shapes and bytes of a module's parameters and persistent buffers."""
+    """Hash the names, types, shapes and bytes of a module's parameters and persistent buffers.
+
+    A quantized tensor counts as its integers with their scales and zero points, packed weights as the tensors in them,
+    and a tensor subclass, such as torchao's, as its inner tensors.
+
+    Raises:
+        ValueError: If weights are on the meta device or in the constants of TorchScript, or a value of the state dict
+            cannot be hashed.
+    """
+    if isinstance(module, torch.jit.ScriptModule) and not module.state_dict():
+        raise ValueError(
+            "the teacher's weights are constants of its TorchScript (torch.jit.freeze), where they cannot be "
+            "hashed. Name them and their version: FrozenTeacher(module, fingerprint='model v3')."
+        )
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for name, value in sorted(module.state_dict().items()):
+        for part in _plain_parts(name, value):
+            if isinstance(part, Tensor):
+                digest.update(f"{name} {part.dtype} {tuple(part.shape)} ".encode())
+                digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            else:
+                digest.update(f"{name} {part!r} ".encode())
     return digest.hexdigest()
+
+
+def _plain_parts(name: str, value: Any) -> Iterator[Tensor | _Primitive]:
+    """Yield the plain tensors and primitives that a value of a state dict is made of."""
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _plain_parts(name, part)
+    elif isinstance(value, Tensor) and value.is_meta:
+        raise ValueError(
+            f"the teacher's {name} is on the meta device and has no values: give FrozenTeacher(module, "
+            "checkpoint=...), load the weights first (module.to_empty(device='cpu'), then load_state_dict), "
+            "or, of a module that accelerate offloads, name the weights: FrozenTeacher(module, fingerprint='model v3')."
+        )
+    elif isinstance(value, Tensor) and value.is_quantized:
+        channels = value.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
+        yield value.int_repr()
+        yield from (
+            (value.q_per_channel_scales(), value.q_per_channel_zero_points())
+            if channels
+            else (
+                value.q_scale(),
+                value.q_zero_point(),
+            )
+        )
+    elif isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
+        names, context = value.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
+        yield repr(context)
+        for inner in names:
+            yield from _plain_parts(f"{name}.{inner}", getattr(value, inner))
+    elif isinstance(value, Tensor):
+        yield value.detach()
+    elif isinstance(value, torch.dtype) or value is None or isinstance(value, (bool, int, float, str, bytes)):
+        yield value
+    else:
+        raise ValueError(
+            f"the teacher's state dict holds a {type(value).__name__} under {name}, which cannot be hashed. Name the "
+            "weights and their version: FrozenTeacher(module, fingerprint='model v3')."
+        )
 
 
 def load_weights(module: nn.Module, checkpoint: str | Path, prefix: str | None = None) -> None:
@@ -28,9 +91,11 @@ def load_weights(module: nn.Module, checkpoint: str | Path, prefix: str | None =
 
     Args:
         module: The module that receives the weights.
-        checkpoint: Safetensors, a ``.pt`` state dict (bare, or under ``state_dict`` or ``model``), or a Lightning
-            ``.ckpt``.
-        prefix: Prefix of the module's names in the file. None detects it.
+        checkpoint: Safetensors, a ``.pt`` state dict (bare, or under ``state_dict``, ``model``,
+            ``model_state_dict``, ``net``, ``module``, ``params``, ``student``, ``teacher``, ``state_dict_ema``,
+            ``model_ema`` or ``ema``), or a Lightning ``.ckpt``.
+        prefix: Prefix of the module's names in the file. None detects it. Where the file has several of these keys,
+            the prefix starts with one, such as ``"ema."``.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -40,11 +105,12 @@ def load_weights(module: nn.Module, checkpoint: str | Path, prefix: str | None =
     wanted = module.state_dict()
     if prefix is None:
         prefix = _find_prefix(saved, wanted, checkpoint)
-    found = {name[len(prefix) :]: tensor for name, tensor in saved.items() if name.startswith(prefix)}
+    found = {name[len(prefix) :]: value for name, value in saved.items() if name.startswith(prefix)}
+    found = {name: value for name, value in found.items() if isinstance(value, Tensor) or name in wanted}
 
     missing = [name for name in wanted if name not in found]
     unexpected = [name for name in found if name not in wanted]
-    reshaped = [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
+    reshaped = [name for name in wanted if name in found and _shape(found[name]) != _shape(wanted[name])]
     if missing or unexpected or reshaped:
         what = f"the weights in {checkpoint}" + (f" under the prefix {prefix!r}" if prefix else "")
         lines = [f"{what} do not fit {type(module).__name__}:"]
@@ -53,20 +119,36 @@ def load_weights(module: nn.Module, checkpoint: str | Path, prefix: str | None =
         if unexpected:
             lines.append(f"  not in the module: {_listing(unexpected)}")
         if reshaped:
-            shapes = [f"{name} {tuple(found[name].shape)} in the file, {tuple(wanted[name].shape)} in the module"
+            shapes = [f"{name} {_shape(found[name])} in the file, {_shape(wanted[name])} in the module"
                       for name in reshaped]  # fmt: skip
             lines.append(f"  other shapes: {_listing(shapes, '; ')}")
-        counts = {(found[name].shape[0], wanted[name].shape[0]) for name in reshaped if wanted[name].dim() > 0}
+        counts = {(_shape(found[name])[:1], _shape(wanted[name])[:1]) for name in reshaped if _shape(wanted[name])}
         if not missing and not unexpected and len(counts) == 1 and len(reshaped) <= 2:
-            (have, want), *_ = counts
+            ((have, *_), (want, *_)), *_ = counts
             lines.append(f"Most likely the class counts differ: {have} in the file, {want} in the module.")
         else:
             lines.append("Is it another architecture? FrozenTeacher(..., prefix=...) names the part of the file.")
         raise ValueError("\n".join(lines))
-    module.load_state_dict(found)
+    meta = any(isinstance(value, Tensor) and value.is_meta for value in wanted.values())
+    if meta:  # nothing can be copied into a tensor without storage: the file's tensors take its place
+        found = {name: value.to(wanted[name].dtype) if name in wanted else value for name, value in found.items()}
+    state = OrderedDict(found)
+    if not all(isinstance(value, Tensor) for value in found.values()):  # packed weights are read by their version
+        state._metadata = wanted._metadata  # pyright: ignore[reportAttributeAccessIssue]
+    module.load_state_dict(state, assign=meta)
+    lost = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    if lost:
+        raise ValueError(
+            f"{checkpoint} has no values for {_listing(lost)}, buffers that state dicts leave out and that are on the "
+            "meta device. Build the module on a real device."
+        )
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _read_state_dict(path: Path) -> dict[str, Any]:
     if not path.is_file():
         here = [str(file) for file in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(str(path), here, n=3, cutoff=0.5)
@@ -85,22 +167,35 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        if isinstance(error, EOFError) or "PytorchStreamReader failed" in str(error):
+            raise ValueError(
+                f"{path} could not be read as weights: its {path.stat().st_size:,} bytes are truncated or no file of "
+                "torch.save. Copy or save it again."
+            ) from error
+        if "TorchScript" in str(error):
+            raise ValueError(
+                f"{path} holds a TorchScript program, which is a network and not weights. Give "
+                "FrozenTeacher(torch.jit.load(path))."
+            ) from error
         raise ValueError(
             f"{path} could not be read as weights: it must hold tensors and primitives only (read with "
             "weights_only=True). Save a state dict, torch.save(model.state_dict(), path), not the model. "
             f"torch says: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
-    for key in ("state_dict", "model", "model_state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
+    parts = {
+        key: content[key] for key in _KEYS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
+    }
+    if len(parts) == 1:
+        (content,) = parts.values()
+    elif parts:  # keep the keys in the names, because the prefix then tells an average from the weights themselves
+        content = {f"{key}.{name}": value for key, part in parts.items() for name, value in part.items()}
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         keys = f" with keys {_listing(list(map(str, content)))}" if isinstance(content, Mapping) else ""
         raise ValueError(f"{path} holds no state dict but a {type(content).__name__}{keys}.")
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    return {str(name): value for name, value in content.items()}
 
 
-def _find_prefix(saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor], checkpoint: str | Path) -> str:
+def _find_prefix(saved: Mapping[str, Any], wanted: Mapping[str, Any], checkpoint: str | Path) -> str:
     """Return the prefix under which the file has all of the module's names, or else most of them."""
     if not wanted:
         return ""
