@@ -56,7 +56,8 @@ class Distiller(nn.Module):
 
     Args:
         teacher: A trained network, or a :class:`~kd_lightning.teachers.Teacher` such as :class:`FrozenTeacher` with its
-            checkpoint or :class:`TeacherEnsemble`. None: give ``teacher_logits`` with every call.
+            checkpoint or :class:`TeacherEnsemble`; ``"batch:<key>"``: logits that each batch has. None:
+            give ``teacher_logits`` with every call.
         temperature: A number, a schedule, or a :class:`TemperaturePolicy`.
         kd_loss: ``(student_logits, teacher_logits, temperature, targets=...) -> scalar``, :class:`KDLoss` by default.
             Its attributes ``class_dim`` and ``ignore_index`` (−1 and −100 where it has none) say how logits are laid
@@ -87,7 +88,7 @@ class Distiller(nn.Module):
 
     def __init__(
         self,
-        teacher: nn.Module | Teacher | None,
+        teacher: nn.Module | Teacher | str | None,
         temperature: float | Schedule | TemperaturePolicy | Callable[[Progress], float] = 4.0,
         kd_loss: nn.Module | None = None,
         task_loss: nn.Module | None = None,

@@ -86,7 +86,7 @@ class DistillationCallback(HoldsDistiller, Callback):
 
     def __init__(
         self,
-        teacher: nn.Module | Teacher,
+        teacher: nn.Module | Teacher | str,
         student_layer: str | None = None,
         temperature: float | Schedule | TemperaturePolicy | Callable[[Progress], float] = 4.0,
         kd_loss: nn.Module | None = None,
@@ -254,13 +254,14 @@ class DistillationCallback(HoldsDistiller, Callback):
 
     def _distil(self, call: _StudentCall, batch: Any, task_loss: Tensor | None) -> DistillationOutput:
         logits = self.extract_logits(call.output)
-        inputs = call.inputs() if self.inputs is None else _select(batch, self.inputs, "inputs")
-        if self.inputs is None and any(leaf.grad_fn is not None for leaf in _tensors((call.args, call.kwargs))):
+        from_call = self.inputs is None and not self._run.teacher.reads_batch
+        inputs = call.inputs() if from_call else batch if self.inputs is None else _select(batch, self.inputs, "inputs")
+        if from_call and any(leaf.grad_fn is not None for leaf in _tensors((call.args, call.kwargs))):
             raise RuntimeError(
                 f"{self._student} is called with what the student computed, on which the teacher cannot be run. Say "
                 "what the teacher gets: inputs=0 for the first part of the batch, or inputs=lambda batch: …"
             )
-        if self.inputs is None and _changed((call.args, call.kwargs), call.given):
+        if from_call and _changed((call.args, call.kwargs), call.given):
             raise RuntimeError(
                 f"training_step changed the inputs of {self._student} in place, so the teacher would see others than "
                 "the student did. Make a copy there, or say what the teacher gets: inputs=lambda batch: …"

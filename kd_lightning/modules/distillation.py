@@ -102,7 +102,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | Teacher | None = None,
+        teacher: nn.Module | Teacher | str | None = None,
         temperature: float | Schedule | TemperaturePolicy | Callable[[Progress], float] = 4.0,
         kd_loss: nn.Module | None = None,
         task_loss: nn.Module | None = None,
@@ -153,9 +153,8 @@ class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
     # ---- steps ----------------------------------------------------------------------------------------------------
 
     @override
-    def forward(self, inputs: Any) -> Tensor:
-        """Return the student's logits."""
-        return super().forward(inputs if self.teacher is None else self.teacher.student_inputs(inputs))
+    def network_inputs(self, inputs: Any) -> Any:
+        return inputs if self.teacher is None else self.teacher.student_inputs(inputs)
 
     @override
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
@@ -168,6 +167,8 @@ class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
     def take_batch(self, batch: Any) -> Any:
         # the row numbers stay on the host, because the cache reads them there: on the device each step would sync
         batch, self._rows = split_index(batch)
+        if self._rows is None and self.teacher is not None and not self.trainer.predicting:
+            self._rows = self.teacher.rows(batch)
         return batch
 
     @override
@@ -198,11 +199,12 @@ class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
                 "teacher.index(dataset), or give the teacher no cache."
             )
         student = self.distiller.run_student(self, self.student, inputs)
-        teacher_logits = self.distiller.teacher_logits(inputs, rows, self.extract_logits)
+        given = batch if self.teacher.reads_batch else inputs
+        teacher_logits = self.distiller.teacher_logits(given, rows, self.extract_logits)
         return self.distiller(inputs, student, targets, progress, teacher_logits=teacher_logits), targets
 
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:
-        if self.teacher is not None and self.teacher.loaded:
+        if self.teacher is not None and self.teacher.loaded and self.teacher.serves(batch):
             out, targets = self._distil(batch, self.progress)
             losses = {"loss": out.loss, "kd_loss": out.kd_loss, "task_loss": out.task_loss}
             logits, teacher_logits = out.student_logits, out.teacher_logits

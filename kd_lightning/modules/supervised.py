@@ -141,7 +141,11 @@ class SupervisedModule(LightningModule):
     @override
     def forward(self, inputs: Any) -> Tensor:
         """Return the logits of the network that is trained."""
-        return self.extract_logits(call_model(self.network, inputs))
+        return self.extract_logits(call_model(self.network, self.network_inputs(inputs)))
+
+    def network_inputs(self, inputs: Any) -> Any:
+        """Return the part of a batch's inputs that the network is called with."""
+        return inputs
 
     @override
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
@@ -183,7 +187,7 @@ class SupervisedModule(LightningModule):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self._input_description is None:
-            self._input_description = describe_inputs(self.unpack_batch(batch)[0])
+            self._input_description = describe_inputs(self.network_inputs(self.unpack_batch(batch)[0]))
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Teachers: frozen networks, how they are called, where their weights come from, and their logits on file."""
 
+from kd_lightning.teachers.batch import BatchTeacher
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import (
     Call,
@@ -13,12 +14,14 @@ from kd_lightning.teachers.ensemble import TeacherEnsemble
 from kd_lightning.teachers.frozen import FrozenTeacher, as_teacher
 from kd_lightning.teachers.function import FunctionTeacher
 from kd_lightning.teachers.indexed import Indexed, IndexedDataset, split_index
+from kd_lightning.teachers.logits_file import LogitsFile
 from kd_lightning.teachers.made_at import Output
 from kd_lightning.teachers.onnx import OnnxTeacher
 from kd_lightning.teachers.teacher import GivenLogits, LossTerm, Opinions, Teacher
 from kd_lightning.teachers.weights import fingerprint, load_weights
 
 __all__ = [
+    "BatchTeacher",
     "Call",
     "FrozenTeacher",
     "FunctionTeacher",
@@ -26,6 +29,7 @@ __all__ = [
     "HiddenStates",
     "Indexed",
     "IndexedDataset",
+    "LogitsFile",
     "LossTerm",
     "OnnxTeacher",
     "Opinions",

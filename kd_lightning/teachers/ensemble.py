@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from kd_lightning.functional.temperature import check_values, compute_dtype
 from kd_lightning.schedules import ConstantSchedule, Progress, Schedule, as_schedule
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import extract_logits
-from kd_lightning.teachers.frozen import FrozenTeacher
+from kd_lightning.teachers.frozen import FrozenTeacher, as_teacher
 from kd_lightning.teachers.indexed import IndexedDataset
 from kd_lightning.teachers.teacher import LossTerm, Opinions, Teacher
 from kd_lightning.temperature.base import TemperaturePolicy
@@ -91,7 +91,7 @@ class TeacherEnsemble(Teacher):
 
     def __init__(
         self,
-        teachers: Sequence[nn.Module | Teacher],
+        teachers: Sequence[nn.Module | Teacher | str],
         temperatures: Sequence[float | Schedule | TemperaturePolicy | Callable[[Progress], float]] | None = None,
         weights: Sequence[float | Schedule | Callable[[Progress], float]] | Confidence | None = None,
         combine: Combine = "probs",
@@ -103,7 +103,7 @@ class TeacherEnsemble(Teacher):
             raise TypeError("a TeacherEnsemble within another is not supported: list all teachers in one.")
         if combine not in get_args(Combine):
             raise ValueError(f"combine must be one of {', '.join(map(repr, get_args(Combine)))}, got {combine!r}.")
-        self.teachers: list[Teacher] = [t if isinstance(t, Teacher) else FrozenTeacher(t) for t in teachers]
+        self.teachers: list[Teacher] = [as_teacher(t) or FrozenTeacher(cast(Any, t)) for t in teachers]
         waiting = [member.checkpoint for member in self.teachers if member.checkpoint is not None]
         self.checkpoint = ", ".join(waiting) or None
         self.temperatures = [as_policy(temperature) for temperature in temperatures or ()]
@@ -152,15 +152,18 @@ class TeacherEnsemble(Teacher):
     def logits(
         self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
     ) -> tuple[Tensor, ...]:
-        inputs = self.student_inputs(inputs)
-        members: Any = (teacher.logits(inputs, index, extract) for teacher in self.teachers)
+        networks = self.student_inputs(inputs)
+        members: Any = (
+            teacher.logits(inputs, None, extract) if teacher.reads_batch else teacher.logits(networks, index, extract)
+            for teacher in self.teachers
+        )
         return tuple(members)
 
     @override
     def __call__(self, inputs: Any) -> tuple[Any, ...]:
         """Return each member's own output for these inputs."""
-        inputs = self.student_inputs(inputs)
-        return tuple(teacher(inputs) for teacher in self.teachers)
+        networks = self.student_inputs(inputs)
+        return tuple(teacher(inputs if teacher.reads_batch else networks) for teacher in self.teachers)
 
     @property
     @override
@@ -234,7 +237,9 @@ class TeacherEnsemble(Teacher):
 
     @override
     def student_inputs(self, inputs: Any) -> Any:
-        """Return the networks' inputs, without the key that ``routing`` names."""
+        """Return the networks' inputs, without what ``routing`` and the members read of a batch."""
+        for teacher in self.teachers:
+            inputs = teacher.student_inputs(inputs)
         keyed = isinstance(self.routing, str) and isinstance(inputs, Mapping)
         return {key: value for key, value in inputs.items() if key != self.routing} if keyed else inputs
 

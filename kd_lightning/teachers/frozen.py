@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
+from kd_lightning.teachers.batch import BatchTeacher
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import (
     HiddenStates,
@@ -292,6 +293,8 @@ class FrozenTeacher(Teacher):
 _outside_graphs = cast(Callable[[Callable[..., Tensor]], Callable[..., Tensor]], torch.compiler.disable)
 
 
-def as_teacher(teacher: nn.Module | Teacher | None) -> Teacher | None:
-    """Wrap a bare network in a :class:`FrozenTeacher`; leave a teacher, or its absence, as it is."""
+def as_teacher(teacher: nn.Module | Teacher | str | None) -> Teacher | None:
+    """Wrap a bare network in a :class:`FrozenTeacher`, read ``"batch:<key>"``; leave a teacher or None as it is."""
+    if isinstance(teacher, str):
+        return BatchTeacher.of_text(teacher)
     return teacher if teacher is None or isinstance(teacher, Teacher) else FrozenTeacher(teacher)

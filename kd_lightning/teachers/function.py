@@ -9,12 +9,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import call_model, extract_logits
-from kd_lightning.teachers.made_at import MadeAt, Output
+from kd_lightning.teachers.made_at import MadeAt, Output, device_of
 
 __all__ = ["FunctionTeacher"]
 
@@ -79,7 +78,7 @@ class FunctionTeacher(MadeAt):
     def logits(
         self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
     ) -> Tensor:
-        device = _device_of(inputs)
+        device = device_of(inputs)
 
         def compute() -> Tensor:
             output = self(inputs)
@@ -114,8 +113,3 @@ _outside_graphs = cast(Callable[[Callable[..., Tensor]], Callable[..., Tensor]],
 def _name_of(fn: Any) -> str:
     named = fn if hasattr(fn, "__qualname__") else type(fn)
     return f"{named.__module__}.{named.__qualname__}"
-
-
-def _device_of(inputs: Any) -> torch.device:
-    leaves = tree_leaves(dict(inputs) if isinstance(inputs, Mapping) else inputs)
-    return next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias, get_args
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from kd_lightning.functional.temperature import check_values, compute_dtype
 from kd_lightning.teachers.teacher import Teacher
 
-__all__ = ["MadeAt", "Output"]
+__all__ = ["MadeAt", "Output", "device_of"]
 
 Output: TypeAlias = Literal["logits", "log_probs", "probs"]
 _TOLERANCE = 0.01  # of the sum of the probabilities, because bfloat16 rounds each of them by up to 0.004
@@ -69,3 +72,9 @@ class MadeAt(Teacher):
     @property
     def _made_at(self) -> str:
         return f"output={self.output!r}, temperature={self.temperature:g}"
+
+
+def device_of(inputs: Any) -> torch.device:
+    """Return the device of the first tensor in the inputs, or the CPU."""
+    leaves = tree_leaves(dict(inputs) if isinstance(inputs, Mapping) else inputs)
+    return next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))

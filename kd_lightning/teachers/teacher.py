@@ -101,6 +101,8 @@ class Teacher(ABC):
     """How the teacher is set up beyond its weights; a checkpoint compares it."""
     gives_hidden_states: bool = False
     """Whether :meth:`hidden_states` works."""
+    reads_batch: bool = False
+    """Whether :meth:`logits` takes the whole batch, of which the teacher reads a part, instead of the inputs."""
 
     @abstractmethod
     def logits(
@@ -226,6 +228,17 @@ class Teacher(ABC):
         if self.cache is None:
             raise ValueError("this teacher has no cache: FrozenTeacher(..., cache=TeacherCache(path)).")
         return self.cache.index(dataset, self.fingerprint(), collate_fn)
+
+    def rows(self, batch: Any) -> Tensor | None:
+        """Return the ``index`` that :meth:`logits` takes for this batch, found on the host before the batch moves.
+
+        None leaves it to the batches of :meth:`index`.
+        """
+        return None
+
+    def serves(self, batch: Any) -> bool:
+        """Return False for a batch that lacks what the teacher reads: it is evaluated without a teacher."""
+        return True
 
     def student_inputs(self, inputs: Any) -> Any:
         """Return the part of the inputs that is meant for networks, the student's included."""

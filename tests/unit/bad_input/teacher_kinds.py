@@ -1,15 +1,27 @@
 """Bad teachers that are no network."""
 
-import torch
-from torch import nn
+import tempfile
+from pathlib import Path
 
-from kd_lightning import TeacherCache
-from kd_lightning.teachers import FunctionTeacher, OnnxTeacher
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kd_lightning import Distiller, TeacherCache
+from kd_lightning.teachers import BatchTeacher, FunctionTeacher, LogitsFile, OnnxTeacher
 from tests.unit.bad_input.case import Case
 
+FOLDER = Path(tempfile.mkdtemp())
+FILE = FOLDER / "logits.safetensors"
 
-def scores(x: torch.Tensor) -> torch.Tensor:
+
+def scores(x: Tensor) -> Tensor:
     return x
+
+
+def file_of(ids: Tensor, column: str = "logits") -> LogitsFile:
+    save_file({"id": ids, "logits": torch.ones(3, 2)}, FOLDER / "logits.safetensors")
+    return LogitsFile(FOLDER / "logits.safetensors", column=column)
 
 
 NO_PROBABILITIES = (
@@ -100,5 +112,88 @@ CASES = [
         lambda: FunctionTeacher(scores).hidden_states(torch.ones(1, 2)),
         TypeError,
         "FunctionTeacher has no hidden states. Take KDLoss.",
+    ),
+    Case(
+        "batch: no such key",
+        lambda: BatchTeacher("logits").logits({"x": torch.ones(1), "y": torch.ones(1)}),
+        ValueError,
+        "BatchTeacher reads 'logits' of the batch, got the keys x, y. Have the dataset and its collate function put it "
+        "there: a key of a mapping, or a position in a tuple.",
+    ),
+    Case(
+        "batch: a key of a tuple",
+        lambda: Distiller("batch:logits")((torch.ones(1), torch.ones(1)), torch.ones(1, 2), torch.zeros(1).long()),
+        ValueError,
+        "BatchTeacher reads 'logits' of the batch, got tuple of length 2. Have the dataset and its collate function "
+        "put it there: a key of a mapping, or a position in a tuple.",
+    ),
+    Case(
+        "batch: a list of logits",
+        lambda: BatchTeacher("logits").logits({"logits": [torch.ones(2), torch.ones(2)]}),
+        TypeError,
+        "BatchTeacher needs a tensor under 'logits', got list. Have the collate function stack the samples' logits.",
+    ),
+    Case(
+        "batch: another text",
+        lambda: Distiller("resnet18"),
+        ValueError,
+        "a teacher written as text is 'batch:' and the key of its logits in the batch, got 'resnet18'. Write "
+        "'batch:teacher_logits', or give a network or a Teacher.",
+    ),
+    Case(
+        "batch: a text without a key",
+        lambda: Distiller("batch:"),
+        ValueError,
+        "a teacher written as text is 'batch:' and the key of its logits in the batch, got 'batch:'. Write "
+        "'batch:teacher_logits', or give a network or a Teacher.",
+    ),
+    Case(
+        "file: an id twice",
+        lambda: file_of(torch.tensor([4, 4, 5])).load(),
+        ValueError,
+        "each sample has one row of logits, but "
+        f"{FILE} has the id 4 more than once. Give each sample an id of its own, "
+        "such as 'train-17' where splits are numbered alike.",
+    ),
+    Case(
+        "file: an id that it does not have",
+        lambda: file_of(torch.tensor([4, 9, 5])).logits({"id": torch.tensor([4, 7])}),
+        ValueError,
+        f"{FILE} has no logits for the id 7: it has 3 ids, from 4 to 9. Give the files of all data, as a list; or "
+        "leave 'id' out of the batches of a validation without a teacher.",
+    ),
+    Case(
+        "file: text for integers",
+        lambda: file_of(torch.tensor([4, 9, 5])).logits({"id": ["4", "9"]}),
+        ValueError,
+        f"{FILE} has ids that are integers, one for each sample, but the batch has <U1 (2,) under 'id'. Give the batch "
+        "the ids that the file was written with.",
+    ),
+    Case(
+        "file: other columns",
+        lambda: file_of(torch.tensor([4, 9, 5]), column="scores").load(),
+        ValueError,
+        f"{FILE} needs 'scores', the logits, and 'id', their ids; it has id, logits. Name them: "
+        "LogitsFile(path, key=..., column=...).",
+    ),
+    Case(
+        "file: an id too many",
+        lambda: file_of(torch.tensor([4, 9, 5, 6])).load(),
+        ValueError,
+        f"{FILE} must have floating-point logits (N, …, C) and integers or text (N,) as ids, got torch.float32 (3, 2) "
+        "and int64 (4,).",
+    ),
+    Case(
+        "file: no ids in the batch",
+        lambda: file_of(torch.tensor([4, 9, 5])).logits({"x": torch.ones(3)}),
+        ValueError,
+        "LogitsFile reads 'id' of the batch, got the keys x. Have the dataset and its collate function put it there: a "
+        "key of a mapping, or a position in a tuple.",
+    ),
+    Case(
+        "file: another format",
+        lambda: LogitsFile(Path(__file__)).load(),
+        ValueError,
+        f"logits are in .npy, .safetensors, .parquet or .arrow files, got {str(Path(__file__))!r}.",
     ),
 ]

@@ -73,7 +73,8 @@ def test_numpy_outputs_mappings_and_no_gradient() -> None:
 
 def test_fingerprint_is_the_declared_name_and_how_outputs_were_made() -> None:
     def fingerprint(**options: Any) -> str:
-        return FunctionTeacher(lambda x: x, **({"name": "v1"} | options)).fingerprint()
+        options.setdefault("name", "v1")
+        return FunctionTeacher(lambda x: x, **options).fingerprint()
 
     others = [fingerprint(name="v2"), fingerprint(output="probs"), fingerprint(temperature=2.0)]
     assert fingerprint() == fingerprint()

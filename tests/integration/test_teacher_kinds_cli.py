@@ -1,0 +1,36 @@
+"""Each kind of teacher from YAML, by its short class name."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+import kd_lightning.teachers
+from kd_lightning import DistillationModule
+from kd_lightning.callbacks import DistillationCallback
+
+KINDS = {
+    "FunctionTeacher": "{class_path: FunctionTeacher, init_args: {fn: torch.nn.functional.relu, output: probs}}",
+    "OnnxTeacher": "{class_path: OnnxTeacher, init_args: {path: teacher.onnx, temperature: 2.0}}",
+    "BatchTeacher": "batch:teacher_logits",
+    "BatchTeacher with options": "{class_path: BatchTeacher, init_args: {key: t, output: log_probs, temperature: 2.0}}",
+    "LogitsFile": "{class_path: LogitsFile, init_args: {path: [one.npy, two.npy], key: idx}}",
+    "TeacherEnsemble": "{class_path: TeacherEnsemble, init_args: {teachers: ['batch:a', {class_path: OnnxTeacher, "
+    "init_args: {path: teacher.onnx}}]}}",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("owner", [DistillationModule, DistillationCallback])
+def test_kinds_by_short_name(kind: str, owner: type) -> None:
+    settings: dict[str, object] = {"teacher": yaml.safe_load(KINDS[kind])}
+    if owner is DistillationModule:
+        settings["student"] = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 4, "out_features": 3}}
+    parser = LightningArgumentParser()
+    parser.add_subclass_arguments(owner, "owner")
+    config = parser.parse_object(
+        {"owner": {"class_path": f"{owner.__module__}.{owner.__name__}", "init_args": settings}}
+    )
+    teacher = parser.instantiate_classes(config)["owner"].teacher
+    assert type(teacher) is getattr(kd_lightning.teachers, kind.split()[0])
