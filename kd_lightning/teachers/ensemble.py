@@ -428,10 +428,7 @@ class TeacherEnsemble(Teacher):
         if len(logits) != len(self.teachers):
             raise ValueError(f"an ensemble of {len(self.teachers)} teachers needs as many logits, got {len(logits)}.")
         if len({z.shape for z in logits}) > 1:
-            names = [_name(teacher) for teacher in self.teachers]
-            each = [
-                f"teacher {k} ({name}) {z.shape[-1]}" for k, (name, z) in enumerate(zip(names, logits, strict=True))
-            ]
+            each = [f"teacher {k} ({_name(self.teachers[k])}) {z.shape[-1]}" for k, z in enumerate(logits)]
             differ = len({z.shape[-1] for z in logits}) > 1
             shapes = ", ".join(each) if differ else ", ".join(str(tuple(z.shape)) for z in logits)
             what = "number of classes" if differ else "shape of logits"
