@@ -13,8 +13,10 @@ from typing_extensions import override
 
 from kd_lightning.functional import Temperature
 from kd_lightning.functional.rows import without_padding
+from kd_lightning.functional.tokens import padding_mask
 from kd_lightning.layers import LayerResult, LayerTerm, LayerTerms
 from kd_lightning.losses import CrossEntropyLoss, KDLoss
+from kd_lightning.losses.task import as_targets, task_term
 from kd_lightning.output import DistillationOutput, as_terms
 from kd_lightning.schedules import ConstantSchedule, Progress, Schedule, as_schedule, weight_at
 from kd_lightning.teachers import GivenLogits, Opinions, Teacher, as_teacher, extract_logits
@@ -98,7 +100,7 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self.kd_enabled = True
-        self.kd_loss = KDLoss() if kd_loss is None else kd_loss
+        self.kd_loss = KDLoss(ignore_index=getattr(task_loss, "ignore_index", -100)) if kd_loss is None else kd_loss
         self.task_loss = CrossEntropyLoss(ignore_index=self.task_ignore_index) if task_loss is None else task_loss
         self.layers = LayerTerms(layers or ())
         self.kd_weight = as_schedule(kd_weight, "kd_weight")
@@ -114,6 +116,8 @@ class Distiller(nn.Module):
         value = _CONVERTERS[name](value) if name in _CONVERTERS else value
         device = self.temperature.multiplier.device if "temperature" in self._modules else None
         super().__setattr__(name, value)
+        if name in ("kd_loss", "task_loss"):
+            self._check_ignore_index()
         if name == "teacher":
             self.teacher_temperatures = nn.ModuleList(self._teaching.temperatures)
             self._teaching.check_loss(self.kd_loss)
@@ -138,6 +142,15 @@ class Distiller(nn.Module):
         """The target value of positions without a label: ``ignore_index``, or −100 where distillation ignores none."""
         return -100 if self.ignore_index is None else self.ignore_index
 
+    def _check_ignore_index(self) -> None:
+        """Raise if the losses leave out different target values."""
+        ours, theirs = self.ignore_index, getattr(getattr(self, "task_loss", None), "ignore_index", None)
+        if ours is not None and theirs is not None and ours != theirs:
+            raise ValueError(
+                f"kd_loss has ignore_index={ours}, task_loss has ignore_index={theirs}, but a position counts for both "
+                "or for neither. Give both losses the same ignore_index."
+            )
+
     @property
     def _teaching(self) -> Teacher:
         return _NO_TEACHER if self.teacher is None else self.teacher
@@ -161,7 +174,8 @@ class Distiller(nn.Module):
         Args:
             inputs: What the teacher is called with: a tensor, a tuple, or a mapping of keywords.
             student_logits: ``(N, C)`` or any shape with a class dimension.
-            targets: What the task loss takes. None: no task loss, which asks for ``task_weight=0`` or ``task_loss``.
+            targets: What the task loss takes. None: no task loss, which asks for ``task_weight=0`` or ``task_loss``;
+                the ``attention_mask`` of the inputs, if any, then says which positions count.
             progress: Where training stands, for schedules.
             teacher_logits: Logits that are there already, of an ensemble one for each member; the teacher is not run.
             index: The samples' rows in the teacher's cache, as batches of ``teacher.index(dataset)`` carry them.
@@ -174,10 +188,12 @@ class Distiller(nn.Module):
                 "FusedLinearKDLoss in a FusedDistiller. Give logits."
             )
         progress = progress or Progress()
+        targets = as_targets(targets, student_logits.device)
         kd_weight, task_weight = self._weights(progress)
         if teacher_logits is None:
             teacher_logits = self._teaching.logits(inputs, index)
-        signals, opinions = self._consult(inputs, student_logits, teacher_logits, targets, progress)
+        counting = targets if targets is not None else padding_mask(inputs, self._positions(student_logits))
+        signals, opinions = self._consult(inputs, student_logits, teacher_logits, counting, progress)
         kd_loss, temperature = self._distil(signals, opinions)
         if task_loss is None and targets is not None:
             task_loss = self.task_term(student_logits, targets)
@@ -246,10 +262,13 @@ class Distiller(nn.Module):
         progress = progress or Progress(max_steps=1, max_epochs=1)
         return self._consult(inputs, one, teacher_logits, targets, progress)[1].consensus.movedim(-1, self.class_dim)
 
+    def _positions(self, logits: Tensor) -> tuple[int, ...]:
+        return tuple(logits.movedim(self.class_dim, -1).shape[:-1])
+
     def task_term(self, student_logits: Tensor, targets: Tensor) -> Tensor:
         """Return the task loss, unweighted."""
         logits = student_logits.movedim(self.class_dim, 1) if student_logits.dim() > 2 else student_logits
-        return self.task_loss(logits, targets)
+        return task_term(self.task_loss, logits, targets)
 
     # ---- its parts: from here on the class dimension is last ------------------------------------------------------
 

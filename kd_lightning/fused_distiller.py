@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from kd_lightning.distiller import Distiller, check_targets
 from kd_lightning.functional import Temperature
+from kd_lightning.functional.tokens import padding_mask
 from kd_lightning.losses import CrossEntropyLoss, FusedLinearKDLoss
 from kd_lightning.output import DistillationOutput
 from kd_lightning.schedules import Progress
@@ -102,7 +103,8 @@ class FusedDistiller(Distiller):
         if not isinstance(temperature, Temperature):
             raise ValueError(f"FusedLinearKDLoss takes one temperature, but {self.temperature!r} gives several.")
         teacher = self._teaching.hidden_states(inputs)
-        terms = kd_loss.from_hidden(student, teacher, temperature, targets, kd_weight, task_weight)
+        counting = targets if targets is not None else padding_mask(inputs, tuple(shape[:-1]))
+        terms = kd_loss.from_hidden(student, teacher, temperature, counting, kd_weight, task_weight)
         empty = student.hidden.new_empty(0, shape[-1])
         return DistillationOutput(
             *terms,

@@ -2,13 +2,95 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassCalibrationError
 from typing_extensions import override
 
-__all__ = ["ClassificationMetrics", "Perplexity", "TopKAccuracy"]
+__all__ = [
+    "CalibrationError",
+    "ClassificationMetrics",
+    "Perplexity",
+    "Task",
+    "TopKAccuracy",
+    "as_two_classes",
+    "task_of",
+]
+
+Task = Literal["classes", "labels"]
+"""One class of several in each position, or an independent yes or no in each."""
+
+_TASKS: list[tuple[tuple[type[nn.Module], ...], Task | None]] = [
+    ((nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss), "classes"),
+    ((nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss), "labels"),
+    ((nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss), None),
+]
+
+
+def task_of(task_loss: object, logits: Tensor, targets: Tensor) -> Task | None:
+    """Return what the logits and targets of a batch describe, or None where there is no accuracy, as in regression.
+
+    Targets of the logits' shape are class probabilities for ``CrossEntropyLoss``, labels for ``BCEWithLogitsLoss``, and
+    values for ``MSELoss`` and its kin. For any other loss the values decide: rows that sum to 1 are class
+    probabilities, other zeros and ones are labels. Looking at values waits for the device, once for each data loader.
+
+    Args:
+        task_loss: The module that computes the task loss.
+        logits: ``(…, C)``, class dimension last.
+        targets: ``(…)`` or ``(…, C)``.
+
+    Example:
+        >>> task_of(nn.CrossEntropyLoss(), torch.zeros(2, 3), torch.tensor([0, 2]))
+        'classes'
+        >>> task_of(nn.BCEWithLogitsLoss(), torch.zeros(2, 3), torch.ones(2, 3))
+        'labels'
+        >>> task_of(nn.MSELoss(), torch.zeros(2, 1), torch.rand(2, 1)) is None
+        True
+    """
+    num_classes = logits.shape[-1]
+    whole = targets.shape == logits.shape or (num_classes == 1 and targets.shape == logits.shape[:-1])
+    if num_classes > 1 and targets.shape == logits.shape[:-1] and not targets.is_floating_point():
+        return "classes"
+    if not whole:
+        return None
+    for kinds, task in _TASKS:
+        if isinstance(task_loss, kinds):
+            return "labels" if task == "classes" and num_classes == 1 else task
+    values = targets.detach().float()
+    if num_classes > 1 and bool((values >= 0).all() and torch.allclose(values.sum(-1), values.new_ones(()), atol=1e-3)):
+        return "classes"
+    return "labels" if bool(((values == 0) | (values == 1)).all()) else None
+
+
+def as_two_classes(logits: Tensor) -> Tensor:
+    """Return logits ``(…, C, 2)`` of no and yes for each of the labels of logits ``(…, C)``: (0, z)."""
+    return torch.stack((torch.zeros_like(logits), logits), dim=-1)
+
+
+def agreement(student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor | None:
+    """Return how often student and teacher predict the same; None where nothing is predicted, as in regression.
+
+    A prediction is the largest class, or for a single logit, and for targets that are labels, the sign of each logit.
+
+    Args:
+        student: ``(…, C)``, class dimension last.
+        teacher: The same shape.
+        targets: Of the batch, in the logits' shape where they are no class indices.
+
+    Example:
+        >>> agreement(torch.tensor([[2.0], [-1.0]]), torch.tensor([[3.0], [1.0]]))
+        tensor(0.5000)
+    """
+    task: Task | None = "labels" if student.shape[-1] == 1 else "classes"
+    if targets is not None and targets.numel() == student.numel():
+        task = task_of(None, student, targets)
+    if task is None:
+        return None
+    if task == "labels":
+        return ((student > 0) == (teacher > 0)).float().mean()
+    return (student.argmax(-1) == teacher.argmax(-1)).float().mean()
 
 
 class TopKAccuracy(Metric):
@@ -16,6 +98,8 @@ class TopKAccuracy(Metric):
 
     Unlike torchmetrics' own it leaves ignored positions out without a host-device synchronisation, so that it can run
     in every training step.
+
+    NaN without a valid position.
 
     Args:
         top_k: How many classes are looked at.
@@ -53,7 +137,62 @@ class TopKAccuracy(Metric):
 
     @override
     def compute(self) -> Tensor:
-        return self.correct / self.total.clamp(min=1)
+        return self.correct / self.total  # NaN without a valid position
+
+
+class CalibrationError(Metric):
+    r"""Expected calibration error :math:`\sum_b |c_b - a_b| / n` over bins of the confidence (Guo et al. 2017).
+
+    :math:`c_b` sums the confidences (largest softmax probabilities) in bin :math:`b`, :math:`a_b` counts its correct
+    predictions, :math:`n` counts all. The sums are kept, where torchmetrics keeps every confidence, so that memory does
+    not grow with the data. NaN without a valid position.
+
+    Args:
+        bins: Number of bins of equal width in [0, 1].
+        ignore_index: Target value of the positions that do not count; None counts all.
+
+    Shapes: ``logits (…, C)``, ``targets (…)``.
+
+    Example:
+        >>> error = CalibrationError()
+        >>> error(torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1]))  # half sure, half right
+        tensor(0.)
+    """
+
+    higher_is_better = False
+    is_differentiable = False
+    full_state_update = False
+    confidence: Tensor
+    correct: Tensor
+    total: Tensor
+
+    def __init__(self, bins: int = 15, ignore_index: int | None = -100) -> None:
+        super().__init__()
+        self.bins = bins
+        self.ignore_index = ignore_index
+        for name in ("confidence", "correct", "total"):
+            self.add_state(name, torch.zeros(bins, dtype=torch.float32), dist_reduce_fx="sum")
+
+    @override
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        best = logits.float().softmax(-1).flatten(0, -2).max(-1)
+        confidence, targets = best.values, targets.flatten()
+        valid = (
+            torch.ones_like(targets, dtype=torch.bool) if self.ignore_index is None else targets != self.ignore_index
+        )
+        bins = torch.linspace(0, 1, self.bins + 1, device=confidence.device)
+        index = (torch.bucketize(confidence, bins, right=True) - 1).clamp(0, self.bins - 1)
+        for name, values in (
+            ("confidence", confidence),
+            ("correct", best.indices == targets),
+            ("total", torch.ones_like(confidence)),
+        ):
+            values = torch.where(valid, values.float(), 0.0)
+            setattr(self, name, getattr(self, name).index_add(0, index, values))
+
+    @override
+    def compute(self) -> Tensor:
+        return (self.confidence - self.correct).abs().sum() / self.total.sum()
 
 
 class Perplexity(Metric):
@@ -113,11 +252,13 @@ class ClassificationMetrics(nn.ModuleDict):
     """The metrics of one data loader.
 
     ``acc``; ``acc_top5`` with more than five classes; ``calibration_error`` (expected calibration error, 15 bins), in
-    evaluation only, as it keeps every confidence; and with a teacher ``agreement`` (how often student and teacher
+    evaluation only; and with a teacher ``agreement`` (how often student and teacher
     predict the same class) and ``teacher_acc``.
 
-    For tokens ``perplexity`` and ``teacher_perplexity`` take the place of the calibration error, which would keep a
-    number for every token; and the two, like ``acc_top5``, are for evaluation, as each is a pass over a vocabulary.
+    For tokens ``perplexity`` and ``teacher_perplexity`` take the place of the calibration error; and the two, like
+    ``acc_top5``, are for evaluation, as each is a pass over a vocabulary.
+
+    For labels (multi-label or binary tasks) each label is a position with two classes, no and yes.
 
     Args:
         num_classes: Width of the logits.
@@ -125,13 +266,22 @@ class ClassificationMetrics(nn.ModuleDict):
         with_teacher: Whether teacher logits will come.
         evaluation: Whether to measure what is for evaluation only.
         tokens: Whether the logits are a language model's.
+        task: See :func:`task_of`.
     """
 
     def __init__(
-        self, num_classes: int, ignore_index: int, with_teacher: bool, evaluation: bool, tokens: bool = False
+        self,
+        num_classes: int,
+        ignore_index: int,
+        with_teacher: bool,
+        evaluation: bool,
+        tokens: bool = False,
+        task: Task = "classes",
     ) -> None:
         super().__init__()
         self.ignore_index = ignore_index
+        self.task: Task = task
+        num_classes, tokens = (num_classes, tokens) if task == "classes" else (2, False)
         self["acc"] = TopKAccuracy(1, ignore_index)
         if num_classes > 5 and (evaluation or not tokens):
             self["acc_top5"] = TopKAccuracy(5, ignore_index)
@@ -140,9 +290,7 @@ class ClassificationMetrics(nn.ModuleDict):
             if with_teacher:
                 self["teacher_perplexity"] = Perplexity(ignore_index)
         if evaluation and not tokens:
-            self["calibration_error"] = MulticlassCalibrationError(
-                num_classes, n_bins=15, ignore_index=ignore_index, validate_args=False
-            )
+            self["calibration_error"] = CalibrationError(ignore_index=ignore_index)
         if with_teacher:
             self["agreement"] = TopKAccuracy(1, ignore_index)
             self["teacher_acc"] = TopKAccuracy(1, ignore_index)
@@ -152,17 +300,21 @@ class ClassificationMetrics(nn.ModuleDict):
 
         Args:
             logits: ``(…, C)``, class dimension last.
-            targets: ``(…)`` class indices, or ``(…, C)`` class probabilities, whose largest counts.
+            targets: ``(…)`` class indices, or ``(…, C)`` class probabilities, whose largest counts; for labels 0 or 1
+                in the logits' shape.
             teacher_logits: As ``logits``.
         """
         logits = logits.detach()
-        if targets.is_floating_point() and targets.shape == logits.shape:
+        if self.task == "labels":
+            targets = targets.reshape(logits.shape)
+            targets = torch.where(targets == self.ignore_index, self.ignore_index, (targets > 0.5).long())
+            logits = as_two_classes(logits)
+            teacher_logits = None if teacher_logits is None else as_two_classes(teacher_logits)
+        elif targets.shape == logits.shape:
             targets = targets.argmax(-1)
         for name, metric in self.items():
             assert isinstance(metric, Metric)
-            if name == "calibration_error":
-                metric.update(logits.float().softmax(-1).reshape(-1, logits.shape[-1]), targets.reshape(-1))
-            elif name in ("teacher_acc", "teacher_perplexity"):
+            if name in ("teacher_acc", "teacher_perplexity"):
                 if teacher_logits is not None:
                     metric.update(teacher_logits, targets)
             elif name == "agreement":

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -16,6 +17,9 @@ from kd_lightning import DistillationModule
 from tests.helpers import make_data, make_network
 
 torch.set_num_threads(1)  # forked processes hang where the parent has used OpenMP threads; and CI has two cores
+
+hypothesis.settings.register_profile("suite", derandomize=True)  # the same examples in every run of the suite
+hypothesis.settings.load_profile("suite")
 
 collect_ignore_glob = ["integration/examples/[!t]*.py"]  # test_examples.py beside them runs them
 

@@ -32,6 +32,14 @@ def make_network(hidden: int = 16, norm: bool = True, num_classes: int = NUM_CLA
     return nn.Sequential(*layers, nn.Linear(hidden, num_classes))
 
 
+def make_teacher(hidden: int = 16, norm: bool = True) -> nn.Sequential:
+    """A network whose weights are not those of an initialisation."""
+    network = make_network(hidden, norm)
+    for parameter in network.parameters():
+        parameter.data += 0.5
+    return network
+
+
 def make_data(count: int = 64, seed: int = 0) -> TensorDataset:
     """Gaussian classes that overlap a little."""
     generator = torch.Generator().manual_seed(seed)

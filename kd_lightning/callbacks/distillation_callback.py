@@ -18,7 +18,10 @@ from typing_extensions import override
 
 from kd_lightning._lightning import is_compiled
 from kd_lightning.distiller import DistillationOutput, Distiller
+from kd_lightning.losses.task import check_scalar
+from kd_lightning.metrics import agreement
 from kd_lightning.modules.run import (
+    LABEL_KEYS,
     DistillationRun,
     HoldsDistiller,
     configure_with_groups,
@@ -273,9 +276,10 @@ class DistillationCallback(HoldsDistiller, Callback):
             )
         teacher_logits = self._run.teacher.logits(inputs, extract=self.extract_logits)
         targets = self._find_targets(batch, logits)
-        return self.distiller(
-            inputs, logits, targets, self.progress, teacher_logits=teacher_logits, task_loss=task_loss
-        )
+        given: dict[str, Any] = {"teacher_logits": teacher_logits, "task_loss": task_loss}
+        out = self.distiller(inputs, logits, targets, self.progress, **given)
+        check_scalar(out.loss)
+        return out
 
     def _choose(self, calls: list[_StudentCall]) -> _StudentCall:
         if self.forward_call is None and len(calls) > 1:
@@ -297,7 +301,7 @@ class DistillationCallback(HoldsDistiller, Callback):
         if isinstance(batch, (tuple, list)) and len(batch) == 2:
             targets = batch[1]
         elif isinstance(batch, Mapping):
-            targets = next((batch[key] for key in ("labels", "targets") if key in batch), None)
+            targets = next((batch[key] for key in LABEL_KEYS if key in batch), None)
         if not isinstance(targets, Tensor):
             return None
         class_dim = self.distiller.class_dim
@@ -400,8 +404,10 @@ class DistillationCallback(HoldsDistiller, Callback):
         with trainer.precision_plugin.val_step_context():
             out = self._distil(self._choose(calls), batch, task_loss=torch.zeros((), device=pl_module.device))
         self.distiller.train()
-        student, teacher = (x.movedim(out.class_dim, -1).argmax(-1) for x in (out.student_logits, out.teacher_logits))
-        values = {"val_kd_loss": out.kd_loss, "val_agreement": (student == teacher).float().mean()}
+        student, teacher = (x.movedim(out.class_dim, -1) for x in (out.student_logits, out.teacher_logits))
+        values = {"val_kd_loss": out.kd_loss}
+        if (share := agreement(student, teacher, self._find_targets(batch, out.student_logits))) is not None:
+            values["val_agreement"] = share
         pl_module.log_dict(values, sync_dist=True, batch_size=len(out.student_logits))
 
     # ---- state ------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def dist_loss(
     check_option("reduction", reduction, REDUCTIONS)
     check_num_items(num_items, reduction)
     teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
-    check_logits(student_logits, teacher_logits, class_dim, min_classes=3)
+    check_logits(student_logits, teacher_logits, class_dim, min_classes=3, targets=targets)
     temp = in_compute_dtype(as_temperature(temperature, student_logits), student_logits)
     valid = valid_positions(targets, student_logits, class_dim, ignore_index)
     kept = None if valid is None else valid.unsqueeze(class_dim)

@@ -64,7 +64,8 @@ def kd_loss(
         temperature: A number, a tensor or a :class:`Temperature`, in the layout of the logits; see there for shapes.
             Positive and finite. Gradients flow to it, through the factor ``c`` too.
         targets: Class indices in the shape of the logits without the class dimension. They only select the valid
-            positions. Floating-point targets in the logits' shape (class probabilities) leave nothing out.
+            positions; a boolean mask does so too. Floating-point targets in the logits' shape (class probabilities)
+            leave nothing out.
         scale: The factor ``c``, per sample, applied after the sum over classes: ``"student_teacher"`` is
             ``T_s · T_t``, ``"student"`` ``T_s²``, ``"teacher"`` ``T_t²``, ``"none"`` 1. For a class-wise temperature it
             is the mean over classes. ``Temperature.scale``, where set, replaces it.
@@ -315,7 +316,7 @@ def dkd_loss(
 
 
 def _check_class_targets(name: str, targets: Tensor | None) -> None:
-    if targets is None or targets.is_floating_point():
+    if targets is None or targets.is_floating_point() or targets.dtype == torch.bool:
         received = "none" if targets is None else f"{targets.dtype} ones"
         raise ValueError(
             f"{name} splits off the target class: it needs targets that are class indices, got {received}."

@@ -81,7 +81,7 @@ def row_loss(
     check_num_items(num_items, reduction)
     if teacher_logits.shape != student_logits.shape:
         teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
-    check_logits(student_logits, teacher_logits, class_dim, divergence.min_classes)
+    check_logits(student_logits, teacher_logits, class_dim, divergence.min_classes, targets)
     class_dim %= student_logits.dim()
     if compute_dtype(student_logits) != compute_dtype(teacher_logits):  # because float64 on one side widens both
         student_logits, teacher_logits = student_logits.double(), teacher_logits.double()

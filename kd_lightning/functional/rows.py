@@ -41,10 +41,25 @@ def check_option(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
 
-def check_logits(student: Tensor, teacher: Tensor, class_dim: int, min_classes: int = 2) -> None:
-    """Raise if the logits differ in shape, lack ``class_dim``, have too few classes or are no floats."""
+def check_logits(
+    student: Tensor, teacher: Tensor, class_dim: int, min_classes: int = 2, targets: Tensor | None = None
+) -> None:
+    """Raise if the logits differ in shape, lack ``class_dim``, have too few classes, are no floats, or fit two layouts.
+
+    The last dimension, ``class_dim=-1``, is a default that nobody may have meant; ``class_dim=2`` was meant.
+    """
     if student.dim() == 0 or not -student.dim() <= class_dim < student.dim():
         raise ValueError(f"class_dim={class_dim} is not a dimension of student logits of shape {tuple(student.shape)}.")
+    if student.dim() > 3 and class_dim == -1:
+        raise ValueError(
+            f"logits of shape {tuple(student.shape)} do not tell their class dimension, and class_dim=-1 is the width "
+            f"of an image. Give class_dim=1 for (N, C, H, W), or class_dim={student.dim() - 1} if the classes are last."
+        )
+    if class_dim == -1 and student.dim() == 3 and targets is not None and student.shape[1] == student.shape[2]:
+        raise ValueError(
+            f"logits of shape {tuple(student.shape)} and targets of shape {tuple(targets.shape)} fit (B, C, L) and "
+            "(B, L, C) alike. Give class_dim=1 or class_dim=2 to the loss."
+        )
     if student.shape != teacher.shape:
         raise ValueError(
             f"student and teacher logits must have the same shape, got {tuple(student.shape)} and "
@@ -126,7 +141,10 @@ def check_num_items(num_items: float | Tensor | None, reduction: Reduction) -> N
 
 
 def valid_positions(targets: Tensor | None, logits: Tensor, class_dim: int, ignore_index: int | None) -> Tensor | None:
-    """Return a boolean mask of the positions whose target is not ``ignore_index``, or None if none is masked."""
+    """Return a boolean mask of the positions that count, or None if all do.
+
+    Boolean targets are the mask themselves; positions whose class index is ``ignore_index`` do not count.
+    """
     if targets is None:
         return None
     if targets.is_floating_point() and targets.shape == logits.shape:
@@ -138,6 +156,8 @@ def valid_positions(targets: Tensor | None, logits: Tensor, class_dim: int, igno
             f"targets must have the logits' shape without the class dimension, {tuple(positions)}, got "
             f"{tuple(targets.shape)} for logits of shape {tuple(logits.shape)} with class_dim={class_dim}."
         )
+    if targets.dtype == torch.bool:
+        return targets
     return None if ignore_index is None else targets != ignore_index
 
 

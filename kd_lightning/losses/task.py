@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-__all__ = ["CrossEntropyLoss"]
+__all__ = ["CrossEntropyLoss", "as_targets", "check_scalar", "task_term"]
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -31,3 +33,61 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             return loss
         labelled = (target != self.ignore_index).any()
         return torch.where(labelled, loss, input.sum() * 0.0)  # keeps the graph: DDP expects every gradient
+
+
+def as_targets(targets: Any, device: torch.device) -> Tensor | None:
+    """Return targets as torch's losses take them: tensors, integers of any width and booleans as int64.
+
+    Args:
+        targets: A tensor, a list, a NumPy array, or None.
+        device: Where targets that are no tensor go.
+
+    Raises:
+        TypeError: If the targets cannot be a tensor.
+    """
+    if targets is None:
+        return None
+    if not isinstance(targets, Tensor):
+        try:
+            targets = torch.as_tensor(targets, device=device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"targets must be a tensor, an array or a list of numbers, got {type(targets).__name__}. Override "
+                "unpack_batch(batch) to return inputs and targets of your batches."
+            ) from error
+    return targets if targets.is_floating_point() else targets.long()
+
+
+def task_term(task_loss: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the task loss of logits with the class dimension second; labels in the logits' shape become floats.
+
+    Raises:
+        ValueError: If the loss cannot take the targets.
+    """
+    if targets.shape == logits.shape and not targets.is_floating_point():
+        targets = targets.to(logits.dtype)
+    if torch.compiler.is_compiling():
+        return task_loss(logits, targets)
+    try:
+        return task_loss(logits, targets)
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{type(task_loss).__name__} cannot take targets of shape {tuple(targets.shape)} and {targets.dtype} with "
+            f"logits of shape {tuple(logits.shape)}: {' '.join(str(error).split()).rstrip('.')}. Return other targets "
+            "from unpack_batch(batch), class indices from 0 to C - 1 for cross-entropy, or give another task_loss."
+        ) from error
+
+
+def check_scalar(loss: Tensor) -> None:
+    """Raise if a training loss has a value per sample.
+
+    Raises:
+        ValueError: If the loss is no scalar.
+    """
+    if loss.dim() > 0 and loss.numel() > 1:
+        raise ValueError(
+            f"a training loss must be a scalar, got shape {tuple(loss.shape)}. Give kd_loss and task_loss "
+            "reduction='mean', or average them; reduction='none' is for a Distiller in a loop of your own."
+        )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from kd_lightning.losses import CrossEntropyLoss
+from kd_lightning.losses.task import check_scalar, task_term
 from kd_lightning.modules.run import is_logging_step
 from kd_lightning.modules.supervised import SupervisedModule
 
@@ -67,6 +68,16 @@ class ClassificationModule(SupervisedModule):
     def network(self) -> nn.Module:
         return self.model
 
+    @property
+    @override
+    def _task_loss(self) -> nn.Module:
+        return self.task_loss
+
+    @property
+    @override
+    def ignore_index(self) -> int:
+        return getattr(self.task_loss, "ignore_index", -100)
+
     @override
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         loss, logits, self._last_targets = self._loss(batch)
@@ -95,4 +106,6 @@ class ClassificationModule(SupervisedModule):
                 "ClassificationModule learns from targets, but the batch has none: give (inputs, targets)."
             )
         logits = self(inputs)
-        return self.task_loss(logits.movedim(-1, 1) if logits.dim() > 2 else logits, targets), logits, targets
+        loss = task_term(self.task_loss, logits.movedim(-1, 1) if logits.dim() > 2 else logits, targets)
+        check_scalar(loss)
+        return loss, logits, targets

@@ -31,6 +31,7 @@ from kd_lightning.distiller import DistillationOutput
 from kd_lightning.export import ExportFormat, ExportReport, export_student
 from kd_lightning.fused_distiller import make_distiller
 from kd_lightning.layers import LayerTerm
+from kd_lightning.losses.task import check_scalar
 from kd_lightning.modules.run import DistillationRun, HoldsDistiller, is_logging_step, step_readings
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.teachers import Teacher, split_index
@@ -137,6 +138,11 @@ class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
 
     @property
     @override
+    def _task_loss(self) -> nn.Module:
+        return self.distiller.task_loss
+
+    @property
+    @override
     def class_dim(self) -> int:
         return self.distiller.class_dim
 
@@ -201,7 +207,9 @@ class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
         student = self.distiller.run_student(self, self.student, inputs)
         given = batch if self.teacher.reads_batch else inputs
         teacher_logits = self.distiller.teacher_logits(given, rows, self.extract_logits)
-        return self.distiller(inputs, student, targets, progress, teacher_logits=teacher_logits), targets
+        out = self.distiller(inputs, student, targets, progress, teacher_logits=teacher_logits)
+        check_scalar(out.loss)
+        return out, targets
 
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:
         if self.teacher is not None and self.teacher.loaded and self.teacher.serves(batch):

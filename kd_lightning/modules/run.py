@@ -23,6 +23,7 @@ from kd_lightning.teachers import Teacher
 from kd_lightning.temperature import Progress
 
 __all__ = [
+    "LABEL_KEYS",
     "DistillationRun",
     "HoldsDistiller",
     "TemperatureLogger",
@@ -32,6 +33,9 @@ __all__ = [
     "is_logging_step",
     "step_readings",
 ]
+
+LABEL_KEYS = ("labels", "label", "targets", "target", "y", "mask")
+"""The keys of a batch under which labels are looked for, the first that is there."""
 
 _T = TypeVar("_T")
 

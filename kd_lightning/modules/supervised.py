@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,8 +19,9 @@ from typing_extensions import override
 from kd_lightning._lightning import accumulates, attached_trainer, init_arguments, is_given_by_cli
 from kd_lightning.export import describe_inputs, inputs_like
 from kd_lightning.functional import next_token_targets
-from kd_lightning.metrics import ClassificationMetrics
-from kd_lightning.modules.run import configure_with_groups
+from kd_lightning.losses.task import as_targets
+from kd_lightning.metrics import ClassificationMetrics, Task, task_of
+from kd_lightning.modules.run import LABEL_KEYS, configure_with_groups
 from kd_lightning.teachers import call_model, extract_logits
 
 __all__ = ["SupervisedModule"]
@@ -59,6 +61,7 @@ class SupervisedModule(LightningModule):
         self.shift_labels = shift_labels
         self.mean_over = mean_over
         self.metrics = nn.ModuleDict()
+        self._tasks: dict[str, Task | None] = {}
         self._input_description: Any = None
         self._last_targets: Tensor | None = None
         self._step_items: Tensor | None = None  # labelled positions of the optimiser step so far
@@ -66,6 +69,11 @@ class SupervisedModule(LightningModule):
     @property
     def network(self) -> nn.Module:
         """The network that is trained."""
+        raise NotImplementedError
+
+    @property
+    def _task_loss(self) -> nn.Module:
+        """The task loss, which tells what targets are."""
         raise NotImplementedError
 
     @property
@@ -83,8 +91,9 @@ class SupervisedModule(LightningModule):
     def unpack_batch(self, batch: Any) -> tuple[Any, Tensor | None]:
         """Split a batch into the networks' inputs and the targets. Override for batches of another shape.
 
-        By default ``(inputs, targets)``; or a mapping, whose ``labels`` (or ``targets``) are the targets and the rest
-        the networks' keywords; or a bare tensor of inputs, as in prediction.
+        By default ``(inputs, targets)``; or a mapping, whose ``labels``, ``label``, ``targets``, ``target``, ``y`` or
+        ``mask`` are the targets and the rest the networks' keywords, or a single input of any name; or a bare tensor
+        of inputs, as in prediction.
 
         Args:
             batch: What the data loader gives.
@@ -98,11 +107,12 @@ class SupervisedModule(LightningModule):
         if isinstance(batch, Tensor):
             return batch, None
         if isinstance(batch, Mapping):
-            rest = dict(batch)
-            for key in ("labels", "targets"):
-                if key in rest:
-                    return rest, rest.pop(key)
-            return rest, None
+            rest, parameters = dict(batch), inspect.signature(self.network.forward).parameters
+            keys = [key for key in LABEL_KEYS if key in rest and (key != "mask" or key not in parameters)]
+            targets = rest.pop(keys[0]) if keys else None
+            if len(rest) == 1 and not set(rest) & set(parameters):  # {"image": …} for forward(x)
+                return next(iter(rest.values())), targets
+            return rest, targets
         if isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
             return batch[0], batch[1] if len(batch) == 2 else None
         size = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
@@ -126,6 +136,7 @@ class SupervisedModule(LightningModule):
             ValueError: If the batch has no labels to shift, or labels that are not ``(B, L)`` indices.
         """
         inputs, targets = self.unpack_batch(batch)
+        targets = as_targets(targets, self.device)
         if not self.shift_labels:
             return inputs, targets
         if targets is None:
@@ -258,15 +269,18 @@ class SupervisedModule(LightningModule):
         if targets is None:
             return
         logits = logits.movedim(self.class_dim, -1)
-        if targets.shape not in (logits.shape[:-1], logits.shape):
-            return  # a task whose targets are no classes has no accuracy
+        if targets.dim() == logits.dim():
+            targets = targets.movedim(self.class_dim, -1)
+        key = f"{stage}_{dataloader_idx}"
+        if key not in self._tasks:
+            self._tasks[key] = task_of(self._task_loss, logits, targets)
+        if (task := self._tasks[key]) is None:
+            return
         if teacher_logits is not None:
             teacher_logits = teacher_logits.movedim(self.class_dim, -1)
-        key = f"{stage}_{dataloader_idx}"
         if key not in self.metrics:
-            metrics = ClassificationMetrics(
-                logits.shape[-1], self.ignore_index, teacher_logits is not None, stage != "train", logits.dim() == 3
-            )
+            with_teacher, evaluation, tokens = teacher_logits is not None, stage != "train", logits.dim() == 3
+            metrics = ClassificationMetrics(logits.shape[-1], self.ignore_index, with_teacher, evaluation, tokens, task)
             self.metrics[key] = metrics.to(self.device)
         metrics = self.metrics[key]
         assert isinstance(metrics, ClassificationMetrics)
@@ -278,6 +292,8 @@ class SupervisedModule(LightningModule):
             suffix = f"/dataloader_idx_{key.rpartition('_')[2]}" if len(keys) > 1 else ""
             metrics = self.metrics[key]
             assert isinstance(metrics, ClassificationMetrics)
+            if not self.trainer.strategy.reduce(metrics["acc"].total.clone(), reduce_op="sum"):  # pyright: ignore
+                continue  # no rank had a labelled position: no value, rather than 0 or NaN
             for name, metric in metrics.items():
                 assert isinstance(metric, Metric)
                 if not metric.update_called:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -34,18 +35,43 @@ def call_model(module: Callable[..., Any], inputs: Any) -> Any:
     A mapping is passed by keyword, a tuple or list by position, a :class:`Call` by both, and other inputs as one
     argument.
 
+    Raises:
+        TypeError: If the network does not take these arguments.
+
     Example:
         >>> from torch import nn
         >>> call_model(nn.Bilinear(2, 3, 1), (torch.ones(5, 2), torch.ones(5, 3))).shape
         torch.Size([5, 1])
     """
     if isinstance(inputs, Call):
-        return module(*inputs.args, **inputs.kwargs)
-    if isinstance(inputs, Mapping):
-        return module(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return module(*inputs)
-    return module(inputs)
+        args, kwargs = inputs
+    elif isinstance(inputs, Mapping):
+        args, kwargs = (), inputs
+    else:
+        args, kwargs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
+    if torch.compiler.is_compiling():
+        return module(*args, **kwargs)
+    try:
+        return module(*args, **kwargs)
+    except TypeError:
+        _check_arguments(module, args, kwargs)
+        raise
+
+
+def _check_arguments(module: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    function = module.forward if type(module).__call__ is nn.Module.__call__ else module  # pyright: ignore
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin has none
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        given = [*(type(arg).__name__ for arg in args), *(f"{name}=…" for name in kwargs)]
+        raise TypeError(
+            f"{type(module).__name__} takes {signature}, but the batch gives ({', '.join(given)}): {error}. Override "
+            "unpack_batch(batch) to return the inputs that both networks take."
+        ) from None
 
 
 def extract_logits(output: Any) -> Tensor:

@@ -251,7 +251,8 @@ class CapacityTemperature(TemperaturePolicy):
     def _update(self, signals: Signals) -> None:
         temperature = self._bound(self.value)  # what the loss used: callbacks may have moved it
         student, teacher = signals.student_logits, signals.teacher_logits
-        divergence = kd_loss(student, teacher, temperature, scale="none", reduction="none")
+        last = student.dim() - 1
+        divergence = kd_loss(student, teacher, temperature, scale="none", reduction="none", class_dim=last)
         divergence, count = sum_and_count(divergence, signals.valid)
         entropy, _ = sum_and_count(predictive_entropy(teacher, temperature), signals.valid)
         divergence, entropy, count = sum_over_ranks(torch.cat([divergence, entropy, count])).split(1)

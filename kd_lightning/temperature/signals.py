@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kd_lightning.schedules import Progress
@@ -20,7 +21,8 @@ class Signals:
     Attributes:
         student_logits: ``(…, C)``, class dimension last.
         teacher_logits: The same shape.
-        targets: Class indices in the logits' shape without the last dimension; None where there are none.
+        targets: Class indices in the logits' shape without the last dimension, or a boolean mask of the positions that
+            count; None where there are neither.
         progress: Step and epoch.
         ignore_index: Target value of positions that do not count; None where all count.
         depth: Where in the student the logits come from: 0 is its first layer with a loss, 1 the last; 1 for the
@@ -46,11 +48,13 @@ class Signals:
         targets = self.targets
         if targets is None or targets.is_floating_point() or targets.shape != self.student_logits.shape[:-1]:
             return None
-        return targets
+        return None if targets.dtype == torch.bool else targets
 
     @property
     def valid(self) -> Tensor | None:
         """Mask of the positions that count, in the logits' shape without the last dimension; None where all do."""
+        if self.targets is not None and self.targets.dtype == torch.bool:
+            return self.targets
         targets = self.class_targets
         return None if targets is None or self.ignore_index is None else targets != self.ignore_index
 

@@ -291,7 +291,7 @@ def test_fast_path_is_the_definition(name, layout, chunk, masked, reduction, tem
         slow = gradients(module(exact[0], t.double(), temp, targets) * weights.double(), *exact)
     assert all(x.isfinite().all() for x in fast)
     # T² ≤ 12 and the sum over up to 35 positions magnify the rounding
-    rtol, atol = (1e-12, 1e-12) if dtype == torch.float64 else (1e-5, 3e-5)
+    rtol, atol = (1e-12, 1e-12) if dtype == torch.float64 else (1e-5, 1e-4)
     assert_close([x.double() for x in fast], [*slow], rtol=rtol, atol=atol)
 
 

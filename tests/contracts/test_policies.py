@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -188,7 +188,8 @@ def terms(policy: TemperaturePolicy, signals: Signals) -> list[Temperature]:
 
 def loss_of(policy: TemperaturePolicy, signals: Signals) -> Tensor:
     student, teacher = policy.transform(signals.student_logits), policy.transform(signals.teacher_logits)
-    losses = [kd_loss(student, teacher, term, targets=signals.targets) for term in terms(policy, signals)]
+    options: Any = {"targets": signals.targets, "class_dim": student.dim() - 1}
+    losses = [kd_loss(student, teacher, term, **options) for term in terms(policy, signals)]
     return torch.stack(losses).sum()
 
 

@@ -16,15 +16,7 @@ from kd_lightning.callbacks import DistillationCallback
 from kd_lightning.losses import KDLoss
 from kd_lightning.schedules import ConstantSchedule
 from kd_lightning.temperature import ConstantTemperature, LinearSchedule, Signals
-from tests.helpers import make_loader, make_network
-
-
-def trained(norm: bool = True) -> nn.Sequential:
-    network = make_network(norm=norm)
-    for parameter in network.parameters():
-        parameter.data += 0.5  # stands for training
-    return network
-
+from tests.helpers import make_loader, make_network, make_teacher
 
 MAKERS: list[Callable[[nn.Module], Any]] = [
     Distiller,
@@ -36,12 +28,12 @@ makers = pytest.mark.parametrize("make", MAKERS, ids=["Distiller", "Distillation
 
 @makers
 def test_numbers_schedules_and_networks(make: Callable[[nn.Module], Any]) -> None:
-    holder = make(trained())
+    holder = make(make_teacher())
     distiller = getattr(holder, "distiller", holder)
     holder.temperature = 2.0
     holder.kd_weight = 0.5
     holder.task_weight = LinearSchedule(1.0, 0.0)
-    network = trained(norm=False)
+    network = make_teacher(norm=False)
     holder.teacher = network
     assert isinstance(distiller.temperature, ConstantTemperature)
     assert holder.temperature is distiller.temperature
@@ -59,7 +51,7 @@ def test_numbers_schedules_and_networks(make: Callable[[nn.Module], Any]) -> Non
 
 @makers
 def test_what_is_refused(make: Callable[[nn.Module], Any]) -> None:
-    holder = make(trained())
+    holder = make(make_teacher())
     with pytest.raises(ValueError, match=r"temperature must be a positive, finite number"):
         holder.temperature = -1.0
     with pytest.raises(TypeError, match="temperature must be a number, a schedule"):
@@ -69,12 +61,12 @@ def test_what_is_refused(make: Callable[[nn.Module], Any]) -> None:
     with pytest.raises(TypeError, match=r"task_weight must be a number or a schedule \(Progress → number\), got None"):
         holder.task_weight = None
     with pytest.raises(ValueError, match="which trains nothing"):
-        Distiller(trained(), kd_weight=0, task_weight=0.0)
+        Distiller(make_teacher(), kd_weight=0, task_weight=0.0)
 
 
 def test_a_fit_uses_what_was_set(make_trainer: Callable[..., Trainer]) -> None:
     torch.manual_seed(0)
-    student, teacher = make_network(), trained()
+    student, teacher = make_network(), make_teacher()
     states = []
     for late in (False, True):
         options: dict[str, Any] = {"temperature": 2.0, "kd_weight": 0.5, "kd_loss": KDLoss(scale="none")}
@@ -96,8 +88,8 @@ def test_a_fit_uses_what_was_set(make_trainer: Callable[..., Trainer]) -> None:
 
 
 def test_set_after_a_cast() -> None:
-    distiller: Any = Distiller(trained()).double()
-    distiller.teacher = trained().double()
+    distiller: Any = Distiller(make_teacher()).double()
+    distiller.teacher = make_teacher().double()
     distiller.temperature = 3.0
     out = distiller(torch.ones(2, 8).double(), torch.zeros(2, 6).double(), torch.tensor([0, 1]))
     assert out.temperature.student.item() == 3.0
@@ -105,6 +97,6 @@ def test_set_after_a_cast() -> None:
 
 @pytest.mark.parametrize("number", [np.float32(4), np.float64(4), np.int64(4)])
 def test_numpy_numbers(number: Any) -> None:
-    distiller = Distiller(trained(), temperature=number, kd_weight=number)
+    distiller = Distiller(make_teacher(), temperature=number, kd_weight=number)
     assert distiller.temperature(Signals(torch.zeros(1, 6), torch.zeros(1, 6))).student.item() == 4.0
     assert distiller.kd_weight == ConstantSchedule(4.0)

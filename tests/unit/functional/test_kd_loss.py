@@ -126,7 +126,7 @@ class TestLayout:
             kd_loss(s, t, temperature, targets=labels, class_dim=1, ignore_index=255), s
         )  # fmt: skip
         last = [x.movedim(1, -1) for x in (s, t, temperature)]
-        expected = value_and_gradient(kd_loss(*last, targets=labels, ignore_index=255), s)
+        expected = value_and_gradient(kd_loss(*last, targets=labels, class_dim=3, ignore_index=255), s)
         assert_close(got, expected)
 
     @pytest.mark.parametrize("class_dim", [0, 1, 2, -1, -2, -3])
