@@ -117,6 +117,7 @@ class DistillationCallback(HoldsDistiller, Callback):
         self.last_output: DistillationOutput | None = None
         self._run = DistillationRun(self.distiller, type(self).__name__)
         self._trainer: Trainer | None = None
+        self._layer: nn.Module | None = None
         self._wrapped: list[tuple[nn.Module, str, Any]] = []
         self._calls: list[_StudentCall] | None = None
 
@@ -176,7 +177,9 @@ class DistillationCallback(HoldsDistiller, Callback):
         distiller.to(trainer.strategy.root_device)
         self._run.check_ranks(trainer)
         self._run.broadcast(trainer)
-        self._wrap(self._find_layer(pl_module), "forward", self._recording)
+        self._layer = self._find_layer(pl_module)
+        self._run.follow(self._layer)  # before its forward is wrapped, because a teacher may copy the layer
+        self._wrap(self._layer, "forward", self._recording)
 
     def _find_layer(self, pl_module: LightningModule) -> nn.Module:
         if self.student_layer is None and is_compiled(pl_module):
@@ -210,8 +213,9 @@ class DistillationCallback(HoldsDistiller, Callback):
                 vars(module).pop(name, None)
             else:
                 vars(module)[name] = before
+        self._run.stop()
         if self._trainer is not None:
-            self._trainer = self.last_output = self._calls = None
+            self._layer = self._trainer = self.last_output = self._calls = None
             self.distiller.cpu()  # as Lightning does with the module
 
     @override
@@ -359,7 +363,8 @@ class DistillationCallback(HoldsDistiller, Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._run.check_resumed()
+        assert self._layer is not None
+        self._run.start(trainer, self._layer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -125,6 +125,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
         self._run = DistillationRun(self.distiller, type(self).__name__)
         self._temperature_state: dict[str, Tensor] = {}
         self._run.check_student(student)
+        self._run.follow(student)
         if shift_labels and self.distiller.ignore_index is None:
             raise ValueError(
                 "shift_labels=True marks positions that do not count, the last one and padding, by ignore_index, but "
@@ -266,6 +267,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
     @override
     def teardown(self, stage: str) -> None:
         self.distiller.detach()
+        self._run.stop()
         if stage == "fit":
             self._index_data(None)
 
@@ -295,7 +297,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
     def on_train_start(self) -> None:
         super().on_train_start()
         self._set_cache_epoch(self.trainer.current_epoch)  # resumed within an epoch, there is no on_train_epoch_start
-        self._run.check_resumed()
+        self._run.start(self.trainer, self.student)
 
     @override
     def on_fit_end(self) -> None:

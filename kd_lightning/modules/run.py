@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from kd_lightning._lightning import accumulates, callbacks_of, datamodule_of, log_interval
@@ -82,6 +83,7 @@ class DistillationRun:
         self._length = RunLength()
         self._last_progress = Progress(max_steps=1, max_epochs=1)  # at the start of a run
         self._restored: dict[str, Any] = {}
+        self._step_hooks: list[RemovableHandle] = []
 
     @property
     def teacher(self) -> Teacher:
@@ -125,6 +127,29 @@ class DistillationRun:
                 f"student and teacher share parameters, and a teacher is frozen: {', '.join(shared[:5])}"
                 f"{', …' if len(shared) > 5 else ''}. Give the teacher its own: copy.deepcopy(network)."
             )
+
+    def follow(self, student: nn.Module) -> None:
+        """Tell the teacher of the student."""
+        if self.distiller.teacher is not None:
+            self.distiller.teacher.follow(student)
+
+    def start(self, trainer: Trainer, student: nn.Module) -> None:
+        """Check the teacher of a resumed run, and have it follow the optimiser's steps, when training begins.
+
+        Raises:
+            RuntimeError: If the teacher differs from the checkpoint's.
+        """
+        self.check_resumed()
+        self.follow(student)
+        # a hook of the optimiser, because a checkpoint may be written before any later hook of the trainer
+        self._step_hooks = [
+            optimizer.register_step_post_hook(lambda *_: self.teacher.update()) for optimizer in trainer.optimizers
+        ]
+
+    def stop(self) -> None:
+        """Leave the optimisers of the fit as they were."""
+        while self._step_hooks:
+            self._step_hooks.pop().remove()
 
     def check_ranks(self, trainer: Trainer) -> None:
         """Raise if the ranks have different teachers. A collective: every rank must call it.
@@ -184,6 +209,7 @@ class DistillationRun:
         }
         if teacher is not None and teacher.loaded:
             saved["teacher"] = {"fingerprint": teacher.fingerprint(), "description": repr(teacher)}
+            saved |= {"teacher_state": state} if (state := teacher.state_dict()) else {}
         elif "teacher" in self._restored:
             saved["teacher"] = self._restored["teacher"]
         return saved
@@ -191,6 +217,9 @@ class DistillationRun:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore the progress; :meth:`check_resumed` compares the teacher and the settings."""
         self._restored = dict(saved)
+        state = self._restored.pop("teacher_state", None)
+        if state is not None and self.distiller.teacher is not None:
+            self.distiller.teacher.load_state_dict(state)
         if "progress" in saved:
             self._last_progress = Progress(**saved["progress"])
         if "teacher" in saved:

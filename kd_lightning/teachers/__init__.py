@@ -10,6 +10,7 @@ from kd_lightning.teachers.calls import (
     extract_logits,
     hidden_states,
 )
+from kd_lightning.teachers.ema import EMATeacher
 from kd_lightning.teachers.ensemble import TeacherEnsemble
 from kd_lightning.teachers.frozen import FrozenTeacher, as_teacher
 from kd_lightning.teachers.function import FunctionTeacher
@@ -23,6 +24,7 @@ from kd_lightning.teachers.weights import fingerprint, load_weights
 __all__ = [
     "BatchTeacher",
     "Call",
+    "EMATeacher",
     "FrozenTeacher",
     "FunctionTeacher",
     "GivenLogits",

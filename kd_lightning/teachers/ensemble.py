@@ -20,7 +20,7 @@ from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import extract_logits
 from kd_lightning.teachers.frozen import FrozenTeacher, as_teacher
 from kd_lightning.teachers.indexed import IndexedDataset
-from kd_lightning.teachers.teacher import LossTerm, Opinions, Teacher
+from kd_lightning.teachers.teacher import LossTerm, Opinions, Teacher, own_temperature
 from kd_lightning.temperature.base import TemperaturePolicy
 from kd_lightning.temperature.convert import as_policy
 from kd_lightning.temperature.signals import Signals
@@ -103,7 +103,12 @@ class TeacherEnsemble(Teacher):
             raise TypeError("a TeacherEnsemble within another is not supported: list all teachers in one.")
         if combine not in get_args(Combine):
             raise ValueError(f"combine must be one of {', '.join(map(repr, get_args(Combine)))}, got {combine!r}.")
-        self.teachers: list[Teacher] = [as_teacher(t) or FrozenTeacher(cast(Any, t)) for t in teachers]
+        self.teachers = [as_teacher(t) or FrozenTeacher(cast(Any, t)) for t in teachers]
+        if any(member.temperatures for member in self.teachers):
+            raise ValueError(
+                "the teachers of an ensemble have their temperatures from it, TeacherEnsemble(..., temperatures=[...]),"
+                f" but {next(member for member in self.teachers if member.temperatures)!r} has its own."
+            )
         waiting = [member.checkpoint for member in self.teachers if member.checkpoint is not None]
         self.checkpoint = ", ".join(waiting) or None
         self.temperatures = [as_policy(temperature) for temperature in temperatures or ()]
@@ -300,7 +305,7 @@ class TeacherEnsemble(Teacher):
         own: list[Tensor] = []
         if temperatures:
             given = [*zip(temperatures, opinions.logits, strict=True)]
-            own = [_own_temperature(member, policy, signals.replace(teacher_logits=z)) for member, z in given]
+            own = [own_temperature(member, policy, signals.replace(teacher_logits=z)) for member, z in given]
             logits = [member.transform(z) for member, z in zip(temperatures, logits, strict=True)]
             terms = [term._replace(teacher=_weighted_sum(weights, own)) for term in terms]
         losses: list[LossTerm] = []
@@ -441,13 +446,3 @@ def _name(teacher: Teacher) -> str:
 
 def _weighted_sum(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch.broadcast_tensors(*map(torch.mul, weights, values))).sum(0)
-
-
-def _own_temperature(member: TemperaturePolicy, policy: TemperaturePolicy, signals: Signals) -> Tensor:
-    own = member(signals)
-    if not isinstance(own, Temperature):
-        raise ValueError(
-            f"a teacher of an ensemble has one temperature, but {type(member).__name__} gives several. Give it to the "
-            "Distiller: each of its temperatures is a term of the loss."
-        )
-    return policy._bound(own.teacher)

@@ -6,7 +6,7 @@ A network is in :mod:`~kd_lightning.teachers.frozen`, several are in :mod:`~kd_l
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from kd_lightning.teachers.calls import HiddenStates, extract_logits
 from kd_lightning.teachers.indexed import IndexedDataset
 from kd_lightning.temperature import Signals, TemperaturePolicy
 
-__all__ = ["GivenLogits", "LossTerm", "Opinions", "Teacher"]
+__all__ = ["GivenLogits", "LossTerm", "Opinions", "Teacher", "own_temperature"]
 
 
 class Opinions(NamedTuple):
@@ -95,6 +95,8 @@ class Teacher(ABC):
     """False while the weights wait in the checkpoint."""
     cache: TeacherCache | None = None
     """The cache that keeps its logits, by sample."""
+    teachers: Sequence[Teacher] = ()
+    """The teachers that this one is made of, if any."""
     temperatures: Sequence[TemperaturePolicy] = ()
     """The teacher's own policies, which the Distiller registers, trains and checkpoints."""
     settings: str = ""
@@ -159,6 +161,11 @@ class Teacher(ABC):
             temperatures: The Distiller's copies of :attr:`temperatures`.
         """
         logits = policy.transform(opinions.consensus)
+        if temperatures:
+            (own,) = temperatures
+            logits = own.transform(logits)
+            teacher = own_temperature(own, policy, signals)
+            terms = [term._replace(teacher=teacher) for term in terms]
         return [LossTerm(logits, term) for term in terms], [*terms]
 
     def check_loss(self, kd_loss: nn.Module) -> None:  # noqa: B027  (a default, not a method to implement)
@@ -240,6 +247,28 @@ class Teacher(ABC):
         """Return False for a batch that lacks what the teacher reads: it is evaluated without a teacher."""
         return True
 
+    # ---- a teacher that changes -----------------------------------------------------------------------------------
+
+    def follow(self, student: nn.Module) -> None:
+        """Take this network as the student: called before training, and when training begins."""
+        for teacher in self.teachers:
+            teacher.follow(student)
+
+    def update(self) -> None:
+        """Follow an optimiser step of the student: called after each."""
+        for teacher in self.teachers:
+            teacher.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the teacher, tensors and primitives only: by default its members' state."""
+        states = {str(number): teacher.state_dict() for number, teacher in enumerate(self.teachers)}
+        return {number: state for number, state in states.items() if state}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        for number, state in state_dict.items():
+            self.teachers[int(number)].load_state_dict(state)
+
     def student_inputs(self, inputs: Any) -> Any:
         """Return the part of the inputs that is meant for networks, the student's included."""
         return inputs
@@ -264,6 +293,21 @@ class GivenLogits(Teacher):
     def network(self) -> nn.Module:
         """Raise, since no network runs."""
         raise ValueError("this Distiller has no teacher: layers need one that runs.")
+
+
+def own_temperature(own: TemperaturePolicy, policy: TemperaturePolicy, signals: Signals) -> Tensor:
+    """Return the temperature of a teacher's own policy, with the multiplier and bounds of the Distiller's.
+
+    Raises:
+        ValueError: If the teacher's policy gives several temperatures.
+    """
+    temperature = own(signals)
+    if not isinstance(temperature, Temperature):
+        raise ValueError(
+            f"a teacher has one temperature of its own, but {type(own).__name__} gives several. Give it to the "
+            "Distiller: each of its temperatures is a term of the loss."
+        )
+    return policy._bound(temperature.teacher)
 
 
 def _to_layout(temperature: Temperature, class_dim: int, rank: int) -> Temperature:

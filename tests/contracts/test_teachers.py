@@ -8,16 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from kd_lightning import DistillationModule, Distiller, FrozenTeacher, TeacherEnsemble, teachers
 from kd_lightning.callbacks import DistillationCallback
 from kd_lightning.export import export_student
-from kd_lightning.teachers import FunctionTeacher, OnnxTeacher, Teacher
-from tests.helpers import NUM_CLASSES, NUM_FEATURES, make_loader, make_network
+from kd_lightning.teachers import BatchTeacher, EMATeacher, FunctionTeacher, LogitsFile, OnnxTeacher, Teacher
+from tests.helpers import NUM_CLASSES, NUM_FEATURES, make_data, make_loader, make_network
 
 NO_TEACHERS = {"Teacher", "GivenLogits"}  # the protocol, and the stand-in of a Distiller without a teacher
 
@@ -49,9 +51,24 @@ def onnx(seed: int, folder: Path) -> Teacher:
     return OnnxTeacher(path)
 
 
+def ema(seed: int, folder: Path) -> Teacher:
+    teacher = EMATeacher(decay=0.9 + seed / 100)
+    teacher.follow(network(seed))
+    return teacher
+
+
+def logits_file(seed: int, folder: Path) -> Teacher:
+    path = folder / f"logits-{seed}.npy"
+    np.save(path, Scores(seed)(make_data().tensors[0]).numpy())
+    return LogitsFile(path)
+
+
 BUILD: dict[str, Callable[[int, Path], Teacher]] = {
+    "BatchTeacher": lambda seed, folder: BatchTeacher(f"logits{seed}"),
+    "EMATeacher": ema,
     "FrozenTeacher": lambda seed, folder: FrozenTeacher(network(seed)),
     "FunctionTeacher": lambda seed, folder: FunctionTeacher(Scores(seed), name=f"scores {seed}"),
+    "LogitsFile": logits_file,
     "OnnxTeacher": onnx,
     "TeacherEnsemble": lambda seed, folder: TeacherEnsemble([network(seed), network(seed + 10)]),
 }
@@ -60,8 +77,24 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 INPUTS = torch.randn(5, NUM_FEATURES, generator=torch.Generator().manual_seed(7))
 
 
+def inputs_of(teacher: Teacher, inputs: Tensor) -> Any:
+    """What the teacher is called with: the inputs, or a batch that has what it reads."""
+    if not teacher.reads_batch:
+        return inputs
+    key: str = vars(teacher)["key"]
+    return {"input": inputs, key: torch.arange(len(inputs)) if key == "id" else Scores(int(key[-1]))(inputs)}
+
+
+def loader_of(teacher: Teacher) -> DataLoader[Any]:
+    x, targets = make_data().tensors
+    if not teacher.reads_batch:
+        return make_loader()
+    batch = inputs_of(teacher, x) | {"labels": targets}
+    return DataLoader([{key: value[row] for key, value in batch.items()} for row in range(len(x))], 16)  # pyright: ignore
+
+
 def of(teacher: Teacher, inputs: Tensor = INPUTS) -> list[Tensor]:
-    return list(teacher.members(teacher.logits(inputs)))
+    return list(teacher.members(teacher.logits(inputs_of(teacher, inputs))))
 
 
 def test_every_exported_teacher_has_a_case() -> None:
@@ -119,7 +152,8 @@ class Plain(LightningModule):
         return self.net(x)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+        x, targets = (batch["input"], batch["labels"]) if isinstance(batch, dict) else batch
+        return nn.functional.cross_entropy(self(x), targets)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -130,20 +164,22 @@ def test_serves_distiller_module_and_callback(name: str, tmp_path: Path, make_tr
     teacher = BUILD[name](0, tmp_path)
     distiller = Distiller(teacher, task_weight=0.0)
     student = torch.zeros(5, NUM_CLASSES, requires_grad=True)
-    distiller(INPUTS, student).loss.backward()
+    distiller(inputs_of(teacher, INPUTS), student).loss.backward()
     assert student.grad is not None
     assert student.grad.abs().sum() > 0
 
     module = DistillationModule(student=make_network(), teacher=teacher)
-    make_trainer(max_epochs=1).fit(module, make_loader())
+    make_trainer(max_epochs=1).fit(module, loader_of(teacher))
     callback = DistillationCallback(teacher=teacher)
     plain = Plain()
-    make_trainer(max_epochs=1, callbacks=[callback]).fit(plain, make_loader())
+    make_trainer(max_epochs=1, callbacks=[callback]).fit(plain, loader_of(teacher))
 
     secret = {id(parameter) for parameter in teacher.parameters()}
     for holder in (distiller, module, plain):
         assert not secret & {id(parameter) for parameter in holder.parameters()}
         assert not any("teacher" in key for key in holder.state_dict())
+    if teacher.state_dict():
+        return  # it follows the student, and is in checkpoints
     before = of(BUILD[name](0, tmp_path))
     for logits, value in zip(of(teacher), before, strict=True):  # training has changed nothing
         torch.testing.assert_close(logits, value, rtol=0, atol=0)

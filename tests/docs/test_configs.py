@@ -35,11 +35,13 @@ def _made_cifar100(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def _made_assistant(tmp_path: Path) -> None:
-    """What the first run of the chain leaves to the second; tests/integration/test_assistant.py runs both."""
-    folder = tmp_path / "logs" / "digits_assistant" / "version_0" / "checkpoints"
-    folder.mkdir(parents=True)
-    assistant = models.DigitsCNN(channels=(8, 16), hidden=32)
-    torch.save({"state_dict": {f"student.{k}": v for k, v in assistant.state_dict().items()}}, folder / "best.ckpt")
+    """What the first run of a chain leaves to the second; tests/integration/test_assistant.py runs both."""
+    students = {"digits_assistant": ((8, 16), 32), "digits": ((4, 8), 16)}
+    for run, (channels, hidden) in students.items():
+        folder = tmp_path / "logs" / run / "version_0" / "checkpoints"
+        folder.mkdir(parents=True)
+        student = models.DigitsCNN(channels=channels, hidden=hidden)
+        torch.save({"state_dict": {f"student.{k}": v for k, v in student.state_dict().items()}}, folder / "best.ckpt")
 
 
 @pytest.mark.usefixtures("_made_cifar100", "_made_assistant")

@@ -15,6 +15,8 @@ KINDS = {
     "OnnxTeacher": "{class_path: OnnxTeacher, init_args: {path: teacher.onnx, temperature: 2.0}}",
     "BatchTeacher": "batch:teacher_logits",
     "BatchTeacher with options": "{class_path: BatchTeacher, init_args: {key: t, output: log_probs, temperature: 2.0}}",
+    "EMATeacher": "{class_path: EMATeacher, init_args: {decay: 0.99, temperature: {class_path: LinearSchedule, "
+    "init_args: {init_value: 4.0, end_value: 1.0}}}}",
     "LogitsFile": "{class_path: LogitsFile, init_args: {path: [one.npy, two.npy], key: idx}}",
     "TeacherEnsemble": "{class_path: TeacherEnsemble, init_args: {teachers: ['batch:a', {class_path: OnnxTeacher, "
     "init_args: {path: teacher.onnx}}]}}",

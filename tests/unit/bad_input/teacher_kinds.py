@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kd_lightning import Distiller, TeacherCache
-from kd_lightning.teachers import BatchTeacher, FunctionTeacher, LogitsFile, OnnxTeacher
+from kd_lightning import Distiller, TeacherCache, TeacherEnsemble
+from kd_lightning.teachers import BatchTeacher, EMATeacher, FunctionTeacher, LogitsFile, OnnxTeacher
 from tests.unit.bad_input.case import Case
 
 FOLDER = Path(tempfile.mkdtemp())
@@ -134,13 +134,6 @@ CASES = [
         "BatchTeacher needs a tensor under 'logits', got list. Have the collate function stack the samples' logits.",
     ),
     Case(
-        "batch: another text",
-        lambda: Distiller("resnet18"),
-        ValueError,
-        "a teacher written as text is 'batch:' and the key of its logits in the batch, got 'resnet18'. Write "
-        "'batch:teacher_logits', or give a network or a Teacher.",
-    ),
-    Case(
         "batch: a text without a key",
         lambda: Distiller("batch:"),
         ValueError,
@@ -195,5 +188,32 @@ CASES = [
         lambda: LogitsFile(Path(__file__)).load(),
         ValueError,
         f"logits are in .npy, .safetensors, .parquet or .arrow files, got {str(Path(__file__))!r}.",
+    ),
+    Case(
+        "ema: a decay of 1",
+        lambda: EMATeacher(decay=1.0),
+        ValueError,
+        "decay must be in [0, 1), the weight of the average so far, got 1.0. Usual are 0.99 to 0.9999.",
+    ),
+    Case(
+        "ema: no student",
+        lambda: Distiller(EMATeacher())(torch.ones(1, 2), torch.ones(1, 2), torch.zeros(1).long()),
+        RuntimeError,
+        "an EMATeacher must know the student that it averages before it teaches: call teacher.follow(student), and "
+        "teacher.update() after each optimiser step.",
+    ),
+    Case(
+        "ema: layers",
+        lambda: EMATeacher().network(),
+        ValueError,
+        "layers are hooked before training, and the network of an EMATeacher is a copy that training makes: leave them "
+        "out.",
+    ),
+    Case(
+        "ema: its own temperature in an ensemble",
+        lambda: TeacherEnsemble([EMATeacher(temperature=2.0)]),
+        ValueError,
+        "the teachers of an ensemble have their temperatures from it, TeacherEnsemble(..., temperatures=[...]), but "
+        "EMATeacher(decay=0.999, warmup=True, temperature=ConstantTemperature(value=2)) has its own.",
     ),
 ]

@@ -86,6 +86,7 @@ CASES = [
     *(Case(f"{name} set to {value!r}", setting(name, value), TypeError,
            f"{name} must be a number or a schedule (Progress → number), got {value!r}.")
       for name in ("kd_weight", "task_weight") for value in (None, "0.5", [0.5])),
-    Case("teacher set to a text", setting("teacher", "resnet"), TypeError,
-         "a teacher must be an nn.Module, got str."),
+    Case("teacher set to a text", setting("teacher", "resnet"), ValueError,
+         "a teacher written as text is 'batch:' and the key of its logits in the batch, got 'resnet'. Write "
+         "'batch:teacher_logits', or give a network or a Teacher."),
 ]  # fmt: skip

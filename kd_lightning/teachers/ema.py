@@ -1,0 +1,250 @@
+"""The student's own moving average as a teacher."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from typing_extensions import Self, override
+
+from kd_lightning.schedules import Progress, Schedule
+from kd_lightning.teachers.calls import HiddenStates, call_model, extract_logits, hidden_states
+from kd_lightning.teachers.teacher import Teacher
+from kd_lightning.temperature import TemperaturePolicy, as_policy
+
+__all__ = ["EMATeacher"]
+
+
+class EMATeacher(Teacher):
+    r"""The student's exponential moving average as its teacher (mean teacher, self-distillation).
+
+    After optimiser step :math:`t = 1, 2, …`, with the student's weights and buffers :math:`w_t` (integer buffers are
+    copied),
+
+    .. math:: \bar w_t = d_t \, \bar w_{t-1} + (1 - d_t) \, w_t, \quad \bar w_0 = w_0, \quad
+        d_t = \min\bigl(d, \tfrac{t}{t + 1}\bigr)
+
+    so that with ``warmup`` the first :math:`1 / (1 - d)` averages are the plain mean of all weights so far, and the
+    initial weights do not linger. Without it :math:`d_t = d`.
+
+    The average is in eval mode, without gradient, and in checkpoints, from which a run resumes exactly. Averages of
+    bfloat16 and float16 weights are kept in float32. All ranks have the same: buffers, which differ between ranks, are
+    rank 0's. :class:`~kd_lightning.DistillationModule` and
+    :class:`~kd_lightning.callbacks.DistillationCallback` call :meth:`follow` and, after each optimiser step,
+    :meth:`update`; the callback averages the layer that ``student_layer`` names. In a loop of your own:
+
+    .. code-block:: python
+
+        teacher.follow(student)
+        ...
+        optimizer.step()
+        teacher.update()
+
+    Args:
+        decay: :math:`d`, in [0, 1).
+        warmup: Whether the decay grows to :math:`d`.
+        temperature: The average's own temperature, a number, schedule or policy; the Distiller's is the student's.
+            None: the Distiller's for both.
+
+    Raises:
+        ValueError: If ``decay`` is outside its range.
+        RuntimeError: On the call, if :meth:`follow` was not called.
+
+    Source: A. Tarvainen & H. Valpola, "Mean teachers are better role models", NeurIPS 2017, arXiv 1703.01780.
+
+    Example:
+        >>> student = nn.Linear(1, 1, bias=False)
+        >>> _ = student.weight.data.fill_(0.0)
+        >>> teacher = EMATeacher(decay=0.9)
+        >>> teacher.follow(student)
+        >>> for weight in (3.0, 6.0):  # stands for two optimiser steps
+        ...     _ = student.weight.data.fill_(weight)
+        ...     teacher.update()
+        >>> teacher.logits(torch.ones(1, 1))  # (0 + 3 + 6) / 3
+        tensor([[3.]])
+    """
+
+    def __init__(
+        self,
+        decay: float = 0.999,
+        warmup: bool = True,
+        temperature: float | Schedule | TemperaturePolicy | Callable[[Progress], float] | None = None,
+    ) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(
+                f"decay must be in [0, 1), the weight of the average so far, got {decay!r}. Usual are 0.99 to 0.9999."
+            )
+        self.decay = decay
+        self.warmup = warmup
+        self.temperatures = [] if temperature is None else [as_policy(temperature)]
+        self._student: nn.Module | None = None
+        self._average: nn.Module | None = None
+        self._wide: dict[str, Tensor] = {}  # averages in float32 of narrower tensors, in which they would stand still
+        self._updates = 0
+        self._restored: Mapping[str, Any] | None = None
+
+    # ---- the average ----------------------------------------------------------------------------------------------
+
+    @override
+    def follow(self, student: nn.Module) -> None:
+        """Start the average at the student's weights, unless it was updated or restored."""
+        if self._student is not student:
+            self._average = copy.deepcopy(student).requires_grad_(False).eval()
+            self._student, self._wide, self._updates = student, {}, 0
+        if self._restored is not None:
+            self._restore(self._restored)
+        elif not self._updates:
+            for _, average, value in self._pairs():
+                average.copy_(value)
+
+    @override
+    def update(self) -> None:
+        self._network()
+        self._updates += 1
+        decay = min(self.decay, self._updates / (self._updates + 1)) if self.warmup else self.decay
+        averages: list[Tensor] = []
+        values: list[Tensor] = []
+        for name, average, value in self._pairs():
+            if not average.is_floating_point():
+                average.copy_(value)
+                continue
+            averages.append(self._widened(name, average))
+            values.append(value.to(averages[-1].dtype))
+        get_ema_multi_avg_fn(decay)(averages, values, None)
+        self._narrow()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            for buffer in self._network().buffers():
+                dist.broadcast(buffer, src=0)
+
+    def _pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield name, average and value of each parameter and buffer."""
+        assert self._student is not None
+        student = dict(_tensors(self._student))
+        for name, average in _tensors(self._network()):
+            yield name, average, student[name].to(average.device)
+
+    def _widened(self, name: str, average: Tensor) -> Tensor:
+        if average.element_size() >= 4:
+            return average
+        wide = self._wide.get(name)
+        if wide is None or wide.device != average.device:
+            self._wide[name] = wide = (average if wide is None else wide).to(average.device, torch.float32)
+        return wide
+
+    def _narrow(self) -> None:
+        averages = dict(_tensors(self._network()))
+        for name, wide in self._wide.items():
+            averages[name].copy_(wide)
+
+    def _restore(self, state_dict: Mapping[str, Any]) -> None:
+        self._restored, self._updates, saved = None, state_dict["updates"], state_dict["average"]
+        for name, average in _tensors(self._network()):
+            average.copy_(saved[name])
+            if average.dtype != saved[name].dtype:
+                self._wide[name] = saved[name].to(average.device)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._average is None:
+            return {}
+        saved = dict(_tensors(self._average)) | self._wide
+        return {"updates": self._updates, "average": {name: tensor.clone() for name, tensor in saved.items()}}
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        if self._average is None:
+            self._restored = state_dict  # until the student is known
+        else:
+            self._restore(state_dict)
+
+    # ---- the teacher ----------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def loaded(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._average is not None
+
+    @property
+    @override
+    def settings(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        temperature = f", temperature={self.temperatures[0]!r}" if self.temperatures else ""
+        return f"decay={self.decay:g}, warmup={self.warmup}{temperature}"
+
+    @property
+    @override
+    def gives_hidden_states(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return not self.temperatures
+
+    @override
+    def logits(
+        self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
+    ) -> Tensor:
+        return extract(self(inputs))
+
+    @override
+    def __call__(self, inputs: Any) -> Any:
+        """Return the averaged network's own output for these inputs."""
+        with torch.no_grad():
+            return call_model(self._network(), dict(inputs) if isinstance(inputs, Mapping) else inputs)
+
+    @override
+    def hidden_states(self, inputs: Any, check: bool = False) -> HiddenStates:
+        with torch.no_grad():
+            return hidden_states(self._network(), inputs)
+
+    @override
+    def fingerprint(self) -> str:
+        """Hash how the average is taken; ranks start from one student, and the average itself is in checkpoints."""
+        return hashlib.blake2b(f"ema {self.decay} {self.warmup}".encode(), digest_size=16).hexdigest()
+
+    @override
+    def network(self) -> nn.Module:
+        raise ValueError(
+            "layers are hooked before training, and the network of an EMATeacher is a copy that training makes: leave "
+            "them out."
+        )
+
+    @override
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return () if self._average is None else self._average.parameters()
+
+    @override
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        if self._average is not None:
+            self._average.to(*args, **kwargs)
+        return self
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        if self._average is not None:
+            self._average._apply(fn)
+
+    def _network(self) -> nn.Module:
+        if self._average is None:
+            raise RuntimeError(
+                "an EMATeacher must know the student that it averages before it teaches: call teacher.follow(student), "
+                "and teacher.update() after each optimiser step."
+            )
+        return self._average
+
+    @override
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = type(self).__new__(type(self))  # of its own, because this teacher changes
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    @override
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.settings})"
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        yield name, cast(Tensor, tensor).detach()
