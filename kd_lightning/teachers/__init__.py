@@ -19,6 +19,7 @@ from kd_lightning.teachers.logits_file import LogitsFile
 from kd_lightning.teachers.made_at import Output
 from kd_lightning.teachers.onnx import OnnxTeacher
 from kd_lightning.teachers.teacher import GivenLogits, LossTerm, Opinions, Teacher
+from kd_lightning.teachers.transforms import Renormalize
 from kd_lightning.teachers.weights import fingerprint, load_weights
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "OnnxTeacher",
     "Opinions",
     "Output",
+    "Renormalize",
     "Teacher",
     "TeacherCache",
     "TeacherEnsemble",

@@ -25,6 +25,7 @@ from kd_lightning.teachers.calls import (
 )
 from kd_lightning.teachers.freeze import freeze
 from kd_lightning.teachers.teacher import Teacher
+from kd_lightning.teachers.transforms import Renormalize, apply_transform, check_transform, with_transform
 from kd_lightning.teachers.weights import fingerprint as hash_weights
 from kd_lightning.teachers.weights import load_weights, looks_untrained
 
@@ -62,6 +63,10 @@ class FrozenTeacher(Teacher):
         fingerprint: Name and version of the weights, in the place of their hash, where they are too large to hash or
             offloaded by accelerate. Ranks, checkpoints and the cache compare it.
 
+        transform: From the inputs to those that the teacher takes, where it was trained on others: a function of the
+            batch, a transform of torchvision, or :class:`Renormalize`. Runs on the device, before casts. Part of the
+            fingerprint, and so of the cache's, by its ``repr`` or a function's name.
+
     Raises:
         TypeError: ``module`` is no ``nn.Module``.
         ValueError: An unknown precision, a ``micro_batch_size`` below 1, an empty ``fingerprint``, a program exported
@@ -92,6 +97,7 @@ class FrozenTeacher(Teacher):
         compile: bool | dict[str, Any] = False,
         micro_batch_size: int | None = None,
         fingerprint: str | None = None,
+        transform: Renormalize | Callable | None = None,  # YAML: Renormalize, or a class by its path
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(
@@ -112,7 +118,9 @@ class FrozenTeacher(Teacher):
                 "FrozenTeacher(module, checkpoint=...), or FrozenTeacher(module, fingerprint='model v3') if accelerate "
                 "offloads them."
             )
+        check_transform(transform)
         self._can_eval = freeze(module)
+        self.transform = transform
         self.module = module
         self.checkpoint = None if checkpoint is None else str(checkpoint)
         self.prefix = prefix
@@ -158,7 +166,7 @@ class FrozenTeacher(Teacher):
         """
         if self._fingerprint is None:
             self._fingerprint = hash_weights(self.load().module)
-        return self._fingerprint
+        return with_transform(self._fingerprint, self.transform)
 
     def __call__(self, inputs: Any) -> Any:
         """The network's own output for these inputs; see :func:`call_model`."""
@@ -178,6 +186,7 @@ class FrozenTeacher(Teacher):
             self.module.eval()
         if isinstance(inputs, Mapping):
             inputs = dict(inputs)  # of whatever kind, such as Hugging Face's BatchEncoding
+        inputs = apply_transform(self.transform, inputs)
         if self.precision is not None or self.channels_last:
             inputs = tree_map_only(Tensor, self._prepared, inputs)
         with torch.no_grad():
@@ -283,7 +292,7 @@ class FrozenTeacher(Teacher):
         count = sum(parameter.numel() for parameter in self.module.parameters())
         parts = [type(self.module).__name__, f"{count:,} frozen parameters"]
         parts.append("weights in place" if self.checkpoint is None else f"checkpoint={self.checkpoint!r}")
-        options = ("precision", "channels_last", "compile", "micro_batch_size")
+        options = ("transform", "precision", "channels_last", "compile", "micro_batch_size")
         parts += [f"{name}={getattr(self, name)!r}" for name in options if getattr(self, name)]
         parts += [f"cache={str(cache.path)!r}" for cache in self.caches]
         return f"{type(self).__name__}({', '.join(parts)})"

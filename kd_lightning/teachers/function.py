@@ -14,6 +14,7 @@ from typing_extensions import override
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import call_model, extract_logits
 from kd_lightning.teachers.made_at import MadeAt, Output, device_of
+from kd_lightning.teachers.transforms import Renormalize, apply_transform, check_transform, with_transform
 
 __all__ = ["FunctionTeacher"]
 
@@ -36,6 +37,7 @@ class FunctionTeacher(MadeAt):
         name: Name and version of the teacher, which is its fingerprint: ranks, checkpoints and the cache compare it.
             None: the function's own qualified name.
         cache: Where its logits are kept, by sample. Needs a ``name``.
+        transform: From the inputs to those that the teacher takes; see :class:`~kd_lightning.FrozenTeacher`.
 
     Raises:
         TypeError: If ``fn`` is no function, or a network.
@@ -60,8 +62,10 @@ class FunctionTeacher(MadeAt):
         temperature: float = 1.0,
         name: str | None = None,
         cache: TeacherCache | None = None,
+        transform: Renormalize | Callable | None = None,  # YAML: Renormalize, or a class by its path
     ) -> None:
         super().__init__(output, temperature)
+        check_transform(transform)
         if not callable(fn) or isinstance(fn, (nn.Module, type)):
             way_out = "FrozenTeacher(network)" if isinstance(fn, nn.Module) else "a function, or an object with a call"
             raise TypeError(f"a FunctionTeacher needs a function, got {_name_of(fn)}. Give {way_out}.")
@@ -73,6 +77,7 @@ class FunctionTeacher(MadeAt):
         self.fn = fn
         self.name = _name_of(fn) if name is None else name
         self.cache = cache
+        self.transform = transform
 
     @override
     def logits(
@@ -93,12 +98,14 @@ class FunctionTeacher(MadeAt):
     def __call__(self, inputs: Any) -> Any:
         """Return the function's own output for these inputs."""
         with torch.no_grad():
-            return call_model(self.fn, dict(inputs) if isinstance(inputs, Mapping) else inputs)
+            inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+            return call_model(self.fn, apply_transform(self.transform, inputs))
 
     @override
     def fingerprint(self) -> str:
         """Hash the name, and at which temperature what is given."""
-        return hashlib.blake2b(f"{self.name} {self._made_at}".encode(), digest_size=16).hexdigest()
+        own = hashlib.blake2b(f"{self.name} {self._made_at}".encode(), digest_size=16).hexdigest()
+        return with_transform(own, self.transform)
 
     @override
     def __repr__(self) -> str:

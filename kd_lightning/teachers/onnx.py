@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typing_extensions import Self, override
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.function import FunctionTeacher
 from kd_lightning.teachers.made_at import Output
+from kd_lightning.teachers.transforms import Renormalize, with_transform
 
 __all__ = ["OnnxTeacher"]
 
@@ -32,6 +34,7 @@ class OnnxTeacher(FunctionTeacher):
         temperature: :math:`T_0`, at which the outputs were made; see :class:`FunctionTeacher`.
         providers: onnxruntime's execution providers in the order of preference. None: the CPU.
         cache: Where its logits are kept, by sample.
+        transform: From the inputs to those that the file takes; see :class:`~kd_lightning.FrozenTeacher`.
 
     Raises:
         ValueError: If an option is outside its range; on the call, if the inputs do not fit the file's.
@@ -50,8 +53,9 @@ class OnnxTeacher(FunctionTeacher):
         temperature: float = 1.0,
         providers: list[str] | None = None,
         cache: TeacherCache | None = None,
+        transform: Renormalize | Callable | None = None,  # YAML: Renormalize, or a class by its path
     ) -> None:
-        super().__init__(self._run, output, temperature, str(path), cache)
+        super().__init__(self._run, output, temperature, str(path), cache, transform)
         self.checkpoint = str(path)
         self.providers = ["CPUExecutionProvider"] if providers is None else providers
         self.loaded = False
@@ -92,7 +96,7 @@ class OnnxTeacher(FunctionTeacher):
                 if beside != path and beside.is_file() and beside.name.encode() in content:
                     digest.update(beside.read_bytes())
             self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+        return with_transform(self._fingerprint, self.transform)
 
     @torch.compiler.disable
     def _run(self, *args: Tensor, **kwargs: Tensor) -> Any:

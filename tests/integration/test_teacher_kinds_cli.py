@@ -6,6 +6,7 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+import kd_lightning.models  # as the command does, for short names
 import kd_lightning.teachers
 from kd_lightning import DistillationModule
 from kd_lightning.callbacks import DistillationCallback
@@ -17,6 +18,11 @@ KINDS = {
     "BatchTeacher with options": "{class_path: BatchTeacher, init_args: {key: t, output: log_probs, temperature: 2.0}}",
     "EMATeacher": "{class_path: EMATeacher, init_args: {decay: 0.99, temperature: {class_path: LinearSchedule, "
     "init_args: {init_value: 4.0, end_value: 1.0}}}}",
+    "FrozenTeacher": "{class_path: FrozenTeacher, init_args: {module: {class_path: DigitsCNN}, fingerprint: v1, "
+    "checkpoint: teacher.pt, transform: {class_path: Renormalize, init_args: {student_mean: [0.5], student_std: [0.5], "
+    "teacher_mean: [0.3], teacher_std: [0.2], size: 16}}}}",
+    "FunctionTeacher with transform": "{class_path: FunctionTeacher, init_args: {fn: torch.nn.functional.relu, "
+    "transform: torch.nn.functional.tanh}}",
     "LogitsFile": "{class_path: LogitsFile, init_args: {path: [one.npy, two.npy], key: idx}}",
     "TeacherEnsemble": "{class_path: TeacherEnsemble, init_args: {teachers: ['batch:a', {class_path: OnnxTeacher, "
     "init_args: {path: teacher.onnx}}]}}",

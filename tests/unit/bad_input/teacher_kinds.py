@@ -1,6 +1,7 @@
 """Bad teachers that are no network."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kd_lightning import Distiller, TeacherCache, TeacherEnsemble
-from kd_lightning.teachers import BatchTeacher, EMATeacher, FunctionTeacher, LogitsFile, OnnxTeacher
+from kd_lightning.teachers import BatchTeacher, EMATeacher, FunctionTeacher, LogitsFile, OnnxTeacher, Renormalize
 from tests.unit.bad_input.case import Case
 
 FOLDER = Path(tempfile.mkdtemp())
@@ -215,5 +216,44 @@ CASES = [
         ValueError,
         "the teachers of an ensemble have their temperatures from it, TeacherEnsemble(..., temperatures=[...]), but "
         "EMATeacher(decay=0.999, warmup=True, temperature=ConstantTemperature(value=2)) has its own.",
+    ),
+    Case(
+        "transform: statistics of different lengths",
+        lambda: Renormalize([0.5], [0.5], [0.5, 0.5, 0.5], [0.2, 0.2, 0.2]),
+        ValueError,
+        "Renormalize needs a mean and a standard deviation for each channel, of the student and of the teacher, got 1, "
+        "1, 3, 3 numbers.",
+    ),
+    Case(
+        "transform: a standard deviation of 0",
+        lambda: Renormalize([0.5], [0.5], [0.5], [0.0]),
+        ValueError,
+        "standard deviations must be positive, got student_std=[0.5] and teacher_std=[0.0].",
+    ),
+    Case(
+        "transform: a size of 0",
+        lambda: Renormalize([0.5], [0.5], [0.5], [0.5], size=0),
+        ValueError,
+        "size must be positive, or None for images as they are, got 0.",
+    ),
+    Case(
+        "transform: raw images",
+        lambda: Renormalize([0.5], [0.5], [0.5], [0.5])(torch.zeros(2, 1, 4, 4, dtype=torch.uint8)),
+        ValueError,
+        "Renormalize takes normalised images (…, 1, H, W) in floating point, got torch.uint8 (2, 1, 4, 4). For inputs "
+        "that are more than images, write a function of them that calls it.",
+    ),
+    Case(
+        "transform: a class",
+        lambda: FunctionTeacher(scores, transform=Renormalize),
+        TypeError,
+        "transform must be a function from inputs to inputs, or an object with a call, got Renormalize.",
+    ),
+    Case(
+        "transform: without a text of its own",
+        lambda: FunctionTeacher(scores, transform=partial(scores)),
+        ValueError,
+        "a transform is told from another by its text, and that of partial is an address. Give its class a __repr__ "
+        "with its settings, or write a function at the top of a module.",
     ),
 ]
