@@ -231,19 +231,24 @@ class SoftCrossEntropy(Divergence):
 
 @dataclass(frozen=True)
 class SquaredError(Divergence):
-    r""":math:`\tfrac{1}{C} \sum_k (a_k - b_k)^2`: between logits, not distributions; it sees a shift."""
+    r""":math:`\tfrac{1}{C} \sum_k (a_k - b_k)^2`: between logits, not distributions; it sees a shift.
+
+    C is the number of classes that are not masked on both sides.
+    """
 
     @override
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
         both_masked = (a == -math.inf) & (b == -math.inf)
-        return (a.masked_fill(both_masked, 0.0) - b.masked_fill(both_masked, 0.0)).square().mean(dim, keepdim=True)
+        squares = (a.masked_fill(both_masked, 0.0) - b.masked_fill(both_masked, 0.0)).square()
+        return squares.sum(dim, keepdim=True) / (~both_masked).sum(dim, keepdim=True).clamp(min=1)
 
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
         both_masked = (a == -math.inf).logical_and_(b == -math.inf)
+        count = (~both_masked).sum(dim, keepdim=True).clamp(min=1).to(a.dtype)
         difference = a.sub_(b).masked_fill_(both_masked, 0.0)
-        value = difference.square().mean(dim, keepdim=True)
-        gradient = difference.mul_(2 / a.shape[dim])
+        value = difference.square().sum(dim, keepdim=True) / count
+        gradient = difference.mul_(2 / count)
         return ClosedForm(value, gradient, -gradient if teacher else None)
 
 
@@ -291,10 +296,10 @@ class DecoupledKL(Divergence):
         assert labels is not None
         a_y, b_y = a.gather(dim, labels), b.gather(dim, labels)
         a, b = a.scatter(dim, labels, -math.inf), b.scatter(dim, labels, -math.inf)
-        log_z_a, log_z_b = a.logsumexp(dim, keepdim=True), b.logsumexp(dim, keepdim=True)
-        q = (b - log_z_b).exp()
-        non_target = (q * _where_positive(q, b - a)).sum(dim, keepdim=True) - log_z_b + log_z_a
-        return self.alpha * _two_point_kl(b_y - log_z_b, a_y - log_z_a) + self.beta * non_target
+        odds_a, odds_b = a_y - _log_sum(a, dim), b_y - _log_sum(b, dim)
+        empty = _is_empty(b, dim)
+        rest = ForwardKL().definition(a.masked_fill(empty, 0.0), b.masked_fill(empty, 0.0), dim, None)
+        return self.alpha * _two_point_kl(odds_b, odds_a) + self.beta * rest.masked_fill(empty, 0.0)
 
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
@@ -302,21 +307,29 @@ class DecoupledKL(Divergence):
         a_y, b_y = a.gather(dim, labels), b.gather(dim, labels)
         a.scatter_(dim, labels, -math.inf)
         b.scatter_(dim, labels, -math.inf)
-        p, q = a.softmax(dim), b.softmax(dim)  # 0 at the target
-        log_z_a = a.amax(dim, keepdim=True).sub_(p.amax(dim, keepdim=True).log_())
-        log_z_b = b.amax(dim, keepdim=True).sub_(q.amax(dim, keepdim=True).log_())
+        peak_a, peak_b = a.amax(dim, keepdim=True), b.amax(dim, keepdim=True)
+        p, q = (
+            _nan_to_zero(a.softmax(dim)),
+            _nan_to_zero(b.softmax(dim)),
+        )  # 0 at the target, and where the rest is empty
+        log_z_a, log_z_b = (
+            torch.where(peak == -math.inf, peak, peak - probability.amax(dim, keepdim=True).log())
+            for peak, probability in ((peak_a, p), (peak_b, q))
+        )
         odds_a, odds_b = a_y.sub_(log_z_a), b_y.sub_(log_z_b)
         weighted = b.sub_(a).mul_(q)
         mean = weighted.nansum(dim, keepdim=True)
-        value = self.alpha * _two_point_kl(odds_b, odds_a) + self.beta * (mean - log_z_b + log_z_a)
+        rest = torch.where(peak_b == -math.inf, 0.0, mean - log_z_b + torch.where(peak_a == -math.inf, 0.0, log_z_a))
+        value = self.alpha * _two_point_kl(odds_b, odds_a) + self.beta * rest
 
         to_target = self.alpha * (odds_a.sigmoid() - odds_b.sigmoid())  # by the odds; the rest loses it as p has it
         teacher_gradient = None
         if teacher:
-            of_odds = self.alpha * odds_b.sigmoid() * (-odds_b).sigmoid() * (odds_b - odds_a)
+            of_odds = _nan_to_zero(self.alpha * odds_b.sigmoid() * (-odds_b).sigmoid() * (odds_b - odds_a))
             teacher_gradient = weighted.mul_(self.beta).sub_(q * (self.beta * mean + of_odds))
             teacher_gradient.scatter_(dim, labels, of_odds)
-        gradient = torch.mul(p, self.beta - to_target, out=p).sub_(q.mul_(self.beta))
+        of_rest = torch.where(peak_b == -math.inf, 0.0, self.beta)
+        gradient = torch.mul(p, of_rest - to_target, out=p).sub_(q.mul_(self.beta))
         return ClosedForm(value, gradient.scatter_(dim, labels, to_target), teacher_gradient)
 
 
@@ -331,14 +344,20 @@ class NonTargetCrossEntropy(Divergence):
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
         assert labels is not None
         a, b = a.scatter(dim, labels, -math.inf), b.scatter(dim, labels, -math.inf)
-        return SoftCrossEntropy().definition(a, b, dim, None)
+        empty = _is_empty(b, dim)
+        value = SoftCrossEntropy().definition(a.masked_fill(empty, 0.0), b.masked_fill(empty, 0.0), dim, None)
+        return value.masked_fill(empty, 0.0)
 
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
         assert labels is not None
         a.scatter_(dim, labels, -math.inf)
         b.scatter_(dim, labels, -math.inf)
-        return SoftCrossEntropy().closed_form(a, b, dim, None, teacher)
+        empty = _is_empty(b, dim)
+        parts = SoftCrossEntropy().closed_form(
+            a.masked_fill_(empty, 0.0), b.masked_fill_(empty, 0.0), dim, None, teacher
+        )
+        return ClosedForm(*(None if part is None else part.masked_fill_(empty, 0.0) for part in parts))  # pyright: ignore
 
 
 @dataclass(frozen=True)
@@ -350,13 +369,14 @@ class TargetCrossEntropy(Divergence):
     @override
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
         assert labels is not None
-        return (a.logsumexp(dim, keepdim=True) - a.gather(dim, labels)) * _confidence(b, dim, labels)
+        q_y = _confidence(b, dim, labels)
+        return _where_positive(q_y, a.logsumexp(dim, keepdim=True) - a.gather(dim, labels)) * q_y
 
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
         assert labels is not None
         q_y = _confidence(b, dim, labels)
-        value = (a.logsumexp(dim, keepdim=True) - a.gather(dim, labels)).mul_(q_y)
+        value = _where_positive(q_y, a.logsumexp(dim, keepdim=True) - a.gather(dim, labels)).mul_(q_y)
         gradient = a.softmax(dim).mul_(q_y).scatter_add_(dim, labels, -q_y)
         return ClosedForm(value, gradient, torch.zeros_like(b) if teacher else None)
 
@@ -376,7 +396,21 @@ def _where_positive(probability: Tensor, logits: Tensor) -> Tensor:
 
 
 def _two_point_kl(teacher_odds: Tensor, student_odds: Tensor) -> Tensor:
-    """Return the KL between two yes-or-no distributions that are given by their log-odds."""
-    yes = F.logsigmoid(teacher_odds) - F.logsigmoid(student_odds)
-    no = F.logsigmoid(-teacher_odds) - F.logsigmoid(-student_odds)
-    return teacher_odds.sigmoid() * yes + (-teacher_odds).sigmoid() * no
+    """Return the KL between two yes-or-no distributions that are given by their log-odds; 0 where both are sure."""
+    both_sure = (teacher_odds == student_odds) & (teacher_odds.abs() == math.inf)
+    t, s = teacher_odds.masked_fill(both_sure, 0.0), student_odds.masked_fill(both_sure, 0.0)
+    q, rest = t.sigmoid(), (-t).sigmoid()
+    yes = _where_positive(q, F.logsigmoid(t) - F.logsigmoid(s))
+    no = _where_positive(rest, F.logsigmoid(-t) - F.logsigmoid(-s))
+    return q * yes + rest * no
+
+
+def _log_sum(logits: Tensor, dim: int) -> Tensor:
+    """Return the logsumexp, with gradient 0 where all logits are −inf; torch's own has NaN there."""
+    empty = _is_empty(logits, dim)
+    return torch.where(empty, -math.inf, logits.masked_fill(empty, 0.0).logsumexp(dim, keepdim=True))
+
+
+def _is_empty(logits: Tensor, dim: int) -> Tensor:
+    """Return the rows without a class: a softmax over nothing but −inf is NaN."""
+    return logits.amax(dim, keepdim=True) == -math.inf

@@ -79,7 +79,7 @@ class _BoundedTemperature(TemperaturePolicy):
         """λ, as a tensor: a Python number would recompile a compiled step every epoch."""
         if self.warmup_epochs == 0:
             return like.new_ones(1)
-        epoch = like.new_full((1,), progress.epoch)
+        epoch = like.new_full((1,), progress.epoch + 1)
         return 0.5 * (1.0 - torch.cos(math.pi * (epoch / self.warmup_epochs).clamp(max=1.0)))
 
     @override
@@ -99,9 +99,9 @@ class LearnableTemperature(_BoundedTemperature):
 
     .. math:: \lambda = \tfrac12 \big( 1 - \cos(\pi \min(e / E_w, 1)) \big),
 
-    rising from 0 to 1 over the first :math:`E_w` epochs (:math:`e` epochs are finished). With ``adversarial=False`` the
-    gradient arrives as it is and T minimises the loss. The factor T² of the loss is part of the graph: it decides which
-    way T goes.
+    rising to 1 over the first :math:`E_w` epochs (:math:`e` counts from 1, as in the authors' code). With
+    ``adversarial=False`` the gradient arrives as it is and T minimises the loss. The factor T² of the loss is part of
+    the graph: it decides which way T goes.
 
     Shapes:
         T ``(1,)``; the parameter ``raw`` ``(1,)``.

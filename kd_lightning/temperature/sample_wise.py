@@ -12,7 +12,7 @@ from typing_extensions import Unpack, override
 from kd_lightning.functional import Temperature, tempered_log_softmax
 from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
-from kd_lightning.temperature.statistics import centre, class_targets, mean_over_valid
+from kd_lightning.temperature.statistics import centre, class_targets, masked_classes, mean_over_valid
 
 __all__ = [
     "ConfidenceTemperature",
@@ -239,8 +239,7 @@ class DisagreementTemperature(TemperaturePolicy):
 
     def _cosine(self, signals: Signals) -> Tensor:
         def direction(logits: Tensor) -> Tensor:
-            logits = centre(logits) if self.center else logits
-            logits = logits.masked_fill(logits == -math.inf, 0.0)
+            logits = (centre(logits) if self.center else logits).masked_fill(masked_classes(logits), 0.0)
             return logits / logits.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
         cosine = (direction(signals.student_logits) * direction(signals.teacher_logits)).sum(-1, keepdim=True)

@@ -203,7 +203,9 @@ def test_class_wise_temperature_by_the_independent_formula(name, layout):
 
 
 def correlation(x: Array, y: Array) -> Any:
-    return np.corrcoef(x, y)[0, 1]
+    """Pearson's, with 1e-8 added to the product of the norms, as the authors of DIST do."""
+    x, y = x - x.mean(), y - y.mean()
+    return (x * y).sum() / (np.linalg.norm(x) * np.linalg.norm(y) + 1e-8)
 
 
 def test_dist_by_the_independent_formula():
@@ -349,7 +351,6 @@ def test_classes_masked_on_both_sides_drop_out(name):
     temperature = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     module = SETTINGS[name].module
     expected = gradients(module(s[:, :5], t[:, :5], temperature, targets), s, temperature)
-    factor = 5 / 8 if name == "MSELogitsLoss" else 1  # a mean over the classes
     padded = [z.detach().clone() for z in (s, t)]
     for z in padded:
         z[:, 5:] = -math.inf
@@ -357,7 +358,68 @@ def test_classes_masked_on_both_sides_drop_out(name):
     for context in (mock.MagicMock(), fast_path_off()):
         with context:
             got = gradients(module(*padded, temperature, targets), padded[0], temperature)
-        assert_close(got, tuple(x * factor for x in expected))
+        assert_close(got, expected)
+
+
+def test_a_class_masked_in_some_rows_only():
+    """MSE divides by the classes of each row; DIST correlates a class over the rows that have it."""
+    s, t = (torch.randn(4, 6, dtype=torch.float64) for _ in range(2))
+    masked = torch.zeros(4, 6, dtype=torch.bool)
+    masked[0, 4:] = masked[2, 1] = True
+    padded = [z.masked_fill(masked, -math.inf) for z in (s, t)]
+    rows = [(s[i][~masked[i]], t[i][~masked[i]]) for i in range(4)]
+    expected = torch.stack([(a - b).square().mean() for a, b in rows]).mean()
+    assert_close(losses.MSELogitsLoss(scale="none")(*padded, 1.0), expected)
+
+    p, q = (z.softmax(-1) for z in padded)
+    between = [1 - correlation(p[i][~masked[i]].numpy(), q[i][~masked[i]].numpy()) for i in range(4)]
+    within = [1 - correlation(p[~masked[:, k], k].numpy(), q[~masked[:, k], k].numpy()) for k in range(6)]
+    assert losses.DISTLoss()(*padded, 1.0).item() == pytest.approx(np.mean(between) + np.mean(within), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["DKDLoss", "NKDLoss"])
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_target_that_is_masked_or_alone(name, fast):
+    """Row 0 has no target, row 1 nothing but its target, row 2 both; the first two by the equation's limit."""
+    s, t = (torch.randn(3, 5, dtype=torch.float64) for _ in range(2))
+    targets = torch.tensor([1, 2, 3])
+    for z in (s, t):
+        z[0, 1] = -math.inf
+        z[1, [0, 1, 3, 4]] = -math.inf
+    s.requires_grad_()
+    module: Any = copy.copy(SETTINGS[name].module)
+    module.reduction = "none"
+    rest = [0, 2, 3, 4]
+    kl = torch.nn.functional.kl_div
+    soft = [(z[0, rest] / 2.0).log_softmax(-1) for z in (s, t)]
+    if name == "DKDLoss":  # both sides are sure that it is not the target: the first term is 0
+        first = module.beta * kl(soft[0], soft[1], log_target=True, reduction="sum") * 4.0
+    else:
+        first = module.gamma * -(soft[1].exp() * soft[0]).sum() * 4.0
+    with mock.MagicMock() if fast else fast_path_off():
+        loss = module(s, t, 2.0, targets)
+        (gradient,) = torch.autograd.grad(loss.sum(), s)
+        (alone,) = torch.autograd.grad(module(s[2:], t[2:], 2.0, targets[2:]).sum(), s)
+    (expected,) = torch.autograd.grad(first, s)
+    assert loss[0].item() == pytest.approx(first.item(), rel=1e-9)
+    assert loss[1].item() == 0.0
+    assert_close(gradient[0], expected[0])
+    assert gradient[1].eq(0).all()
+    assert_close(gradient[2], alone[2])
+
+
+@pytest.mark.parametrize("name", ["ReverseKDLoss", "KDLoss", "JSDLoss"])
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_class_that_the_student_alone_masks(name, fast):
+    """Forward KL is infinite there; the others are finite, and no gradient is NaN."""
+    s, t = (torch.randn(2, 5, dtype=torch.float64) for _ in range(2))
+    s[0, 1] = -math.inf
+    s.requires_grad_()
+    with mock.MagicMock() if fast else fast_path_off():
+        loss = SETTINGS[name].module(s, t, 2.0)
+        (gradient,) = torch.autograd.grad(loss, s)
+    assert loss.isfinite() == (name != "KDLoss")
+    assert not gradient.isnan().any()
 
 
 # ---- masks, reductions, layouts ----

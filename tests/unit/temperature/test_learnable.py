@@ -48,7 +48,7 @@ class TestLearnable:
         assert kd_loss(batch.student, batch.teacher, ours).item() == pytest.approx(loss, rel=1e-6)
         assert gradient_of(policy, batch) == pytest.approx(gradient, rel=1e-4)  # float32 parameter
 
-    @pytest.mark.parametrize(("epoch", "strength"), [(0, 0.0), (1, 0.02447174), (5, 0.5), (10, 1.0), (200, 1.0)])
+    @pytest.mark.parametrize(("epoch", "strength"), [(0, 0.02447174), (4, 0.5), (9, 1.0), (200, 1.0)])
     def test_reversal_warms_up(self, batch, epoch, strength):
         policy = LearnableTemperature(init_value=4.0)
         _, _, gradient = reference_gradient(batch, policy.raw.item(), 1.0, 21.0)
@@ -100,11 +100,10 @@ class TestLearnable:
             assert 1.0 <= policy(batch.signals()).student.item() <= 21.0
 
     def test_the_parameter_has_a_gradient_in_the_first_epoch(self, batch):
-        """Zero, not None: DDP refuses parameters without a gradient."""
         policy = LearnableTemperature()
         kd_loss(batch.student, batch.teacher, policy(batch.signals())).backward()
         assert policy.raw.grad is not None
-        assert policy.raw.grad.item() == 0.0
+        assert policy.raw.grad.item() != 0.0
 
     @pytest.mark.parametrize(
         ("settings", "message"),
@@ -157,7 +156,7 @@ class TestInstance:
         policy = InstanceTemperature(5, warmup_epochs=4)
         for adversarial in (True, False):
             policy.adversarial = adversarial
-            loss = kd_loss(batch.student, batch.teacher, policy(batch.signals(progress=Progress(epoch=2))))
+            loss = kd_loss(batch.student, batch.teacher, policy(batch.signals(progress=Progress(epoch=1))))
             gradients.append(torch.autograd.grad(loss, list(policy.network.parameters())[-1])[0])
         torch.testing.assert_close(gradients[0], -0.5 * gradients[1])
 
