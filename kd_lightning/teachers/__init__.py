@@ -10,6 +10,7 @@ from kd_lightning.teachers.calls import (
     extract_logits,
     hidden_states,
 )
+from kd_lightning.teachers.classes import MappedClasses
 from kd_lightning.teachers.ema import EMATeacher
 from kd_lightning.teachers.ensemble import TeacherEnsemble
 from kd_lightning.teachers.frozen import FrozenTeacher, as_teacher
@@ -34,6 +35,7 @@ __all__ = [
     "IndexedDataset",
     "LogitsFile",
     "LossTerm",
+    "MappedClasses",
     "OnnxTeacher",
     "Opinions",
     "Output",

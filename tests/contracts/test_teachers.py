@@ -18,7 +18,15 @@ from torch.utils.data import DataLoader
 from kd_lightning import DistillationModule, Distiller, FrozenTeacher, TeacherEnsemble, teachers
 from kd_lightning.callbacks import DistillationCallback
 from kd_lightning.export import export_student
-from kd_lightning.teachers import BatchTeacher, EMATeacher, FunctionTeacher, LogitsFile, OnnxTeacher, Teacher
+from kd_lightning.teachers import (
+    BatchTeacher,
+    EMATeacher,
+    FunctionTeacher,
+    LogitsFile,
+    MappedClasses,
+    OnnxTeacher,
+    Teacher,
+)
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, make_data, make_loader, make_network
 
 NO_TEACHERS = {"Teacher", "GivenLogits"}  # the protocol, and the stand-in of a Distiller without a teacher
@@ -69,6 +77,7 @@ BUILD: dict[str, Callable[[int, Path], Teacher]] = {
     "FrozenTeacher": lambda seed, folder: FrozenTeacher(network(seed)),
     "FunctionTeacher": lambda seed, folder: FunctionTeacher(Scores(seed), name=f"scores {seed}"),
     "LogitsFile": logits_file,
+    "MappedClasses": lambda seed, folder: MappedClasses(FrozenTeacher(network(seed)), [5, 4, 3, 2, 1, 0]),
     "OnnxTeacher": onnx,
     "TeacherEnsemble": lambda seed, folder: TeacherEnsemble([network(seed), network(seed + 10)]),
 }

@@ -23,6 +23,8 @@ KINDS = {
     "teacher_mean: [0.3], teacher_std: [0.2], size: 16}}}}",
     "FunctionTeacher with transform": "{class_path: FunctionTeacher, init_args: {fn: torch.nn.functional.relu, "
     "transform: torch.nn.functional.tanh}}",
+    "MappedClasses": "{class_path: MappedClasses, init_args: {teacher: {class_path: OnnxTeacher, init_args: {path: "
+    "teacher.onnx}}, classes: [[3, 4], 17]}}",
     "LogitsFile": "{class_path: LogitsFile, init_args: {path: [one.npy, two.npy], key: idx}}",
     "TeacherEnsemble": "{class_path: TeacherEnsemble, init_args: {teachers: ['batch:a', {class_path: OnnxTeacher, "
     "init_args: {path: teacher.onnx}}]}}",

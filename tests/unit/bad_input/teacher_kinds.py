@@ -9,7 +9,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kd_lightning import Distiller, TeacherCache, TeacherEnsemble
-from kd_lightning.teachers import BatchTeacher, EMATeacher, FunctionTeacher, LogitsFile, OnnxTeacher, Renormalize
+from kd_lightning.teachers import (
+    BatchTeacher,
+    EMATeacher,
+    FunctionTeacher,
+    LogitsFile,
+    MappedClasses,
+    OnnxTeacher,
+    Renormalize,
+)
 from tests.unit.bad_input.case import Case
 
 FOLDER = Path(tempfile.mkdtemp())
@@ -255,5 +263,46 @@ CASES = [
         ValueError,
         "a transform is told from another by its text, and that of partial is an address. Give its class a __repr__ "
         "with its settings, or write a function at the top of a module.",
+    ),
+    Case(
+        "classes: a class of nothing",
+        lambda: MappedClasses("batch:t", [[3, 4], []]),
+        ValueError,
+        "each of the student's classes is made of at least one of the teacher's, numbered from 0 and named once, got "
+        "[[3, 4], []]. A class that the teacher does not know cannot be distilled.",
+    ),
+    Case(
+        "classes: one in two",
+        lambda: MappedClasses("batch:t", [[3, 4], [4]]),
+        ValueError,
+        "each of the student's classes is made of at least one of the teacher's, numbered from 0 and named once, got "
+        "[[3, 4], [4]]. A class that the teacher does not know cannot be distilled.",
+    ),
+    Case(
+        "classes: no numbers",
+        lambda: MappedClasses("batch:t", [0.5]),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "classes must be the numbers of the teacher's classes, one or several for each of the student's, such as "
+        "[3, 17] or [[3, 4], [17]], or the path of a JSON file of names, got [0.5].",
+    ),
+    Case(
+        "classes: more than the teacher has",
+        lambda: MappedClasses("batch:t", [[3, 4], [17]]).logits({"t": torch.ones(2, 10)}),
+        ValueError,
+        "MappedClasses takes logits (N, C) and names the teacher's class 17, but the teacher gives (2, 10). Number its "
+        "classes from 0.",
+    ),
+    Case(
+        "classes: of tokens",
+        lambda: MappedClasses("batch:t", [3, 4]).logits({"t": torch.ones(2, 10, 32)}),
+        ValueError,
+        "MappedClasses takes logits (N, C) and names the teacher's class 4, but the teacher gives (2, 10, 32). Number "
+        "its classes from 0.",
+    ),
+    Case(
+        "classes: of an ensemble",
+        lambda: MappedClasses(TeacherEnsemble(["batch:t", "batch:u"]), [3, 4]),
+        TypeError,
+        "MappedClasses takes one teacher, got TeacherEnsemble. In an ensemble, map the classes of each member.",
     ),
 ]

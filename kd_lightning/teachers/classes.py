@@ -1,0 +1,251 @@
+"""A teacher whose classes are not the student's."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self, override
+
+from kd_lightning.functional import Temperature
+from kd_lightning.functional.temperature import compute_dtype
+from kd_lightning.teachers.cache import TeacherCache
+from kd_lightning.teachers.calls import extract_logits
+from kd_lightning.teachers.frozen import as_teacher
+from kd_lightning.teachers.indexed import IndexedDataset
+from kd_lightning.teachers.teacher import LossTerm, Opinions, Teacher
+from kd_lightning.temperature import Signals, TemperaturePolicy
+
+__all__ = ["MappedClasses"]
+
+
+class MappedClasses(Teacher):
+    r"""A teacher of other classes than the student's, which are picked from its own or merged.
+
+    The columns are picked before the softmax, so that the probabilities of the student's classes sum to 1. Where
+    several of the teacher's classes :math:`G_c` are one of the student's, their probabilities at the teacher's
+    temperature add (among the classes that are named at all):
+
+    .. math:: z_c = T \log \sum_{k \in G_c} e^{z_k / T}, \quad
+        \mathrm{softmax}(z / T)_c = \frac{\sum_{k \in G_c} e^{z_k / T}}{\sum_{c'} \sum_{k \in G_{c'}} e^{z_k / T}}
+
+    Policies and metrics see the merged logits at T = 1. Losses that look at the teacher at other temperatures than the
+    given one (:class:`~kd_lightning.losses.NKDLoss`) see the merged logits sharpened or softened as a whole. A cache
+    keeps the logits of all of the teacher's classes.
+
+    Args:
+        teacher: A network, or any teacher but an ensemble, of logits ``(N, C)``. Picked classes serve as a member of an
+            ensemble, merged ones do not.
+        classes: For each of the student's classes, in order, the number of the teacher's class, or the numbers of
+            several: ``[3, 17]`` or ``[[3, 4], [17]]``. Or the path of a JSON file of names, ``{"teacher": ["tabby",
+            "beagle", "siamese"], "student": {"cat": ["tabby", "siamese"], "dog": "beagle"}}``: the teacher's classes in
+            order, and the student's in order with the teacher's that each is made of.
+
+    Raises:
+        TypeError: If ``classes`` are neither.
+        ValueError: If a class is made of none of the teacher's, or one is named twice; on the call, if the teacher has
+            no such class, or logits of another rank.
+        FileNotFoundError: If there is no such file.
+
+    Example:
+        >>> from kd_lightning import Distiller
+        >>> from kd_lightning.teachers import FunctionTeacher
+        >>> def served(inputs):
+        ...     return torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+        >>> teacher = MappedClasses(FunctionTeacher(served, output="probs"), [[0, 3], [1]])
+        >>> out = Distiller(teacher, temperature=1.0, task_weight=0.0)(torch.ones(1, 2), torch.zeros(1, 2))
+        >>> out.teacher_logits.softmax(-1)  # 0.5 / 0.7 and 0.2 / 0.7
+        tensor([[0.7143, 0.2857]])
+    """
+
+    def __init__(self, teacher: nn.Module | Teacher | str, classes: Sequence[int | Sequence[int]] | str | Path) -> None:
+        inner = as_teacher(teacher)
+        if inner is None or inner.teachers:
+            raise TypeError(
+                "MappedClasses takes one teacher, got "
+                f"{'None' if inner is None else type(inner).__name__}. In an ensemble, map the classes of each member."
+            )
+        self.teachers = [inner]
+        self.groups = _groups(_read(Path(classes)) if isinstance(classes, (str, Path)) else classes)
+        self.reads_batch = inner.reads_batch
+        self.checkpoint = inner.checkpoint
+        self.temperatures = inner.temperatures
+        widest = max(map(len, self.groups))
+        self._merges = widest > 1
+        self._columns = torch.tensor([[*group, *[0] * (widest - len(group))] for group in self.groups])
+        self._padding = torch.tensor([[place >= len(group) for place in range(widest)] for group in self.groups])
+
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher whose classes are mapped."""
+        return self.teachers[0]
+
+    @property
+    @override
+    def loaded(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.teacher.loaded
+
+    @property
+    @override
+    def caches(self) -> tuple[TeacherCache, ...]:
+        return self.teacher.caches
+
+    @property
+    @override
+    def settings(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.teacher.settings
+
+    @override
+    def logits(
+        self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
+    ) -> Tensor:
+        """Return the logits of the picked classes; where classes are merged, those of all of the teacher's."""
+        logits = self.teacher.logits(inputs, index, extract)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] <= max(map(max, self.groups)):
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(
+                f"MappedClasses takes logits (N, C) and names the teacher's class {max(map(max, self.groups))}, but "
+                f"the teacher gives {shape}. Number its classes from 0."
+            )
+        return logits if self._merges else logits[:, self._to(logits)[0].squeeze(1)]
+
+    @override
+    def weigh(self, logits: Sequence[Tensor], signals: Signals, inputs: Any = None) -> Opinions:
+        (only,) = logits
+        return Opinions(logits, None, self._merged(only, torch.ones((), device=only.device)) if self._merges else only)
+
+    @override
+    def loss_terms(
+        self,
+        opinions: Opinions,
+        signals: Signals,
+        terms: Sequence[Temperature],
+        policy: TemperaturePolicy,
+        temperatures: Sequence[TemperaturePolicy],
+    ) -> tuple[list[LossTerm], list[Temperature]]:
+        losses, used = super().loss_terms(opinions, signals, terms, policy, temperatures)
+        if self._merges:
+            (logits,) = opinions.logits
+            merged = [policy.transform(self._merged(logits, term.temperature.teacher)) for term in losses]
+            losses = [term._replace(logits=each) for term, each in zip(losses, merged, strict=True)]
+        return losses, used
+
+    def _merged(self, logits: Tensor, temperature: Tensor) -> Tensor:
+        columns, padding = self._to(logits)
+        logits = logits.to(compute_dtype(logits))
+        scaled = logits[:, columns] / temperature.unsqueeze(-1)
+        return scaled.masked_fill(padding, -torch.inf).logsumexp(-1) * temperature
+
+    def _to(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        if self._columns.device != logits.device:
+            self._columns, self._padding = self._columns.to(logits.device), self._padding.to(logits.device)
+        return self._columns, self._padding
+
+    @override
+    def fingerprint(self) -> str:
+        """Hash the teacher's fingerprint and the classes."""
+        return hashlib.blake2b(f"{self.teacher.fingerprint()} {self.groups}".encode(), digest_size=16).hexdigest()
+
+    # ---- as the teacher itself ------------------------------------------------------------------------------------
+
+    @override
+    def __call__(self, inputs: Any) -> Any:
+        """Return the teacher's own output for these inputs."""
+        return self.teacher(inputs)
+
+    @override
+    def check_loss(self, kd_loss: nn.Module) -> None:
+        self.teacher.check_loss(kd_loss)
+
+    @override
+    def available(self) -> bool:
+        return self.teacher.available()
+
+    @override
+    def load(self) -> Self:
+        self.teacher.load()
+        return self
+
+    @override
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.teacher.parameters()
+
+    @override
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        self.teacher.to(*args, **kwargs)
+        return self
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self.teacher._apply(fn)
+
+    @override
+    def network(self) -> nn.Module:
+        return self.teacher.network()
+
+    @override
+    def index(self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None) -> IndexedDataset:
+        return self.teacher.index(dataset, collate_fn)
+
+    @override
+    def rows(self, batch: Any) -> Tensor | None:
+        return self.teacher.rows(batch)
+
+    @override
+    def serves(self, batch: Any) -> bool:
+        return self.teacher.serves(batch)
+
+    @override
+    def student_inputs(self, inputs: Any) -> Any:
+        return self.teacher.student_inputs(inputs)
+
+    @override
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.teacher!r}, {len(self.groups)} classes)"
+
+
+def _groups(classes: Any) -> list[list[int]]:
+    is_list = isinstance(classes, Sequence) and not isinstance(classes, str)
+    groups: list[Any] = [[entry] if isinstance(entry, int) else entry for entry in classes] if is_list else []
+    if not groups or not all(isinstance(g, Sequence) and all(isinstance(k, int) for k in g) for g in groups):
+        raise TypeError(
+            "classes must be the numbers of the teacher's classes, one or several for each of the student's, such as "
+            f"[3, 17] or [[3, 4], [17]], or the path of a JSON file of names, got {classes!r}."
+        )
+    named: list[int] = [number for group in groups for number in group]
+    if not all(groups) or min(named) < 0 or len({*named}) < len(named):
+        raise ValueError(
+            "each of the student's classes is made of at least one of the teacher's, numbered from 0 and named once, "
+            f"got {classes!r}. A class that the teacher does not know cannot be distilled."
+        )
+    return [[*group] for group in groups]
+
+
+def _read(path: Path) -> list[list[int]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of classes at {str(path)!r} (from the folder {str(Path.cwd())!r}).")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("student"), dict) or "teacher" not in content:
+        raise ValueError(
+            f'{path} must hold {{"teacher": [names], "student": {{name: name or names of the teacher}}}}, got '
+            f"{str(content)[:80]}."
+        )
+    numbers = {name: number for number, name in enumerate(content["teacher"])}
+    groups = []
+    for student, names in content["student"].items():
+        names = [names] if isinstance(names, str) else names
+        unknown = [name for name in names if name not in numbers]
+        if unknown:
+            near = ", ".join(difflib.get_close_matches(unknown[0], [*numbers], n=3)) or "none"
+            raise ValueError(
+                f"{path} makes the class {student!r} of {unknown[0]!r}, which is none of the teacher's. Close to it: "
+                f"{near}."
+            )
+        groups.append([numbers[name] for name in names])
+    return groups
