@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from kd_lightning.teachers.calls import extract_logits
+from kd_lightning.teachers.indexed import IndexedDataset
 from kd_lightning.teachers.made_at import MadeAt, Output
 
 __all__ = ["BatchTeacher", "FromBatch"]
@@ -42,6 +43,15 @@ class FromBatch(MadeAt):
         if isinstance(inputs, Mapping) and self.key in inputs:
             return {key: value for key, value in inputs.items() if key != self.key}
         return inputs
+
+    @override
+    def index(self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None) -> IndexedDataset:
+        """Raise, since these logits need no cache.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"{type(self).__name__} has its logits already and takes no cache: leave the cache out.")
 
     def part(self, batch: Any) -> Any:
         """Return the teacher's part of the batch.

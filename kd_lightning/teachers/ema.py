@@ -15,6 +15,7 @@ from typing_extensions import Self, override
 
 from kd_lightning.schedules import Progress, Schedule
 from kd_lightning.teachers.calls import HiddenStates, call_model, extract_logits, hidden_states
+from kd_lightning.teachers.indexed import IndexedDataset
 from kd_lightning.teachers.teacher import Teacher
 from kd_lightning.temperature import TemperaturePolicy, as_policy
 
@@ -208,6 +209,17 @@ class EMATeacher(Teacher):
         raise ValueError(
             "layers are hooked before training, and the network of an EMATeacher is a copy that training makes: leave "
             "them out."
+        )
+
+    @override
+    def index(self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None) -> IndexedDataset:
+        """Raise, since logits of a moving average cannot be kept.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "the logits of an EMATeacher change with each step, so that no cache can keep them: leave the cache out."
         )
 
     @override

@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kd_lightning import Distiller, TeacherCache, TeacherEnsemble
+from kd_lightning.fused_distiller import FusedDistiller
+from kd_lightning.losses import FusedLinearKDLoss
 from kd_lightning.teachers import (
     BatchTeacher,
     EMATeacher,
@@ -304,5 +306,24 @@ CASES = [
         lambda: MappedClasses(TeacherEnsemble(["batch:t", "batch:u"]), [3, 4]),
         TypeError,
         "MappedClasses takes one teacher, got TeacherEnsemble. In an ensemble, map the classes of each member.",
+    ),
+    Case(
+        "ema: a cache",
+        lambda: EMATeacher().index([1, 2]),
+        ValueError,
+        "the logits of an EMATeacher change with each step, so that no cache can keep them: leave the cache out.",
+    ),
+    Case(
+        "batch: a cache",
+        lambda: BatchTeacher("t").index([1, 2]),
+        ValueError,
+        "BatchTeacher has its logits already and takes no cache: leave the cache out.",
+    ),
+    Case(
+        "ema: the fused loss with a temperature of the average's own",
+        lambda: FusedDistiller(EMATeacher(temperature=2.0), 4.0, FusedLinearKDLoss()),
+        ValueError,
+        "FusedLinearKDLoss takes the hidden states of one teacher that runs: no ensemble, no cache and no layers go "
+        "with it. Take KDLoss.",
     ),
 ]

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from kd_lightning import DistillationModule, Distiller, TeacherEnsemble
 from kd_lightning.callbacks import DistillationCallback
-from kd_lightning.teachers import EMATeacher
+from kd_lightning.fused_distiller import FusedDistiller
+from kd_lightning.losses import FusedLinearKDLoss
+from kd_lightning.models import CausalTransformer
+from kd_lightning.teachers import EMATeacher, hidden_states
 from tests.helpers import InOrder, assert_same, make_data, make_loader, make_network
 
 Make = Callable[..., DistillationModule]
@@ -257,3 +260,18 @@ def test_a_distiller_in_a_bare_loop() -> None:
         optimizer.zero_grad()
         teacher.update()
     assert teacher.logits(make_data(4).tensors[0]).shape == (4, 6)
+
+
+def test_with_the_fused_loss() -> None:
+    student = CausalTransformer(dim=16, depth=1)
+    teacher = EMATeacher(0.5, warmup=False)
+    teacher.follow(student)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    teacher.update()
+    tokens = torch.randint(0, 200, (2, 7))
+    fused = FusedDistiller(teacher, 2.0, FusedLinearKDLoss(), task_weight=0.0)
+    plain = Distiller(teacher, 2.0, task_weight=0.0)
+    loss = fused(tokens, hidden_states(student, tokens), tokens).loss  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(loss, plain(tokens, student(tokens), tokens).loss, rtol=1e-4, atol=1e-6)
