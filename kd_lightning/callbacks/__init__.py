@@ -4,6 +4,7 @@ from kd_lightning.callbacks.adaptive_temperature import AdaptiveTemperature
 from kd_lightning.callbacks.distillation_callback import DistillationCallback
 from kd_lightning.callbacks.early_stop_distillation import EarlyStopDistillation
 from kd_lightning.callbacks.replica_consistency import ReplicaConsistency
+from kd_lightning.callbacks.skip_non_finite import SkipNonFinite
 from kd_lightning.callbacks.temperature_finder import TemperatureFinder
 from kd_lightning.callbacks.temperature_monitor import TemperatureMonitor
 
@@ -12,6 +13,7 @@ __all__ = [
     "DistillationCallback",
     "EarlyStopDistillation",
     "ReplicaConsistency",
+    "SkipNonFinite",
     "TemperatureFinder",
     "TemperatureMonitor",
 ]

@@ -373,7 +373,10 @@ class DistillationCallback(HoldsDistiller, Callback):
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         out = self.last_output
-        if out is not None and is_logging_step(trainer):
+        if out is None:
+            return
+        self._run.check_finite(trainer, out)
+        if is_logging_step(trainer):
             pl_module.log_dict(step_readings(trainer, out), batch_size=len(out.student_logits))
 
     @override

@@ -182,6 +182,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
     def on_before_backward(self, loss: Tensor) -> None:
         out = self.last_output
         if out is not None:
+            self._run.check_finite(self.trainer, out)
             self._update_metrics("train", out.student_logits, self._last_targets, out.teacher_logits)
             if is_logging_step(self.trainer):
                 self._log_step(out)

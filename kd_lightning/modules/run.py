@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from kd_lightning._lightning import accumulates, callbacks_of, datamodule_of, log_interval
 from kd_lightning.distiller import DistillationOutput, Distiller
+from kd_lightning.modules.non_finite import NonFiniteHandler, NonFiniteWatch
 from kd_lightning.modules.run_length import RunLength
 from kd_lightning.teachers import Teacher
 from kd_lightning.temperature import Progress
@@ -81,6 +82,7 @@ class DistillationRun:
         self.distiller = distiller
         self.owner = owner
         self._length = RunLength()
+        self._finite = NonFiniteWatch()
         self._last_progress = Progress(max_steps=1, max_epochs=1)  # at the start of a run
         self._restored: dict[str, Any] = {}
         self._step_hooks: list[RemovableHandle] = []
@@ -110,6 +112,7 @@ class DistillationRun:
         for policy in self.distiller.policies().values():
             policy.setup_data(datamodule_of(trainer))
         self._length = RunLength()
+        self._finite = NonFiniteWatch()
         self._restored.pop("resumed_teacher", None)
         rank_zero_info(f"Teacher: {self.teacher!r}, fingerprint {self.teacher.fingerprint()[:8]}")
 
@@ -164,6 +167,11 @@ class DistillationRun:
                 f"the ranks have different teachers: fingerprints {listed}. A teacher is not synchronised; load it "
                 "from a checkpoint (FrozenTeacher(network, checkpoint=...)), the same on every rank."
             )
+
+    def check_finite(self, trainer: Trainer, out: DistillationOutput) -> None:
+        """Stop at a loss that is not finite, unless a callback handles it; call it before backward."""
+        if not any(isinstance(callback, NonFiniteHandler) for callback in callbacks_of(trainer)):
+            self._finite.check(out, trainer.global_step, is_logging_step(trainer))
 
     def broadcast(self, trainer: Trainer) -> None:
         """Give every rank rank 0's policies, losses and projectors, where the strategy does not. A collective."""

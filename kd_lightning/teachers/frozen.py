@@ -26,8 +26,8 @@ from kd_lightning.teachers.calls import (
 from kd_lightning.teachers.freeze import freeze
 from kd_lightning.teachers.teacher import Teacher
 from kd_lightning.teachers.transforms import Renormalize, apply_transform, check_transform, with_transform
+from kd_lightning.teachers.weights import check_finite, load_weights, looks_untrained
 from kd_lightning.teachers.weights import fingerprint as hash_weights
-from kd_lightning.teachers.weights import load_weights, looks_untrained
 
 __all__ = ["FrozenTeacher", "Precision", "as_teacher"]
 
@@ -136,6 +136,8 @@ class FrozenTeacher(Teacher):
         devices = set((getattr(module, "hf_device_map", None) or {}).values())
         self._placed = len(devices) > 1 or (without_values and checkpoint is None)
         self.loaded = checkpoint is None
+        if self.loaded:
+            check_finite(module, "weights in place")
         if checkpoint is None and not without_values and looks_untrained(module):
             warnings.warn(
                 f"the teacher {type(module).__name__} still has the weights of its initialisation: the student would "
@@ -156,6 +158,7 @@ class FrozenTeacher(Teacher):
         if not self.loaded:
             assert self.checkpoint is not None
             load_weights(self.module, self.checkpoint, self.prefix)
+            check_finite(self.module, self.checkpoint)
             self.loaded = True
         return self
 

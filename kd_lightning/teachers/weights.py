@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-__all__ = ["fingerprint", "load_weights", "looks_untrained"]
+__all__ = ["check_finite", "fingerprint", "load_weights", "looks_untrained"]
 
 _Primitive: TypeAlias = bool | int | float | str | bytes | torch.dtype | None
 _KEYS = (
@@ -218,6 +218,30 @@ def _find_prefix(saved: Mapping[str, Any], wanted: Mapping[str, Any], checkpoint
 def _listing(names: list[str], separator: str = ", ", most: int = 8) -> str:
     more = f"{separator}… ({len(names) - most} more)" if len(names) > most else ""
     return separator.join(names[:most]) + more
+
+
+def check_finite(module: nn.Module, source: str) -> None:
+    """Raise if a weight of a teacher is NaN or infinite.
+
+    Args:
+        module: The teacher's network.
+        source: Where its weights come from, for the message.
+
+    Raises:
+        ValueError: If a parameter is not finite, or a buffer NaN.
+    """
+    named = [(name, ~torch.isfinite(p.detach())) for name, p in module.named_parameters() if _is_plain(p)]
+    named += [(name, torch.isnan(b)) for name, b in module.named_buffers() if _is_plain(b)]
+    bad = [name for name, where in named if where.any()]
+    if bad:
+        raise ValueError(
+            f"the teacher {type(module).__name__} has weights that are NaN or infinite ({source}): {_listing(bad)}. "
+            "Its training diverged, or the file is damaged: take an earlier checkpoint."
+        )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not tensor.is_meta and type(tensor) in (Tensor, nn.Parameter)
 
 
 def looks_untrained(module: nn.Module) -> bool:

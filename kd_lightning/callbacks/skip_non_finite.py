@@ -1,0 +1,76 @@
+"""A callback that leaves out optimiser steps whose gradients are not finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim.optimizer import Optimizer
+from typing_extensions import override
+
+from kd_lightning.modules.non_finite import NonFiniteHandler
+from kd_lightning.modules.run import is_distributed
+
+__all__ = ["SkipNonFinite"]
+
+
+class SkipNonFinite(NonFiniteHandler):
+    """Leaves out an optimiser step if a gradient is NaN or infinite, on all ranks together.
+
+    The gradients of such a step are dropped, so that weights, moments and weight decay stay as they were; the step
+    counts for schedules. Without this callback the run stops at a loss that is not finite. Each step waits for the
+    device, which is why skipping is no default. Under ``16-mixed`` precision Lightning's scaler skips steps itself.
+
+    Args:
+        max_consecutive: Steps left out in a row after which the run stops, as the weights or the data are damaged.
+
+    Raises:
+        ValueError: If ``max_consecutive`` is below 1.
+        FloatingPointError: If more steps than that are left out in a row.
+
+    State: the number of steps left out so far, ``skipped``.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[SkipNonFinite()], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(self, max_consecutive: int = 10) -> None:
+        super().__init__()
+        if max_consecutive < 1:
+            raise ValueError(f"max_consecutive must be 1 or more, got {max_consecutive}.")
+        self.max_consecutive = max_consecutive
+        self.skipped = 0
+        self._consecutive = 0
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        finite = torch.stack([torch.isfinite(p.grad).all() for p in parameters]).all()
+        bad = (~finite).float()
+        if is_distributed(trainer):
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        if not bad:
+            self._consecutive = 0
+            return
+        optimizer.zero_grad(set_to_none=True)
+        self.skipped += 1
+        self._consecutive += 1
+        rank_zero_warn(f"step {trainer.global_step} is left out, because its gradients are not finite.")
+        if self._consecutive > self.max_consecutive:
+            raise FloatingPointError(
+                f"{self._consecutive} steps in a row had gradients that are not finite: the data or the weights are "
+                "damaged. Look at the batches, and go on from an earlier checkpoint with a lower learning rate."
+            )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped = state_dict["skipped"]
