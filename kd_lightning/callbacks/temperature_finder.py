@@ -28,6 +28,7 @@ from kd_lightning.callbacks.common import (
     read_metric,
 )
 from kd_lightning.callbacks.snapshot import Snapshot
+from kd_lightning.modules.non_finite import NonFiniteHandler
 from kd_lightning.modules.run import gather
 from kd_lightning.ranking import (
     Lead,
@@ -324,8 +325,8 @@ class TemperatureFinder(Callback):
         self.results = [Trial(**trial) for trial in state_dict.get("results", [])]
 
 
-class _StopAfter(Callback):
-    """A callback that ends a trial, updates the progress bar, and keeps the last temperature."""
+class _StopAfter(NonFiniteHandler):
+    """A callback that ends a trial, and keeps the last temperature; a trial may diverge, and its score says so."""
 
     def __init__(self, steps: int, bar: tqdm[Any]) -> None:
         self.steps = steps
