@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import inspect
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from kd_lightning import DistillationModule
-from tests.helpers import make_data, make_network
+from tests.helpers import in_a_fork, make_data, make_network
 
 torch.set_num_threads(1)  # forked processes hang where the parent has used OpenMP threads; and CI has two cores
 
@@ -27,6 +29,23 @@ collect_ignore_glob = ["integration/examples/[!t]*.py"]  # test_examples.py besi
 def pytest_collectstart() -> None:
     """Networks made while a test module is imported are the same in every run."""
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is marked ``forked`` in a process of its own."""
+    if pyfuncitem.get_closest_marker("forked") is None:
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+    in_a_fork(lambda: pyfuncitem.obj(**arguments))
+    return True
+
+
+@pytest.fixture(autouse=True)
+def _no_onnx_export_here() -> Iterator[None]:
+    """After an ONNX export and a backward, torch refuses to train in a fork of the process, as tests of ranks do."""
+    yield
+    assert "torch.onnx._internal.exporter._core" not in sys.modules, "mark the test as forked, or export in_a_fork"
 
 
 @pytest.fixture(autouse=True)

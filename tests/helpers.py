@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import start_processes
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from kd_lightning.temperature import Signals, Temperature, TemperaturePolicy
@@ -93,6 +95,11 @@ class Net(nn.Module):
 def hooks(*modules: nn.Module) -> int:
     parts = [part for module in modules for part in module.modules()]
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in parts)
+
+
+def in_a_fork(function: Callable[[], object]) -> None:
+    """Call a function in a process of its own; its exception comes through with its traceback."""
+    start_processes(lambda _: function(), nprocs=1, start_method="fork")
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:

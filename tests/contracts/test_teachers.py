@@ -81,7 +81,10 @@ BUILD: dict[str, Callable[[int, Path], Teacher]] = {
     "OnnxTeacher": onnx,
     "TeacherEnsemble": lambda seed, folder: TeacherEnsemble([network(seed), network(seed + 10)]),
 }
-each = pytest.mark.parametrize("name", BUILD)
+FORKED = {"OnnxTeacher"}  # it exports
+each = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.forked] if name in FORKED else []) for name in BUILD]
+)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 INPUTS = torch.randn(5, NUM_FEATURES, generator=torch.Generator().manual_seed(7))
 

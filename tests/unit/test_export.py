@@ -22,7 +22,7 @@ from kd_lightning.export import SUFFIXES, describe_inputs, export_student, input
 from kd_lightning.models import DigitsCNN
 from tests.helpers import make_loader, make_network
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.forked]
 
 ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "configs" / "digits.yaml")

@@ -15,16 +15,19 @@ from torch import Tensor, nn
 from kd_lightning import DistillationModule, Distiller
 from kd_lightning.export import export_student
 from kd_lightning.teachers import OnnxTeacher
-from tests.helpers import make_data, make_loader, make_network
+from tests.helpers import in_a_fork, make_data, make_loader, make_network
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
+pytestmark = pytest.mark.forked  # the runtime, once started, hangs in forks
+
+
 @pytest.fixture
 def path(teacher: nn.Module, tmp_path: Path) -> Path:
     file = tmp_path / "teacher.onnx"
-    export_student(teacher.eval(), file, "onnx", torch.randn(4, 8))
+    in_a_fork(lambda: export_student(teacher.eval(), file, "onnx", torch.randn(4, 8)))
     return file
 
 
