@@ -71,8 +71,12 @@ def accumulates(trainer: Trainer) -> bool:
 
 
 def batches_done(trainer: Trainer) -> int:
-    """Return the batches of this epoch that have been trained on; after a resume, those before it too."""
-    return trainer.fit_loop.epoch_loop.batch_progress.current.processed  # pyright: ignore[reportAttributeAccessIssue]
+    """Return the batches of this epoch that were trained on before, which is 0 but after a resume within the epoch.
+
+    Read it once an epoch, before its first step ends: the count of the epoch before stands until the first batch.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return 0 if progress.is_last_batch else progress.current.processed  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def logged_step(trainer: Trainer) -> int:

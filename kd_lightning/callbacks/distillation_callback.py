@@ -367,6 +367,10 @@ class DistillationCallback(HoldsDistiller, Callback):
         self._run.start(trainer, self._layer)
 
     @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run.check_replicas(trainer)
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._run.progress(trainer)  # for a checkpoint that is written after the fit
 

@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
 from kd_lightning.modules.non_finite import NonFiniteHandler
-from kd_lightning.modules.run import is_distributed
+from kd_lightning.modules.replicas import is_distributed
 
 __all__ = ["SkipNonFinite"]
 

@@ -29,7 +29,7 @@ from kd_lightning.callbacks.common import (
 )
 from kd_lightning.callbacks.snapshot import Snapshot
 from kd_lightning.modules.non_finite import NonFiniteHandler
-from kd_lightning.modules.run import gather
+from kd_lightning.modules.replicas import gather
 from kd_lightning.ranking import (
     Lead,
     Mode,

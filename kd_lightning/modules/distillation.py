@@ -274,6 +274,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
 
     @override
     def on_train_epoch_start(self) -> None:
+        self._run.check_replicas(self.trainer)
         self._set_cache_epoch(self.trainer.current_epoch)
 
     @override

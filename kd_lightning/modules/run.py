@@ -20,6 +20,7 @@ from typing_extensions import override
 from kd_lightning._lightning import accumulates, callbacks_of, datamodule_of, log_interval
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.modules.non_finite import NonFiniteHandler, NonFiniteWatch
+from kd_lightning.modules.replicas import check_replicas, distiller_state, gather, is_distributed
 from kd_lightning.modules.run_length import RunLength
 from kd_lightning.teachers import Teacher
 from kd_lightning.temperature import Progress
@@ -190,6 +191,11 @@ class DistillationRun:
                     dist.all_reduce(parameter.grad)
                     parameter.grad /= dist.get_world_size()
 
+    def check_replicas(self, trainer: Trainer) -> None:
+        """Raise if the ranks no longer agree on the temperature, the weights or the teacher. A collective."""
+        if trainer.world_size > 1:
+            check_replicas(trainer, distiller_state(self.distiller, self.progress(trainer)))
+
     def check_resumed(self) -> None:
         """Raise at the start of training if the teacher is not the resumed checkpoint's.
 
@@ -270,20 +276,6 @@ class TemperatureLogger(Callback):
 def _is_whole(tensor: Tensor) -> bool:
     """Return False for a DTensor, whose gradients its own hooks reduce."""
     return not isinstance(tensor, DTensor)
-
-
-def is_distributed(trainer: Trainer) -> bool:
-    """Return True if the run has several processes and they can communicate."""
-    return trainer.world_size > 1 and dist.is_available() and dist.is_initialized()
-
-
-def gather(trainer: Trainer, value: _T) -> list[_T]:
-    """Return each rank's value, in the order of ranks. A collective: every rank must call it."""
-    if not is_distributed(trainer):
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def is_logging_step(trainer: Trainer) -> bool:

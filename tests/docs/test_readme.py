@@ -55,6 +55,7 @@ def test_yaml(text: str, tmp_path: Path) -> None:
     main(["fit", "--config", "configs/digits.yaml", "--config", "mine.yaml", "--trainer.fast_dev_run=true"])
 
 
+@pytest.mark.forked
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_commands() -> None:
     """The commands in their order, as in one folder; training for two epochs only."""

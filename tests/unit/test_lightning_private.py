@@ -78,7 +78,7 @@ def test_attached_trainer() -> None:
 def test_batches_done() -> None:
     trainer = make_trainer(callbacks=[watch := Watch(_lightning.batches_done)], max_epochs=2)
     trainer.fit(BoringModel(), make_loader(3))
-    assert watch.seen == [1, 2, 3, 1, 2, 3]
+    assert watch.seen == [1, 2, 0, 1, 2, 0]  # 0 at the last batch, whose count stands at the start of the next epoch
 
 
 def test_accumulates_but_for_the_steps_and_the_last_batch() -> None:

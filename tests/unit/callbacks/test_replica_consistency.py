@@ -8,11 +8,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from kd_lightning import DistillationModule
-from kd_lightning.callbacks import AdaptiveTemperature, EarlyStopDistillation, ReplicaConsistency
-from kd_lightning.callbacks.replica_consistency import _difference
+from kd_lightning import ClassificationModule, DistillationModule
+from kd_lightning.callbacks import AdaptiveTemperature, DistillationCallback, EarlyStopDistillation, ReplicaConsistency
+from kd_lightning.modules.replicas import _difference
 from kd_lightning.temperature import Signals, Temperature, TemperaturePolicy
-from tests.helpers import make_loader
+from tests.helpers import make_loader, make_network, make_teacher
 from tests.unit.callbacks.helpers import digits, distiller_of
 
 Make = Callable[..., DistillationModule]
@@ -90,3 +90,40 @@ def test_many_ranks_in_the_message() -> None:
     assert _difference("t", [("a", "1"), ("b", "2"), ("a", "1")]) == "t: ranks 0, 2 have 1, rank 1 has 2"
     assert _difference("t", [("a", "1"), None]) == "t: rank 0 has 1, rank 1 has nothing of this name"
     assert not _difference("t", [("a", "1")] * 3)
+
+
+class Drift(Callback):
+    """In the first epoch, on rank 1 alone, changes something that nothing synchronises."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        if trainer.global_rank == 1:
+            holder: Any = next((c for c in trainer.callbacks if isinstance(c, DistillationCallback)), pl_module)  # pyright: ignore
+            if self.what == "multiplier":
+                holder.distiller.temperature.multiplier.fill_(0.5)
+            elif self.what == "kd_weight":
+                holder.kd_weight = 0.25
+            else:
+                holder.teacher.module[0].weight.data[0, 0] += 1.0
+
+
+@pytest.mark.parametrize("kind", ["module", "callback"])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("multiplier", r"after step 2:\s+distiller.temperature.multiplier: rank 0 has 1, rank 1 has 0.5\n"),
+        ("kd_weight", r"distiller.kd_weight: rank 0 has 0.9, rank 1 has 0.25\n"),
+        ("teacher", r"the sum of the teacher's weights: rank 0 has .*, rank 1 has "),
+    ],
+)
+def test_each_epoch_begins_with_a_comparison(kind: str, what: str, message: str, make_trainer: MakeTrainer) -> None:
+    module: LightningModule = DistillationModule(student=make_network(norm=False), teacher=make_teacher())
+    callbacks: list[Callback] = [Drift(what)]
+    if kind == "callback":
+        module = ClassificationModule(make_network(norm=False))
+        callbacks.insert(0, DistillationCallback(make_teacher()))
+    trainer = make_trainer(devices=2, strategy="ddp_fork", callbacks=callbacks, max_epochs=2)
+    with pytest.raises(ProcessRaisedException, match=message):
+        trainer.fit(module, make_loader())

@@ -30,6 +30,10 @@ class Fractions(Callback):
         self.fractions: list[float] = []
         self.sanity: list[tuple[int, int | None]] = []
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, DistillationModule)
+        assert pl_module.progress.step == trainer.global_step  # read before the loop forgets the epoch before
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, DistillationModule)
         progress = pl_module.progress

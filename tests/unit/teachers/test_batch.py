@@ -56,7 +56,7 @@ def logits_of(teacher: nn.Module, count: int, seed: int) -> Tensor:
 def fit(module: DistillationModule, trainer: Trainer, train: Rows, val: Rows | None = None) -> dict[str, float]:
     order = torch.Generator().manual_seed(1)
     loader = DataLoader(train, 16, shuffle=True, generator=order)
-    trainer.fit(module, loader, None if val is None else DataLoader(val, 16))
+    trainer.fit(module, loader, None if val is None else DataLoader(val, batch_size=16))
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
@@ -213,7 +213,7 @@ def test_an_id_that_the_file_does_not_have(
 def test_prediction_needs_no_logits(make_module: Make, make_trainer: MakeTrainer, tmp_path: Path) -> None:
     file = write_npy(tmp_path, np.arange(3), torch.randn(3, 6))
     module = make_module(Student(), teacher=LogitsFile(file))
-    predicted = make_trainer().predict(module, DataLoader(Rows(32, 1, id=torch.arange(500, 532)), 16))
+    predicted = make_trainer().predict(module, DataLoader(Rows(32, 1, id=torch.arange(500, 532)), batch_size=16))
     assert predicted is not None
     assert len(predicted) == 2
 
@@ -258,7 +258,7 @@ def test_in_a_callback(kind: str, teacher: nn.Module, make_trainer: MakeTrainer,
     def loss(of: Any) -> float:
         torch.manual_seed(3)
         trainer = make_trainer(callbacks=[DistillationCallback(of, student_layer="net")])
-        trainer.fit(Plain(), DataLoader(Rows(64, 0, t=logits, id=torch.arange(64)), 16))
+        trainer.fit(Plain(), DataLoader(Rows(64, 0, t=logits, id=torch.arange(64)), batch_size=16))
         return float(trainer.callback_metrics["train_kd_loss"])
 
     assert loss(of_batch) == pytest.approx(loss(teacher), rel=1e-4)
