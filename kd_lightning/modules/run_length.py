@@ -21,6 +21,7 @@ class RunLength:
 
     def __init__(self) -> None:
         self._epoch: int | None = None
+        self._start = 0
         self._steps: int | None = None
 
     def steps(self, trainer: Trainer) -> int | None:
@@ -33,15 +34,11 @@ class RunLength:
         if trainer.sanity_checking:
             return limit  # no more, because the training loader is made after the sanity check
         if trainer.training and trainer.current_epoch != self._epoch:
-            self._epoch, self._steps = trainer.current_epoch, _estimate(trainer)
+            self._epoch, self._start, self._steps = trainer.current_epoch, trainer.global_step, _estimate(trainer)
         last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
-        if (
-            last_epoch
-            and trainer.training
-            and trainer.is_last_batch
-            and not math.isfinite(trainer.num_training_batches)
-        ):
-            self._steps = trainer.global_step + 1
+        within = trainer.training and trainer.global_step > self._start  # before, is_last_batch is of the last epoch
+        if last_epoch and within and trainer.is_last_batch and not math.isfinite(trainer.num_training_batches):
+            return trainer.global_step + 1
         known = [steps for steps in (self._steps, limit) if steps is not None]
         return min(known, default=None)
 
