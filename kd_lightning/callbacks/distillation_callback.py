@@ -6,17 +6,16 @@ import difflib
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from kd_lightning._lightning import is_compiled
+from kd_lightning.callbacks.student_call import StudentCall, changed, select, tensors, versions
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.losses.task import check_scalar
 from kd_lightning.metrics import agreement
@@ -28,7 +27,7 @@ from kd_lightning.modules.run import (
     is_logging_step,
     step_readings,
 )
-from kd_lightning.teachers import Call, Teacher, extract_logits
+from kd_lightning.teachers import Teacher, extract_logits
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 
 __all__ = ["DistillationCallback"]
@@ -119,7 +118,7 @@ class DistillationCallback(HoldsDistiller, Callback):
         self._trainer: Trainer | None = None
         self._layer: nn.Module | None = None
         self._wrapped: list[tuple[nn.Module, str, Any]] = []
-        self._calls: list[_StudentCall] | None = None
+        self._calls: list[StudentCall] | None = None
 
     @property
     def progress(self) -> Progress:
@@ -232,9 +231,9 @@ class DistillationCallback(HoldsDistiller, Callback):
         def recorded(*args: Any, **kwargs: Any) -> Any:
             if self._calls is None:
                 return forward(*args, **kwargs)
-            given = _versions((args, kwargs))
+            given = versions((args, kwargs))
             output = forward(*args, **kwargs)
-            self._calls.append(_StudentCall(args, kwargs, output, given, _versions(output)))
+            self._calls.append(StudentCall(args, kwargs, output, given, versions(output)))
             return output
 
         return recorded
@@ -259,21 +258,21 @@ class DistillationCallback(HoldsDistiller, Callback):
 
         return training_step
 
-    def _distil(self, call: _StudentCall, batch: Any, task_loss: Tensor | None) -> DistillationOutput:
+    def _distil(self, call: StudentCall, batch: Any, task_loss: Tensor | None) -> DistillationOutput:
         logits = self.extract_logits(call.output)
         from_call = self.inputs is None and not self._run.teacher.reads_batch
-        inputs = call.inputs() if from_call else batch if self.inputs is None else _select(batch, self.inputs, "inputs")
-        if from_call and any(leaf.grad_fn is not None for leaf in _tensors((call.args, call.kwargs))):
+        inputs = call.inputs() if from_call else batch if self.inputs is None else select(batch, self.inputs, "inputs")
+        if from_call and any(leaf.grad_fn is not None for leaf in tensors((call.args, call.kwargs))):
             raise RuntimeError(
                 f"{self._student} is called with what the student computed, on which the teacher cannot be run. Say "
                 "what the teacher gets: inputs=0 for the first part of the batch, or inputs=lambda batch: …"
             )
-        if from_call and _changed((call.args, call.kwargs), call.given):
+        if from_call and changed((call.args, call.kwargs), call.given):
             raise RuntimeError(
                 f"training_step changed the inputs of {self._student} in place, so the teacher would see others than "
                 "the student did. Make a copy there, or say what the teacher gets: inputs=lambda batch: …"
             )
-        if _changed(logits, call.returned):
+        if changed(logits, call.returned):
             raise RuntimeError(
                 f"training_step changed the output of {self._student} in place, so its logits are gone: write "
                 "x = x / 2, not x /= 2."
@@ -285,7 +284,7 @@ class DistillationCallback(HoldsDistiller, Callback):
         check_scalar(out.loss)
         return out
 
-    def _choose(self, calls: list[_StudentCall]) -> _StudentCall:
+    def _choose(self, calls: list[StudentCall]) -> StudentCall:
         if self.forward_call is None and len(calls) > 1:
             raise RuntimeError(
                 f"training_step calls {self._student} {len(calls)} times. Say which call gives the logits: "
@@ -300,7 +299,7 @@ class DistillationCallback(HoldsDistiller, Callback):
 
     def _find_targets(self, batch: Any, logits: Tensor) -> Tensor | None:
         if self.targets is not None:
-            return _select(batch, self.targets, "targets")
+            return select(batch, self.targets, "targets")
         targets = None
         if isinstance(batch, (tuple, list)) and len(batch) == 2:
             targets = batch[1]
@@ -335,7 +334,7 @@ class DistillationCallback(HoldsDistiller, Callback):
         return "forward" if self.student_layer is None else f"the layer {self.student_layer!r}"
 
     def _says_unseen(
-        self, pl_module: LightningModule, step: Callable[..., Any], args: Any, kwargs: Any, calls: list[_StudentCall]
+        self, pl_module: LightningModule, step: Callable[..., Any], args: Any, kwargs: Any, calls: list[StudentCall]
     ) -> str:
         """Return the message for logits that were not seen; runs the step once more to list the layers it calls."""
         if calls:
@@ -432,48 +431,3 @@ class DistillationCallback(HoldsDistiller, Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._run.load_state_dict({name: value for name, value in state_dict.items() if name != "distiller"})
         self.distiller.load_state_dict(state_dict["distiller"])
-
-
-@dataclass
-class _StudentCall:
-    """One call of the student: what it got, what it gave, and the version of both."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
-    given: dict[int, int]
-    returned: dict[int, int]
-
-    def inputs(self) -> Any:
-        """Return the arguments of the call in their simplest form."""
-        if not self.kwargs:
-            return self.args[0] if len(self.args) == 1 and isinstance(self.args[0], Tensor) else self.args
-        return Call(self.args, self.kwargs) if self.args else self.kwargs
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _versions(value: Any) -> dict[int, int]:
-    """How often each tensor in there was changed in place; of none where a graph is made, which cannot know."""
-    if torch.compiler.is_compiling():
-        return {}
-    return {id(tensor): tensor._version for tensor in _tensors(value) if not tensor.is_inference()}
-
-
-def _changed(value: Any, since: dict[int, int]) -> bool:
-    return any(since.get(key, version) != version for key, version in _versions(value).items())
-
-
-def _select(batch: Any, how: Callable[[Any], Any] | int | str, name: str) -> Any:
-    if callable(how):
-        return how(batch)
-    try:
-        return batch[how]
-    except (KeyError, IndexError, TypeError):
-        there = f" with the keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
-        raise RuntimeError(
-            f"{name}={how!r} is no part of the batch, a {type(batch).__name__}{there}. Give a key, an index, or a "
-            "function of the batch."
-        ) from None

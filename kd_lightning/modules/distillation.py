@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,10 +13,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from kd_lightning._lightning import (
@@ -24,7 +22,6 @@ from kd_lightning._lightning import (
     attached_trainer,
     callbacks_of,
     datamodule_of,
-    is_sequential,
     train_loader,
 )
 from kd_lightning.distiller import DistillationOutput
@@ -32,6 +29,7 @@ from kd_lightning.export import ExportFormat, ExportReport, export_student
 from kd_lightning.fused_distiller import make_distiller
 from kd_lightning.layers import LayerTerm
 from kd_lightning.losses.task import check_scalar
+from kd_lightning.modules.first_samples import first_samples
 from kd_lightning.modules.run import DistillationRun, HoldsDistiller, is_logging_step, step_readings
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.teachers import Teacher, split_index
@@ -298,6 +296,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
+        self.distiller.train()  # because Lightning keeps the mode of module.eval(), which leaves out the layers' terms
         self._set_cache_epoch(self.trainer.current_epoch)  # resumed within an epoch, there is no on_train_epoch_start
         self._run.start(self.trainer, self.student)
 
@@ -331,7 +330,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
         self.distiller.attach(self.student)
 
     def _first_inputs(self) -> Any:
-        batch = _first_samples(train_loader(self.trainer))
+        batch = first_samples(train_loader(self.trainer))
         return self.unpack_batch(self.prepare_batch(batch))[0]
 
     @override
@@ -475,29 +474,3 @@ class _DetachOnException(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(pl_module, DistillationModule):
             pl_module.distiller.detach()
-
-
-def _first_samples(loader: Any, count: int = 2) -> Any:
-    """Return a batch of a loader's first samples, in the structure of its batches.
-
-    Of a DataLoader only data set, sampler and ``collate_fn`` are used, so that no worker starts.
-    """
-    if isinstance(loader, CombinedLoader):
-        return _first_samples(loader.flattened[0] if is_sequential(loader) else loader.iterables, count)
-    if isinstance(loader, Mapping):
-        return {name: _first_samples(part, count) for name, part in loader.items()}
-    if isinstance(loader, (list, tuple)):
-        return [_first_samples(part, count) for part in loader]
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return next(iter(loader))
-    generators = {id(g): g for part in (loader, loader.sampler) if (g := getattr(part, "generator", None)) is not None}
-    kept = [(generator, generator.get_state()) for generator in generators.values()]
-    try:
-        if loader.batch_sampler is None:  # the data set itself gives batches
-            return loader.collate_fn(loader.dataset[next(iter(loader.sampler))])
-        indices = next(iter(loader.batch_sampler))[:count]
-        together = getattr(loader.dataset, "__getitems__", None)
-        return loader.collate_fn(together(indices) if together else [loader.dataset[index] for index in indices])
-    finally:
-        for generator, state in kept:
-            generator.set_state(state)

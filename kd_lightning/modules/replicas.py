@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any, TypeVar
 
 import torch
@@ -44,6 +45,8 @@ def distiller_state(distiller: Distiller, progress: Progress | None) -> dict[str
         for prefix, policy in distiller.policies().items()
         for name, tensor in [*policy.named_parameters(), *policy.named_buffers()]
     }
+    for prefix, policy in distiller.policies().items():  # without addresses of functions, which differ by process
+        state[f"distiller.{prefix}"] = re.sub(r" at 0x[0-9a-f]+", "", repr(policy))
     state["distiller.kd_enabled"] = distiller.kd_enabled
     if progress is not None:
         for name in ("kd_weight", "task_weight"):

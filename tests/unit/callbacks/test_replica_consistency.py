@@ -103,6 +103,8 @@ class Drift(Callback):
             holder: Any = next((c for c in trainer.callbacks if isinstance(c, DistillationCallback)), pl_module)  # pyright: ignore
             if self.what == "multiplier":
                 holder.distiller.temperature.multiplier.fill_(0.5)
+            elif self.what == "temperature":
+                holder.temperature = 2.0
             elif self.what == "kd_weight":
                 holder.kd_weight = 0.25
             else:
@@ -114,6 +116,7 @@ class Drift(Callback):
     ("what", "message"),
     [
         ("multiplier", r"after step 2:\s+distiller.temperature.multiplier: rank 0 has 1, rank 1 has 0.5\n"),
+        ("temperature", r"distiller.temperature: rank 0 has 'Constant.*value=4.*, rank 1 has 'Constant.*value=2"),
         ("kd_weight", r"distiller.kd_weight: rank 0 has 0.9, rank 1 has 0.25\n"),
         ("teacher", r"the sum of the teacher's weights: rank 0 has .*, rank 1 has "),
     ],

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from kd_lightning import DistillationModule, LayerTerm, TeacherEnsemble
 from kd_lightning.callbacks import TemperatureFinder, TemperatureMonitor
 from kd_lightning.losses import ChannelWiseKDLoss, HintLoss, SimilarityKDLoss, SimilarityPreservingLoss
-from kd_lightning.modules.distillation import _first_samples
+from kd_lightning.modules.first_samples import first_samples
 from kd_lightning.temperature import ConstantTemperature, DepthTemperature, LearnableTemperature, LinearSchedule
 from tests.helpers import InOrder, Net, assert_same, hooks, make_data, make_loader, make_network
 
@@ -105,6 +105,15 @@ def test_a_fit(make_trainer: MakeTrainer) -> None:
     copy.deepcopy(module.student)
     pickle.loads(pickle.dumps(module.student))
     assert not any(extractor for extractor in module.distiller.layers._extractors or ())
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
+def test_terms_count_after_eval(make_trainer: MakeTrainer) -> None:
+    """Lightning keeps the mode of the module; the terms between layers are part of the loss all the same."""
+    module = make_module()
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(module.eval(), loader())
+    assert "train_layer_loss/stage1" in trainer.callback_metrics
 
 
 def test_projectors_are_trained(make_trainer: MakeTrainer) -> None:
@@ -362,13 +371,13 @@ def test_first_samples_of_any_loader() -> None:
     data = make_data(8)
     plain = DataLoader(data, batch_size=4)
     whole = DataLoader(data, batch_size=None, sampler=[[0, 1, 2], [3, 4]])  # pyright: ignore[reportArgumentType]
-    assert [len(_first_samples(x)[0]) for x in (plain, whole, DataLoader(Stream(), batch_size=4))] == [2, 3, 4]
-    assert [len(x[0]) for x in _first_samples([plain, plain])] == [2, 2]
-    assert _first_samples({"a": plain})["a"][0].shape == (2, 8)
-    assert _first_samples(CombinedLoader({"a": plain}))["a"][0].shape == (2, 8)
-    assert _first_samples(CombinedLoader([plain, whole], "sequential"))[0].shape == (2, 8)
+    assert [len(first_samples(x)[0]) for x in (plain, whole, DataLoader(Stream(), batch_size=4))] == [2, 3, 4]
+    assert [len(x[0]) for x in first_samples([plain, plain])] == [2, 2]
+    assert first_samples({"a": plain})["a"][0].shape == (2, 8)
+    assert first_samples(CombinedLoader({"a": plain}))["a"][0].shape == (2, 8)
+    assert first_samples(CombinedLoader([plain, whole], "sequential"))[0].shape == (2, 8)
     workers = DataLoader(data, batch_size=4, num_workers=2, persistent_workers=True)
-    assert len(_first_samples(workers)[0]) == 2
+    assert len(first_samples(workers)[0]) == 2
     assert workers._iterator is None  # none was started
 
 
