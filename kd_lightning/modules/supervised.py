@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -329,9 +330,33 @@ class SupervisedModule(LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._keep_class_weights(checkpoint.get("state_dict", {}))
         self._input_description = checkpoint.get("example_inputs")
         hparams = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
         if hparams and "_instantiator" in hparams and attached_trainer(self) is None:
             # load_from_checkpoint of a file from the command line: keep its plain configuration rather than the objects
             # that were made of it, or the next checkpoint could not be loaded
             self.hparams.update(hparams)
+
+    def _keep_class_weights(self, state: dict[str, Any]) -> None:
+        """Put the class weights of the losses in place of the checkpoint's: they are settings, not what was trained."""
+        ours = {
+            f"{prefix}.{name}": value
+            for prefix, module in self.named_modules()
+            if isinstance(module, (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCEWithLogitsLoss))
+            for name, value in module.named_buffers(recurse=False)
+        }
+        losses = [prefix for prefix, _ in self.named_modules() if prefix.endswith(("task_loss", "kd_loss"))]
+        names = ours.keys() | {f"{prefix}.{name}" for prefix in losses for name in ("weight", "pos_weight")}
+        theirs = {name: state.pop(name) for name in names & state.keys() if name not in dict(self.named_parameters())}
+        state.update(ours)
+        changed = [
+            name
+            for name in sorted(theirs.keys() | ours.keys())
+            if name not in ours or name not in theirs or not torch.equal(ours[name].cpu(), theirs[name].cpu())
+        ]
+        if changed:
+            rank_zero_warn(
+                f"the checkpoint was trained with other class weights ({', '.join(changed)}); those given now are used "
+                "from here on. To go on as before, give the loss the same weights."
+            )

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from kd_lightning import DistillationModule, FrozenTeacher
 from kd_lightning.functional import kd_loss
+from kd_lightning.losses import CrossEntropyLoss
 from kd_lightning.temperature import (
     CosineSchedule,
     ExponentialSchedule,
@@ -455,3 +456,25 @@ def test_compiled_student(make_module: Make, make_trainer: MakeTrainer) -> None:
     module = make_module(temperature=CosineSchedule(8, 2))
     module.student.compile(backend="eager")
     make_trainer().fit(module, make_loader(), make_loader())
+
+
+@pytest.mark.parametrize("before", [None, 2.0, 1.0])
+@pytest.mark.parametrize("after", [None, 1.0])
+def test_class_weights_are_settings_and_not_taken_from_a_checkpoint(
+    before: float | None, after: float | None, make_module: Make, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    def module(weight: float | None) -> DistillationModule:
+        weights = None if weight is None else torch.full((NUM_CLASSES,), weight)
+        return make_module(task_loss=CrossEntropyLoss(weight=weights))
+
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(module(before), make_loader())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    resumed, options = module(after), {"ckpt_path": tmp_path / "run.ckpt", "weights_only": True}
+    if before == after:
+        make_trainer(max_epochs=2).fit(resumed, make_loader(), **options)
+    else:
+        with pytest.warns(UserWarning, match=r"was trained with other class weights \(distiller.task_loss.weight\)"):
+            make_trainer(max_epochs=2).fit(resumed, make_loader(), **options)
+    weight = resumed.distiller.task_loss.weight
+    assert weight is None if after is None else torch.equal(weight, torch.full((NUM_CLASSES,), after))  # pyright: ignore
