@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from kd_lightning.functional.masks import masked_on_both_sides
 from kd_lightning.functional.row_loss import CLASS_DIM, IGNORE_INDEX
 from kd_lightning.functional.rows import (
     REDUCTIONS,
@@ -48,7 +47,8 @@ def dist_loss(
 
     The second term correlates each class over all valid positions of the batch; every position carries it. A
     correlation does not shrink with T, so the publication has no T²: ``scale="none"`` is the default. Classes that both
-    sides mask with −inf do not count. Arguments and errors: :func:`kd_loss`.
+    sides mask, with −inf or with large finite numbers from −1e4 on, do not count. Arguments and errors are those of
+    :func:`kd_loss`.
 
     Its own arguments:
 
@@ -78,7 +78,7 @@ def dist_loss(
 
     if kept is not None:  # because a masked row may hold NaN, and 0 · NaN is NaN
         student_logits, teacher_logits = student_logits.masked_fill(~kept, 0.0), teacher_logits.masked_fill(~kept, 0.0)
-    known = ((student_logits != -math.inf) | (teacher_logits != -math.inf)).movedim(class_dim, -1)
+    known = ~masked_on_both_sides(student_logits, teacher_logits, class_dim).movedim(class_dim, -1)
     p_s = widened_over(student_logits, temp.student).softmax(class_dim).movedim(class_dim, -1)
     p_t = widened_over(teacher_logits, temp.teacher).softmax(class_dim).movedim(class_dim, -1)
     weight = torch.ones_like(p_s[..., :1]) if valid is None else valid.unsqueeze(-1).to(p_s.dtype)

@@ -58,10 +58,12 @@ class Divergence(ABC):
     Attributes:
         needs_labels: Whether it looks at the target class.
         min_classes: The fewest classes for which the equation is defined.
+        counts_classes: Whether a class of no probability counts, so that finite masks must be replaced by −inf.
     """
 
     needs_labels: ClassVar[bool] = False
     min_classes: ClassVar[int] = 2
+    counts_classes: ClassVar[bool] = False
 
     @abstractmethod
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
@@ -235,6 +237,8 @@ class SquaredError(Divergence):
 
     C is the number of classes that are not masked on both sides.
     """
+
+    counts_classes: ClassVar[bool] = True
 
     @override
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:

@@ -229,7 +229,8 @@ def mse_logits_loss(
         L = \frac{1}{|V|} \sum_{i \in V} c_i \, \frac{1}{C} \sum_k (s_{ik} / T_s - t_{ik} / T_t)^2
 
     With one shared temperature and the default scale, T cancels: the mean squared error of the logits. Up to the rows'
-    means it is twice the limit of :func:`kd_loss` for T → ∞. Arguments and errors: :func:`kd_loss`.
+    means it is twice the limit of :func:`kd_loss` for T → ∞. C leaves out the classes that both sides mask, with
+    −inf or with large finite numbers from −1e4 on. Arguments and errors: :func:`kd_loss`.
 
     Source: J. Ba, R. Caruana, "Do Deep Nets Really Need to be Deep?", NeurIPS 2014, arXiv 1312.6184.
 

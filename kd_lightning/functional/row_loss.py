@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from kd_lightning.functional.divergences import Divergence
+from kd_lightning.functional.masks import masked_on_both_sides
 from kd_lightning.functional.rows import (
     REDUCTIONS,
     SCALES,
@@ -83,9 +85,15 @@ def row_loss(
         teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
     check_logits(student_logits, teacher_logits, class_dim, divergence.min_classes, targets)
     class_dim %= student_logits.dim()
+    traced = torch.compiler.is_compiling() or in_transform()
+    if divergence.counts_classes:
+        masked = masked_on_both_sides(student_logits, teacher_logits, class_dim)
+        if not masked.is_cpu or traced or masked.any():  # without a host sync, because the mask is on the CPU
+            student_logits, teacher_logits = (
+                z.masked_fill(masked, -math.inf) for z in (student_logits, teacher_logits)
+            )
     if compute_dtype(student_logits) != compute_dtype(teacher_logits):  # because float64 on one side widens both
         student_logits, teacher_logits = student_logits.double(), teacher_logits.double()
-    traced = torch.compiler.is_compiling() or in_transform()
     temp = _with_plain_numbers(temperature, student_logits, traced)
     valid = valid_positions(targets, student_logits, class_dim, ignore_index)
     if valid is not None:

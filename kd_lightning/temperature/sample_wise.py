@@ -10,9 +10,10 @@ from torch import Tensor
 from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature, tempered_log_softmax
+from kd_lightning.functional.masks import masked_classes
 from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
-from kd_lightning.temperature.statistics import centre, class_targets, masked_classes, mean_over_valid
+from kd_lightning.temperature.statistics import centre, class_targets, mean_over_valid
 
 __all__ = [
     "ConfidenceTemperature",

@@ -7,30 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from kd_lightning.functional.temperature import in_transform
+from kd_lightning.functional.masks import masked_classes
 from kd_lightning.temperature.signals import Signals
-
-_SENTINEL = -9e3
-"""A class with a logit below may be masked: −1e4 is the smallest number that is used, in float16."""
-
-
-def masked_classes(logits: Tensor) -> Tensor:
-    """Return where classes (last dimension) are masked: by −inf, or by large finite numbers from −1e4 on.
-
-    A finite logit is a mask if it is below −9,000 and further below the other classes than 100 times their range, since
-    a softmax at any temperature up to 100 gives it no probability and no such gap stands within a row of real logits.
-    """
-    masked = logits == -math.inf
-    lowest = logits.detach().masked_fill(masked, math.inf).amin(-1, keepdim=True)
-    if lowest.is_cpu and not torch.compiler.is_compiling() and not in_transform() and not (lowest < _SENTINEL).any():
-        return masked  # without a host sync, because the logits are on the CPU
-    low = ~masked & (logits <= lowest / 2) & (lowest < _SENTINEL)
-    rest = ~(masked | low)
-    bottom = logits.detach().masked_fill(~rest, math.inf).amin(-1, keepdim=True)
-    top = logits.detach().masked_fill(~rest, -math.inf).amax(-1, keepdim=True)
-    gap = bottom - logits.detach().masked_fill(~low, -math.inf).amax(-1, keepdim=True)
-    apart = rest.any(-1, keepdim=True) & (gap >= 100 * (top - bottom).clamp(min=1.0))
-    return masked | (low & apart)
 
 
 def centre(logits: Tensor) -> Tensor:

@@ -361,6 +361,21 @@ def test_classes_masked_on_both_sides_drop_out(name):
         assert_close(got, expected)
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("mask", [-1e4, -65504.0, -1e30, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("fast", [True, False])
+def test_classes_masked_by_finite_numbers_drop_out(name, mask, fast):
+    s, t, targets = draw(name, 4, 5)
+    temperature = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    padded = [torch.nn.functional.pad(z.detach(), (0, 3), value=mask) for z in (s, t)]
+    padded[0].requires_grad_()
+    module = SETTINGS[name].module
+    with mock.MagicMock() if fast else fast_path_off():
+        expected = gradients(module(s, t, temperature, targets), s, temperature)
+        got = gradients(module(*padded, temperature, targets), padded[0], temperature)
+    assert_close(got, (expected[0], torch.nn.functional.pad(expected[1], (0, 3)), *expected[2:]))
+
+
 def test_a_class_masked_in_some_rows_only():
     """MSE divides by the classes of each row; DIST correlates a class over the rows that have it."""
     s, t = (torch.randn(4, 6, dtype=torch.float64) for _ in range(2))

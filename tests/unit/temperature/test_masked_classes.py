@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kd_lightning.functional.masks import masked_classes
 from kd_lightning.temperature import (
     DisagreementTemperature,
     LogitStandardization,
@@ -17,7 +18,7 @@ from kd_lightning.temperature import (
     Temperature,
     TemperaturePolicy,
 )
-from kd_lightning.temperature.statistics import masked_classes, standard_deviation
+from kd_lightning.temperature.statistics import standard_deviation
 
 MASKS = [-math.inf, -1e4, -65504.0, -1e9, -1e30, torch.finfo(torch.bfloat16).min, torch.finfo(torch.float32).min]
 
