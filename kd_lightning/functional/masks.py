@@ -30,10 +30,11 @@ def masked_classes(logits: Tensor, dim: int = -1) -> Tensor:
         tensor([False, False,  True,  True])
     """
     logits = logits.detach().to(compute_dtype(logits))  # because a gap overflows in float16
+    readable = logits.is_cpu and not torch.compiler.is_compiling() and not in_transform()
+    if readable and logits.numel() > 0 and logits.amin() >= _SENTINEL:  # without a host sync
+        return torch.zeros_like(logits, dtype=torch.bool)
     masked = logits == -math.inf
     lowest = logits.masked_fill(masked, math.inf).amin(dim, keepdim=True)
-    if lowest.is_cpu and not torch.compiler.is_compiling() and not in_transform() and not (lowest < _SENTINEL).any():
-        return masked  # without a host sync, because the logits are on the CPU
     low = ~masked & (logits <= lowest / 2) & (lowest < _SENTINEL)
     rest = ~(masked | low)
     bottom = logits.masked_fill(~rest, math.inf).amin(dim, keepdim=True)
