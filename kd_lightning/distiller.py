@@ -16,7 +16,7 @@ from kd_lightning.functional.rows import without_padding
 from kd_lightning.functional.tokens import padding_mask
 from kd_lightning.layers import LayerResult, LayerTerm, LayerTerms
 from kd_lightning.losses import CrossEntropyLoss, KDLoss
-from kd_lightning.losses.task import as_targets, task_term
+from kd_lightning.losses.task import as_loss, as_targets, task_term
 from kd_lightning.output import DistillationOutput, as_terms
 from kd_lightning.schedules import ConstantSchedule, Progress, Schedule, as_schedule, weight_at
 from kd_lightning.teachers import GivenLogits, Opinions, Teacher, as_teacher, extract_logits
@@ -31,6 +31,8 @@ _CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "temperature": as_policy,
     "kd_weight": partial(as_schedule, name="kd_weight"),
     "task_weight": partial(as_schedule, name="task_weight"),
+    "kd_loss": partial(as_loss, name="kd_loss"),
+    "task_loss": partial(as_loss, name="task_loss"),
 }
 
 

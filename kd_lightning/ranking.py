@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, Protocol, TypeVar
 
 __all__ = [
@@ -167,12 +168,15 @@ def check_weights(name: str, values: Sequence[float]) -> None:
         raise ValueError(f"{name} must be one or more finite numbers from 0 up, got {values}.")
 
 
-def check_counts(**counts: int) -> None:
-    """Refuse counts below 1.
+def check_counts(*, least: int = 1, **counts: int) -> None:
+    """Refuse counts that are no whole numbers, or are below the least.
 
     Raises:
-        ValueError: If a count is below 1; the message has the argument's name.
+        TypeError: If a count is no whole number; the message has the argument's name.
+        ValueError: If a count is below ``least``.
     """
     for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be 1 or more, got {count}.")
+        if not isinstance(count, Integral) or isinstance(count, bool):
+            raise TypeError(f"{name} must be a whole number, {least} or more, got {count!r}.")
+        if count < least:
+            raise ValueError(f"{name} must be {least} or more, got {count}.")

@@ -6,16 +6,21 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from kd_lightning._lightning import callbacks_of
 from kd_lightning.distiller import DistillationOutput, Distiller
-from kd_lightning.ranking import Mode
+from kd_lightning.functional.temperature import check_number
+from kd_lightning.ranking import Mode, check_counts
 
 __all__ = [
     "DistillationHolder",
     "Mode",
+    "check_following",
+    "check_validates",
+    "count_checks",
     "find_holder",
     "is_validation_check",
     "mean_over_ranks",
@@ -66,6 +71,36 @@ def read_metric(trainer: Trainer, monitor: str, owner: object) -> float:
             f"{', '.join(sorted(metrics)) or 'none'}. Set monitor to one of them."
         )
     return metrics[monitor].squeeze().item()
+
+
+def check_following(monitor: str, mode: Mode, patience: int, min_delta: float) -> None:
+    """Raise if the arguments of a callback that follows a metric are of another type or outside their ranges.
+
+    Raises:
+        TypeError: If the metric is no name, or if a number is of another type.
+        ValueError: If the mode is unknown, ``patience`` below 1, or ``min_delta`` negative or not finite.
+    """
+    if not isinstance(monitor, str) or not monitor:
+        raise TypeError(f"monitor must be the name of a logged metric, such as 'val_acc', got {monitor!r}.")
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode must be one of 'min', 'max', got {mode!r}.")
+    check_counts(patience=patience)
+    check_number("min_delta", min_delta)
+    if not 0 <= min_delta < math.inf:
+        raise ValueError(f"min_delta must be finite and not negative, got {min_delta}.")
+
+
+def check_validates(trainer: Trainer, owner: object) -> None:
+    """Raise if a run has no validation for a callback that follows a metric of it.
+
+    Raises:
+        MisconfigurationException: If the run has no validation.
+    """
+    if not trainer.enable_validation:
+        raise MisconfigurationException(
+            f"{type(owner).__name__} follows a metric of validation, but this run has none. Give fit validation data, "
+            "the module a validation_step, and the Trainer limit_val_batches above 0; or leave the callback out."
+        )
 
 
 def mean_over_ranks(values: Sequence[float]) -> float:

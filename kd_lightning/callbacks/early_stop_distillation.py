@@ -12,6 +12,8 @@ from typing_extensions import override
 
 from kd_lightning.callbacks.common import (
     Mode,
+    check_following,
+    check_validates,
     count_checks,
     find_holder,
     is_validation_check,
@@ -47,9 +49,10 @@ class EarlyStopDistillation(Callback):
         verbose: Tell also of improvements.
 
     Raises:
-        ValueError: An argument outside its range.
-        RuntimeError: The metric was not logged; names those there are.
-        TypeError: No Distiller in this run.
+        ValueError: If an argument is outside its range.
+        MisconfigurationException: If the run has no validation.
+        RuntimeError: If the metric was not logged; names the logged metrics.
+        TypeError: If an argument is of another type, or if the run has no Distiller.
 
     State: the counters, per *monitor, mode*. That distillation is off is the module's state.
 
@@ -68,12 +71,7 @@ class EarlyStopDistillation(Callback):
         verbose: bool = False,
     ) -> None:
         super().__init__()
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode must be one of 'min', 'max', got {mode!r}.")
-        if patience < 1:
-            raise ValueError(f"patience must be 1 or more, got {patience}.")
-        if not (math.isfinite(min_delta) and min_delta >= 0):
-            raise ValueError(f"min_delta must be finite and not negative, got {min_delta}.")
+        check_following(monitor, mode, patience, min_delta)
         self.monitor = monitor
         self.patience = patience
         self.mode: Mode = mode
@@ -91,6 +89,7 @@ class EarlyStopDistillation(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_validates(trainer, self)
         holder = find_holder(trainer, pl_module)
         if self.stopped_step is not None:  # resumed, and not every holder keeps it
             holder.distiller.kd_enabled = False

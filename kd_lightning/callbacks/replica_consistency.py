@@ -11,6 +11,7 @@ from typing_extensions import override
 from kd_lightning._lightning import callbacks_of
 from kd_lightning.callbacks.common import find_holder
 from kd_lightning.modules.replicas import check_replicas, distiller_state
+from kd_lightning.ranking import check_counts
 
 __all__ = ["ReplicaConsistency"]
 
@@ -43,8 +44,7 @@ class ReplicaConsistency(Callback):
 
     def __init__(self, every_n_steps: int = 100) -> None:
         super().__init__()
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be 1 or more, got {every_n_steps}.")
+        check_counts(every_n_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self._checked_step = 0
 

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from kd_lightning.modules.non_finite import NonFiniteHandler
 from kd_lightning.modules.replicas import is_distributed
+from kd_lightning.ranking import check_counts
 
 __all__ = ["SkipNonFinite"]
 
@@ -39,8 +40,7 @@ class SkipNonFinite(NonFiniteHandler):
 
     def __init__(self, max_consecutive: int = 10) -> None:
         super().__init__()
-        if max_consecutive < 1:
-            raise ValueError(f"max_consecutive must be 1 or more, got {max_consecutive}.")
+        check_counts(max_consecutive=max_consecutive)
         self.max_consecutive = max_consecutive
         self.skipped = 0
         self._consecutive = 0

@@ -14,9 +14,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from kd_lightning._lightning import accumulates, logged_step, updates_logs
-from kd_lightning.callbacks.common import find_holder, is_validation_check
+from kd_lightning.callbacks.common import check_validates, find_holder, is_validation_check, read_metric
 from kd_lightning.distiller import DistillationOutput
 from kd_lightning.modules.run import TemperatureLogger
+from kd_lightning.ranking import check_counts
 from kd_lightning.temperature import ConstantTemperature
 
 __all__ = ["TemperatureMonitor", "gradient_share"]
@@ -48,10 +49,11 @@ class TemperatureMonitor(TemperatureLogger):
             changes training by rounding only. None: never.
         plot: Whether to write ``temperature.png`` into the log folder when training ends: T over the steps, with the
             monitored metric beneath.
-        monitor: The metric to draw.
+        monitor: The metric to draw, only with ``plot``. None: ``val_acc``, where it is logged.
 
     Raises:
-        ValueError: An argument outside its range.
+        ValueError: If an argument is outside its range, or if there is a ``monitor`` without ``plot``.
+        RuntimeError: If ``monitor`` is not logged in validation; names the logged metrics.
         MisconfigurationException: The trainer has no logger, and nothing is to be drawn.
         ImportError: Matplotlib is not installed, and something is to be drawn: said before training.
         TypeError: No Distiller in this run.
@@ -70,15 +72,15 @@ class TemperatureMonitor(TemperatureLogger):
         histogram: bool = False,
         gradient_share_every_n_steps: int | None = None,
         plot: bool = False,
-        monitor: str = "val_acc",
+        monitor: str | None = None,
     ) -> None:
         super().__init__()
         if logging_interval not in ("step", "epoch", None):
             raise ValueError(f"logging_interval must be 'step', 'epoch' or None, got {logging_interval!r}.")
-        if gradient_share_every_n_steps is not None and gradient_share_every_n_steps < 1:
-            raise ValueError(
-                f"gradient_share_every_n_steps must be 1 or more, or None, got {gradient_share_every_n_steps}."
-            )
+        if gradient_share_every_n_steps is not None:
+            check_counts(gradient_share_every_n_steps=gradient_share_every_n_steps)
+        if monitor is not None and not plot:
+            raise ValueError(f"monitor={monitor!r} is the metric that the plot draws, but plot=False. Set plot=True.")
         self.logging_interval = logging_interval
         self.histogram = histogram
         self.gradient_share_every_n_steps = gradient_share_every_n_steps
@@ -99,6 +101,8 @@ class TemperatureMonitor(TemperatureLogger):
             if self.logging_interval is None
             else self.logging_interval == "step"
         )
+        if self.monitor is not None:
+            check_validates(trainer, self)
         if self.plot:
             import matplotlib  # noqa: F401  (its absence is to be known now, and not after training)
         elif not trainer.loggers:
@@ -149,8 +153,14 @@ class TemperatureMonitor(TemperatureLogger):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.plot and is_validation_check(trainer) and self.monitor in trainer.callback_metrics:
-            self.metric_history.append([float(trainer.global_step), trainer.callback_metrics[self.monitor].item()])
+        if not self.plot or not is_validation_check(trainer):
+            return
+        if self.monitor is not None or self._drawn in trainer.callback_metrics:
+            self.metric_history.append([float(trainer.global_step), read_metric(trainer, self._drawn, self)])
+
+    @property
+    def _drawn(self) -> str:
+        return "val_acc" if self.monitor is None else self.monitor
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -166,7 +176,7 @@ class TemperatureMonitor(TemperatureLogger):
                 [(row[1], row[2], row[3]) for row in self.history],
                 [(row[4], row[5], row[6]) for row in self.history],
                 metric=[(step, value) for step, value in self.metric_history],
-                metric_name=self.monitor,
+                metric_name=self._drawn,
             )
             figure.savefig(folder / "temperature.png", dpi=150)
             rank_zero_info(f"Plot: {folder / 'temperature.png'}")

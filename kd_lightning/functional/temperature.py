@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 __all__ = [
     "Temperature",
     "as_temperature",
+    "check_number",
     "check_values",
     "checked_number",
     "class_last",
@@ -165,6 +166,12 @@ def as_temperature(temperature: float | Tensor | Temperature, logits: Tensor, ow
 def is_number(temperature: object) -> TypeGuard[float]:
     """Return True if the temperature is a Python number; a bool is none."""
     return isinstance(temperature, Real) and not isinstance(temperature, bool)
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise if a value is no number; ``name`` begins the message."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
 
 
 def checked_number(temperature: float) -> float:

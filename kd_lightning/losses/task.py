@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-__all__ = ["CrossEntropyLoss", "as_targets", "check_scalar", "task_term"]
+__all__ = ["CrossEntropyLoss", "as_loss", "as_targets", "check_scalar", "task_term"]
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -91,3 +91,18 @@ def check_scalar(loss: Tensor) -> None:
             f"a training loss must be a scalar, got shape {tuple(loss.shape)}. Give kd_loss and task_loss "
             "reduction='mean', or average them; reduction='none' is for a Distiller in a loop of your own."
         )
+
+
+def as_loss(loss: Any, name: str) -> Any:
+    """Return a loss as it is, or raise if it is none.
+
+    Raises:
+        TypeError: If the loss cannot be called, or is a class.
+    """
+    if not callable(loss) or isinstance(loss, type):
+        received = loss.__name__ if isinstance(loss, type) else repr(loss)
+        raise TypeError(
+            f"{name} must be a loss, a module that returns a scalar, got {received}. Build one, such as KDLoss() for "
+            "kd_loss or CrossEntropyLoss() for task_loss."
+        )
+    return loss

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from kd_lightning.losses import CrossEntropyLoss
 from kd_lightning.losses.task import check_scalar, task_term
-from kd_lightning.modules.run import is_logging_step
+from kd_lightning.modules.run import check_network, is_logging_step
 from kd_lightning.modules.supervised import SupervisedModule
 
 __all__ = ["ClassificationModule"]
@@ -60,6 +60,7 @@ class ClassificationModule(SupervisedModule):
     ) -> None:
         super().__init__(optimizer, lr_scheduler, lr_scheduler_interval, shift_labels, mean_over)
         self._save_plain_hyperparameters()
+        check_network("model", model)
         self.model = model
         self.task_loss = CrossEntropyLoss() if task_loss is None else task_loss
 

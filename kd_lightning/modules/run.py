@@ -118,11 +118,13 @@ class DistillationRun:
         rank_zero_info(f"Teacher: {self.teacher!r}, fingerprint {self.teacher.fingerprint()[:8]}")
 
     def check_student(self, student: nn.Module) -> None:
-        """Raise if student and teacher share parameters.
+        """Raise if the student is no network, or shares parameters with the teacher.
 
         Raises:
+            TypeError: If the student is no nn.Module.
             ValueError: If student and teacher share parameters.
         """
+        check_network("student", student)
         teacher = self.distiller.teacher
         taught = set() if teacher is None else {id(parameter) for parameter in teacher.parameters()}
         shared = [name for name, parameter in student.named_parameters() if id(parameter) in taught]
@@ -340,3 +342,13 @@ def _find_optimizers(configured: Any) -> Iterator[Optimizer]:
     elif isinstance(configured, (tuple, list)):
         for part in configured:
             yield from _find_optimizers(part)
+
+
+def check_network(name: str, value: object) -> None:
+    """Raise if the network to train is no nn.Module.
+
+    Raises:
+        TypeError: If the value is no nn.Module.
+    """
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be an nn.Module, the network to train, got {value!r}. Build the network first.")

@@ -383,7 +383,7 @@ class TeacherEnsemble(Teacher):
         if self.routing is None:
             return None
         if self._known_classes is not None:
-            route = self._route_by_class(signals.class_targets, positions)
+            route = self._route_by_class(signals.class_targets, positions, logits.shape[-1])
         elif isinstance(self.routing, str):
             if not isinstance(inputs, Mapping) or self.routing not in inputs:
                 kind = f"the keys {sorted(map(str, inputs))}" if isinstance(inputs, Mapping) else type(inputs).__name__
@@ -405,17 +405,18 @@ class TeacherEnsemble(Teacher):
         ones = [1] * (len(positions) - len(rows))
         return mask.movedim(-1, 0).reshape(count, *rows, *ones, 1)
 
-    def _route_by_class(self, targets: Tensor | None, positions: Sequence[int]) -> Tensor:
+    def _route_by_class(self, targets: Tensor | None, positions: Sequence[int], num_classes: int) -> Tensor:
         if targets is None:
             raise ValueError(
                 f"routing by class needs class indices as targets in the shape {tuple(positions)}. Without them, route "
                 "by a function of (inputs, targets) or a key of the inputs."
             )
         assert self._known_classes is not None
-        if self._known_classes.device != targets.device:
-            self._known_classes = self._known_classes.to(targets.device)
-        nobody = len(self._known_classes) - 1
-        return self._known_classes[torch.where((targets >= 0) & (targets < nobody), targets, nobody)]
+        known = self._known_classes = self._known_classes.to(targets.device)
+        nobody = len(known) - 1
+        if nobody > num_classes:
+            raise ValueError(f"routing names class {nobody - 1}, but classes go from 0 to {num_classes - 1}.")
+        return known[torch.where((targets >= 0) & (targets < nobody), targets, nobody)]
 
     def _check_known(self, known: Tensor, signals: Signals) -> Tensor:
         """Refuse rows that nobody knows; among those left out of the loss they count as known to all."""

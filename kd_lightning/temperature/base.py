@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.functional import Temperature
-from kd_lightning.functional.temperature import as_temperature, check_values, is_number
+from kd_lightning.functional.temperature import as_temperature, check_number, check_values, is_number
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.statistics import mean_over_valid
 
@@ -78,6 +78,8 @@ class TemperaturePolicy(nn.Module, ABC):
 
     def __init__(self, *, min_temperature: float = 0.05, max_temperature: float = 100.0) -> None:
         super().__init__()
+        for name, value in (("min_temperature", min_temperature), ("max_temperature", max_temperature)):
+            check_number(f"{type(self).__name__}: {name}", value)
         if not 0 < min_temperature <= max_temperature < math.inf:
             raise ValueError(
                 "temperature bounds must satisfy 0 < min_temperature <= max_temperature < inf, got "
@@ -203,6 +205,7 @@ class TemperaturePolicy(nn.Module, ABC):
 
     def _check_within_bounds(self, **values: float) -> None:
         for name, value in values.items():
+            check_number(f"{type(self).__name__}: {name}", value)
             if not self.min_temperature <= value <= self.max_temperature:  # NaN fails too
                 raise ValueError(
                     f"{type(self).__name__}: {name} must be a temperature within the policy's bounds "

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature
+from kd_lightning.functional.temperature import check_number
 from kd_lightning.schedules import Progress, Schedule, value_at
 from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
@@ -42,6 +43,7 @@ class ConstantTemperature(TemperaturePolicy):
 
     def __init__(self, value: float = 4.0, **bounds: Unpack[Bounds]) -> None:
         super().__init__(**bounds)
+        check_number("temperature", value)
         if not (math.isfinite(value) and self.min_temperature <= value <= self.max_temperature):
             raise ValueError(
                 f"temperature must be a positive, finite number within the policy's bounds [{self.min_temperature:g}, "

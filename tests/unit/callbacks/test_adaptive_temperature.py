@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from kd_lightning import DistillationModule
 from kd_lightning.callbacks import AdaptiveTemperature
-from kd_lightning.callbacks.adaptive_temperature import AdaptiveRule, TemperatureRange, agree, return_ratio
+from kd_lightning.callbacks.adaptive_rule import AdaptiveRule, TemperatureRange, agree, return_ratio
 from kd_lightning.temperature import (
     AsymmetricTemperature,
     CosineSchedule,
