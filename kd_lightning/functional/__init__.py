@@ -2,9 +2,11 @@
 
 - :mod:`~kd_lightning.functional.temperature`: the :class:`Temperature` of a loss term; tempered distributions.
 - :mod:`~kd_lightning.functional.logit_losses`: the losses between logits, :func:`kd_loss` first.
+- :mod:`~kd_lightning.functional.mixed_losses`: those between forward and reverse KL.
 - :mod:`~kd_lightning.functional.correlation_losses`: the one between logits that is no sum over rows.
 - :mod:`~kd_lightning.functional.conventions`: what other libraries compute under the name of :func:`kd_loss`.
-- :mod:`~kd_lightning.functional.divergences`: the equation of each loss on one row, with its gradient in closed form.
+- :mod:`~kd_lightning.functional.divergences`: the equation of each loss on one row, with its gradient in closed form;
+  :mod:`~kd_lightning.functional.mixed_divergences`: those between forward and reverse KL.
 - :mod:`~kd_lightning.functional.row_loss`: the options of the losses between logits, and the call behind them.
 - :mod:`~kd_lightning.functional.rows`: layout, masks, scale and reduction of rows.
 - :mod:`~kd_lightning.functional.rows_fast`: value and gradient of a loss on rows in one pass.
@@ -46,6 +48,13 @@ from kd_lightning.functional.logit_losses import (
     soft_cross_entropy_loss,
     total_variation_loss,
 )
+from kd_lightning.functional.mixed_losses import (
+    alpha_beta_kd_loss,
+    entropy_gated_kd_loss,
+    skew_kd_loss,
+    symmetric_kd_loss,
+    todi_loss,
+)
 from kd_lightning.functional.rows import Reduction, Scale
 from kd_lightning.functional.similarity_losses import (
     info_nce_logits,
@@ -68,6 +77,7 @@ __all__ = [
     "Reduction",
     "Scale",
     "Temperature",
+    "alpha_beta_kd_loss",
     "attention_kd_loss",
     "attention_logits",
     "attention_transfer_loss",
@@ -77,6 +87,7 @@ __all__ = [
     "confidence_weights",
     "dist_loss",
     "dkd_loss",
+    "entropy_gated_kd_loss",
     "entropy_weights",
     "fused_linear_kd_loss",
     "fused_linear_kd_terms",
@@ -97,8 +108,11 @@ __all__ = [
     "similarity_kd_loss",
     "similarity_logits",
     "similarity_preserving_loss",
+    "skew_kd_loss",
     "soft_cross_entropy_loss",
+    "symmetric_kd_loss",
     "tempered_log_softmax",
     "tempered_softmax",
+    "todi_loss",
     "total_variation_loss",
 ]

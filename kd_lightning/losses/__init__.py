@@ -27,9 +27,11 @@ from kd_lightning.losses.logits import (
     SoftCrossEntropyLoss,
     TotalVariationLoss,
 )
+from kd_lightning.losses.mixed import AlphaBetaKDLoss, EntropyGatedKLLoss, SkewKLLoss, SymmetricKLLoss, ToDiLoss
 from kd_lightning.losses.task import CrossEntropyLoss
 
 __all__ = [
+    "AlphaBetaKDLoss",
     "AttentionKDLoss",
     "AttentionTransferLoss",
     "BernoulliKDLoss",
@@ -37,6 +39,7 @@ __all__ = [
     "CrossEntropyLoss",
     "DISTLoss",
     "DKDLoss",
+    "EntropyGatedKLLoss",
     "FeatureLoss",
     "FusedLinearKDLoss",
     "HintLoss",
@@ -51,7 +54,10 @@ __all__ = [
     "ReverseKDLoss",
     "SimilarityKDLoss",
     "SimilarityPreservingLoss",
+    "SkewKLLoss",
     "SoftCrossEntropyLoss",
     "SoftFeatureLoss",
+    "SymmetricKLLoss",
+    "ToDiLoss",
     "TotalVariationLoss",
 ]
