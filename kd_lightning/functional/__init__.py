@@ -10,6 +10,7 @@
 - :mod:`~kd_lightning.functional.row_loss`: the options of the losses between logits, and the call behind them.
 - :mod:`~kd_lightning.functional.rows`: layout, masks, scale and reduction of rows.
 - :mod:`~kd_lightning.functional.rows_fast`: value and gradient of a loss on rows in one pass.
+- :mod:`~kd_lightning.functional.sparse`: targets of a few classes in place of the teacher's logits.
 - :mod:`~kd_lightning.functional.feature_losses`: the losses between features, position by position.
 - :mod:`~kd_lightning.functional.similarity_losses`: the losses between features that compare samples of the batch.
 - :mod:`~kd_lightning.functional.ensemble`: the mixture and the weights of several teachers.
@@ -64,6 +65,7 @@ from kd_lightning.functional.similarity_losses import (
     similarity_logits,
     similarity_preserving_loss,
 )
+from kd_lightning.functional.sparse import Sparse
 from kd_lightning.functional.temperature import (
     Temperature,
     predictive_entropy,
@@ -76,6 +78,7 @@ __all__ = [
     "FusedTerms",
     "Reduction",
     "Scale",
+    "Sparse",
     "Temperature",
     "alpha_beta_kd_loss",
     "attention_kd_loss",

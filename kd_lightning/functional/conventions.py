@@ -17,6 +17,7 @@ from typing_extensions import Unpack
 from kd_lightning.functional.logit_losses import kd_loss, soft_cross_entropy_loss
 from kd_lightning.functional.row_loss import CLASS_DIM, IGNORE_INDEX, UnscaledOptions
 from kd_lightning.functional.rows import Scale, check_option
+from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.functional.temperature import Temperature
 
 __all__ = [
@@ -35,7 +36,7 @@ Convention = Literal["hinton", "trl", "modelopt", "torchdistill", "textbrewer"]
 
 def hinton_kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     **options: Unpack[UnscaledOptions],
 ) -> Tensor:
@@ -45,7 +46,7 @@ def hinton_kd_loss(
 
 def trl_kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     **options: Unpack[UnscaledOptions],
 ) -> Tensor:
@@ -55,7 +56,7 @@ def trl_kd_loss(
 
 def modelopt_kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     **options: Unpack[UnscaledOptions],
 ) -> Tensor:
@@ -66,7 +67,7 @@ def modelopt_kd_loss(
 
 def textbrewer_kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     **options: Unpack[UnscaledOptions],
 ) -> Tensor:
@@ -76,7 +77,7 @@ def textbrewer_kd_loss(
 
 def torchdistill_kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     *,
     alpha: float | None = None,

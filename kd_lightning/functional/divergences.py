@@ -35,6 +35,7 @@ __all__ = [
     "SquaredError",
     "TargetCrossEntropy",
     "TotalVariation",
+    "log_sum",
 ]
 
 
@@ -59,11 +60,13 @@ class Divergence(ABC):
         needs_labels: Whether it looks at the target class.
         min_classes: The fewest classes for which the equation is defined.
         counts_classes: Whether a class of no probability counts, so that finite masks must be replaced by −inf.
+        tails: The tails of :class:`~kd_lightning.functional.Sparse` targets for which it is defined.
     """
 
     needs_labels: ClassVar[bool] = False
     min_classes: ClassVar[int] = 2
     counts_classes: ClassVar[bool] = False
+    tails: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
@@ -95,6 +98,8 @@ class Divergence(ABC):
 @dataclass(frozen=True)
 class ForwardKL(Divergence):
     r""":math:`\mathrm{KL}(q \| p) = \sum_k q_k (\log q_k - \log p_k)`, with gradient :math:`p - q`."""
+
+    tails: ClassVar[tuple[str, ...]] = ("bucket", "uniform", "renormalize", "drop")
 
     @override
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
@@ -135,6 +140,8 @@ def _log_z_ratio(peaks: Tensor, p: Tensor, q: Tensor, dim: int) -> Tensor:
 class ReverseKL(Divergence):
     r""":math:`\mathrm{KL}(p \| q) = \sum_k p_k x_k`, :math:`x = \log p - \log q`; gradient :math:`p (x - KL)`."""
 
+    tails: ClassVar[tuple[str, ...]] = ("bucket", "uniform")
+
     @override
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
         log_z_a, log_z_b = a.logsumexp(dim, keepdim=True), b.logsumexp(dim, keepdim=True)
@@ -160,6 +167,7 @@ class JensenShannon(Divergence):
     """
 
     beta: float = 0.5
+    tails: ClassVar[tuple[str, ...]] = ("bucket", "uniform", "renormalize")
 
     @override
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
@@ -194,6 +202,8 @@ _FAR = 80.0
 class TotalVariation(Divergence):
     r""":math:`\tfrac{1}{2} \sum_k |q_k - p_k|`: between 0 and 1, and bounded where KL is not."""
 
+    tails: ClassVar[tuple[str, ...]] = ("bucket", "uniform", "renormalize")
+
     @override
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
         return (a.softmax(dim) - b.softmax(dim)).abs().sum(dim, keepdim=True) / 2
@@ -215,6 +225,8 @@ class TotalVariation(Divergence):
 @dataclass(frozen=True)
 class SoftCrossEntropy(Divergence):
     r""":math:`-\sum_k q_k \log p_k = \mathrm{KL}(q \| p) + H(q)`, with the gradient of KL, :math:`p - q`."""
+
+    tails: ClassVar[tuple[str, ...]] = ("bucket", "uniform", "renormalize")
 
     @override
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
@@ -302,7 +314,7 @@ class DecoupledKL(Divergence):
         assert labels is not None
         a_y, b_y = a.gather(dim, labels), b.gather(dim, labels)
         a, b = a.scatter(dim, labels, -math.inf), b.scatter(dim, labels, -math.inf)
-        odds_a, odds_b = a_y - _log_sum(a, dim), b_y - _log_sum(b, dim)
+        odds_a, odds_b = a_y - log_sum(a, dim), b_y - log_sum(b, dim)
         empty = _is_empty(b, dim)
         rest = ForwardKL().definition(a.masked_fill(empty, 0.0), b.masked_fill(empty, 0.0), dim, None)
         return self.alpha * _two_point_kl(odds_b, odds_a) + self.beta * rest.masked_fill(empty, 0.0)
@@ -411,7 +423,7 @@ def _two_point_kl(teacher_odds: Tensor, student_odds: Tensor) -> Tensor:
     return q * yes + rest * no
 
 
-def _log_sum(logits: Tensor, dim: int) -> Tensor:
+def log_sum(logits: Tensor, dim: int) -> Tensor:
     """Return the logsumexp, with gradient 0 where all logits are −inf; torch's own has NaN there."""
     empty = _is_empty(logits, dim)
     return torch.where(empty, -math.inf, logits.masked_fill(empty, 0.0).logsumexp(dim, keepdim=True))

@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 from kd_lightning.functional import divergences
 from kd_lightning.functional.row_loss import CLASS_DIM, IGNORE_INDEX, LossOptions, row_loss
 from kd_lightning.functional.rows import without_padding
+from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.functional.temperature import Temperature, as_temperature
 
 __all__ = [
@@ -36,7 +37,7 @@ _FORWARD_KL = divergences.ForwardKL()
 
 def kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     **options: Unpack[LossOptions],
 ) -> Tensor:
@@ -61,6 +62,7 @@ def kd_loss(
         teacher_logits: The same shape. A class that both sides mask with −inf contributes nothing; a class that only
             the student masks makes the divergence infinite. In ``(B, L, V)`` surplus classes of the
             teacher are padding of its vocabulary: they are cut and the rest is renormalised, with a warning.
+            :class:`Sparse`: log-probabilities of k classes in their place, as servers give them.
         temperature: A number, a tensor or a :class:`Temperature`, in the layout of the logits; see there for shapes.
             Positive and finite. Gradients flow to it, through the factor ``c`` too.
         targets: Class indices in the shape of the logits without the class dimension. They only select the valid
@@ -103,7 +105,7 @@ def kd_loss(
 
 def reverse_kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     **options: Unpack[LossOptions],
 ) -> Tensor:
@@ -127,7 +129,7 @@ def reverse_kd_loss(
 
 def jsd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     *,
     beta: float = 0.5,
@@ -167,7 +169,7 @@ def jsd_loss(
 
 def total_variation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     **options: Unpack[LossOptions],
 ) -> Tensor:
@@ -194,7 +196,7 @@ def total_variation_loss(
 
 def soft_cross_entropy_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     **options: Unpack[LossOptions],
 ) -> Tensor:
@@ -219,7 +221,7 @@ def soft_cross_entropy_loss(
 
 def mse_logits_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     **options: Unpack[LossOptions],
 ) -> Tensor:
@@ -245,7 +247,7 @@ def mse_logits_loss(
 
 def bernoulli_kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     **options: Unpack[LossOptions],
 ) -> Tensor:
@@ -268,7 +270,7 @@ def bernoulli_kd_loss(
         tensor(0.5209)
     """
     targets, ignore_index = options.get("targets"), options.get("ignore_index", IGNORE_INDEX)
-    if targets is not None and targets.shape == student_logits.shape:
+    if targets is not None and targets.shape == student_logits.shape and isinstance(teacher_logits, Tensor):
         options["targets"] = None
         if ignore_index is not None:  # masked by equal logits, because they cost nothing at any temperature
             left_out = targets == ignore_index
@@ -280,7 +282,7 @@ def bernoulli_kd_loss(
 
 def dkd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     *,
     alpha: float = 1.0,
@@ -326,7 +328,7 @@ def _check_class_targets(name: str, targets: Tensor | None) -> None:
 
 def nkd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     *,
     gamma: float = 1.5,
@@ -364,7 +366,7 @@ def nkd_loss(
 
 def multi_temperature_kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     *,
     factors: Sequence[float] = (0.5, 0.75, 1.0, 1.25, 1.5),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class SymmetricKL(Divergence):
     r""":math:`(1 - \lambda) \, \mathrm{KL}(q \| p) + \lambda \, \mathrm{KL}(p \| q)`, λ the weight of reverse KL."""
 
     reverse_weight: float = 0.5
+    tails: ClassVar[tuple[str, ...]] = ("bucket", "uniform")
 
     def __post_init__(self) -> None:
         _check_between_0_and_1("reverse_weight", self.reverse_weight, "kd_loss", "reverse_kd_loss")
@@ -45,6 +47,7 @@ class EntropyGatedKL(Divergence):
     r""":math:`\mathrm{KL}(p \| q) + \mathbb{1}[H(q) > \tau] \, \mathrm{KL}(q \| p)`: forward KL where q is unsure."""
 
     threshold: float = 0.8
+    tails: ClassVar[tuple[str, ...]] = ("uniform",)
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < math.inf:
@@ -76,6 +79,8 @@ class ToDi(Divergence):
     Since :math:`w = q / (p + q)`, the value is that of both KLs together, :math:`\sum_k (p_k - q_k) x_k`. The weights
     shape the gradient: :math:`p - q + v - p \sum_k v_k` with :math:`v = p (1 - w) x`.
     """
+
+    tails: ClassVar[tuple[str, ...]] = ("bucket", "uniform")
 
     @override
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
@@ -112,6 +117,7 @@ class SkewKL(Divergence):
 
     skew: float = 0.1
     reverse: bool = False
+    tails: ClassVar[tuple[str, ...]] = ("bucket", "uniform", "renormalize")
 
     def __post_init__(self) -> None:
         _check_between_0_and_1("skew", self.skew, "reverse_kd_loss" if self.reverse else "kd_loss", None)
@@ -156,6 +162,7 @@ class AlphaBeta(Divergence):
 
     alpha: float
     beta: float
+    tails: ClassVar[tuple[str, ...]] = ("uniform",)
 
     def __post_init__(self) -> None:
         if not (0 <= self.alpha < math.inf and 0 <= self.beta < math.inf and self.alpha + self.beta > 0):

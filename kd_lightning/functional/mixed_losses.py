@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from kd_lightning.functional.mixed_divergences import AlphaBeta, EntropyGatedKL, SkewKL, SymmetricKL, ToDi
 from kd_lightning.functional.row_loss import LossOptions, row_loss
+from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.functional.temperature import Temperature
 
 __all__ = ["alpha_beta_kd_loss", "entropy_gated_kd_loss", "skew_kd_loss", "symmetric_kd_loss", "todi_loss"]
@@ -21,7 +22,7 @@ __all__ = ["alpha_beta_kd_loss", "entropy_gated_kd_loss", "skew_kd_loss", "symme
 
 def alpha_beta_kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     *,
     alpha: float,
@@ -63,7 +64,7 @@ def alpha_beta_kd_loss(
 
 def skew_kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     *,
     skew: float = 0.1,
@@ -103,7 +104,7 @@ def skew_kd_loss(
 
 def symmetric_kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     *,
     reverse_weight: float = 0.5,
@@ -140,7 +141,7 @@ def symmetric_kd_loss(
 
 def entropy_gated_kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     *,
     threshold: float = 0.8,
@@ -179,7 +180,7 @@ def entropy_gated_kd_loss(
 
 def todi_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     **options: Unpack[LossOptions],
 ) -> Tensor:

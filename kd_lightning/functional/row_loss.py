@@ -26,6 +26,7 @@ from kd_lightning.functional.rows import (
     without_padding,
 )
 from kd_lightning.functional.rows_fast import closed_form, closed_form_applies
+from kd_lightning.functional.sparse import Sparse, TeacherTarget, check_tail, sparse_rows
 from kd_lightning.functional.temperature import (
     Temperature,
     as_temperature,
@@ -67,7 +68,7 @@ class LossOptions(UnscaledOptions, total=False):
 def row_loss(
     divergence: Divergence,
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherTarget,
     temperature: float | Tensor | Temperature,
     *,
     targets: Tensor | None = None,
@@ -81,26 +82,35 @@ def row_loss(
     check_option("scale", scale, SCALES)
     check_option("reduction", reduction, REDUCTIONS)
     check_num_items(num_items, reduction)
-    if teacher_logits.shape != student_logits.shape:
-        teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
-    check_logits(student_logits, teacher_logits, class_dim, divergence.min_classes, targets)
-    class_dim %= student_logits.dim()
     traced = torch.compiler.is_compiling() or in_transform()
-    if divergence.counts_classes:
-        masked = masked_on_both_sides(student_logits, teacher_logits, class_dim)
-        if not masked.is_cpu or traced or masked.any():  # without a host sync, because the mask is on the CPU
-            student_logits, teacher_logits = (
-                z.masked_fill(masked, -math.inf) for z in (student_logits, teacher_logits)
-            )
-    if compute_dtype(student_logits) != compute_dtype(teacher_logits):  # because float64 on one side widens both
-        student_logits, teacher_logits = student_logits.double(), teacher_logits.double()
+    if isinstance(teacher_logits, Sparse):
+        check_tail(divergence, teacher_logits)
+        check_logits(student_logits, student_logits, class_dim, divergence.min_classes, targets)
+    else:
+        if teacher_logits.shape != student_logits.shape:
+            teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
+        check_logits(student_logits, teacher_logits, class_dim, divergence.min_classes, targets)
+        if divergence.counts_classes:
+            masked = masked_on_both_sides(student_logits, teacher_logits, class_dim)
+            if not masked.is_cpu or traced or masked.any():  # without a host sync, because the mask is on the CPU
+                student_logits, teacher_logits = (
+                    z.masked_fill(masked, -math.inf) for z in (student_logits, teacher_logits)
+                )
+        if compute_dtype(student_logits) != compute_dtype(teacher_logits):  # as float64 on one side widens both
+            student_logits, teacher_logits = student_logits.double(), teacher_logits.double()
+    class_dim %= student_logits.dim()
     temp = _with_plain_numbers(temperature, student_logits, traced)
     valid = valid_positions(targets, student_logits, class_dim, ignore_index)
     if valid is not None:
         everywhere = valid.is_cpu and not traced and valid.all()  # without a host sync, because the mask is on the CPU
         valid = None if everywhere else valid.unsqueeze(class_dim)
     factor = loss_factor(temp, student_logits, scale, class_dim, valid, reduction, num_items)
-    labels = _labels(targets, valid, class_dim) if divergence.needs_labels else None
+    if isinstance(teacher_logits, Sparse):
+        divergence, teacher_logits, labels = sparse_rows(
+            divergence, student_logits, teacher_logits, temp, valid, class_dim
+        )
+    else:
+        labels = _labels(targets, valid, class_dim) if divergence.needs_labels else None
 
     rows = Rows(student_logits, teacher_logits, temp.student, temp.teacher, factor, valid, labels)
     fast = not traced and closed_form_applies(rows, class_dim)

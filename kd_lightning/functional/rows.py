@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ __all__ = [
 Scale = Literal["student_teacher", "student", "teacher", "none"]
 Reduction = Literal["mean", "sum", "none"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
+Target = TypeVar("Target")
+"""What is given of a teacher: logits, or targets of a few classes."""
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 
@@ -60,6 +62,11 @@ def check_logits(
             f"logits of shape {tuple(student.shape)} and targets of shape {tuple(targets.shape)} fit (B, C, L) and "
             "(B, L, C) alike. Give class_dim=1 or class_dim=2 to the loss."
         )
+    if not isinstance(teacher, Tensor):
+        raise TypeError(
+            f"this loss needs the logits of all classes, got {type(teacher).__name__}. Take a loss that compares "
+            "distributions, such as KDLoss."
+        )
     if student.shape != teacher.shape:
         raise ValueError(
             f"student and teacher logits must have the same shape, got {tuple(student.shape)} and "
@@ -87,7 +94,7 @@ def check_logits(
             raise ValueError(f"{name} logits must be floating point, got {logits.dtype}.")
 
 
-def without_padding(student: Tensor, teacher: Tensor, class_dim: int = -1) -> Tensor:
+def without_padding(student: Tensor, teacher: Target, class_dim: int = -1) -> Target:
     """Cut the classes by which a token model's teacher exceeds the student, and warn.
 
     Vocabularies are padded to different multiples, so that the surplus classes are padding.
@@ -102,7 +109,7 @@ def without_padding(student: Tensor, teacher: Tensor, class_dim: int = -1) -> Te
         class_dim: The dimension of the classes.
 
     Returns:
-        The teacher's logits, with as many classes as the student has.
+        The teacher's logits, with as many classes as the student has; what is no tensor as it is.
 
     Example:
         >>> with warnings.catch_warnings():
@@ -110,7 +117,9 @@ def without_padding(student: Tensor, teacher: Tensor, class_dim: int = -1) -> Te
         ...     without_padding(torch.zeros(1, 2, 5), torch.zeros(1, 2, 8)).shape
         torch.Size([1, 2, 5])
     """
-    if teacher.shape == student.shape or student.dim() != teacher.dim() or student.dim() < 3:
+    if not isinstance(teacher, Tensor) or teacher.shape == student.shape:
+        return teacher
+    if student.dim() != teacher.dim() or student.dim() < 3:
         return teacher
     if not -student.dim() <= class_dim < student.dim():
         return teacher
@@ -124,7 +133,8 @@ def without_padding(student: Tensor, teacher: Tensor, class_dim: int = -1) -> Te
             "is wrong; if they do, slice the teacher's logits yourself to silence this.",
             stacklevel=4,
         )
-    return teacher.narrow(class_dim, 0, want)
+    cut: Any = teacher.narrow(class_dim, 0, want)
+    return cut
 
 
 def check_num_items(num_items: float | Tensor | None, reduction: Reduction) -> None:

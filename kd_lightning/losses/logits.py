@@ -17,6 +17,7 @@ from kd_lightning.functional import FusedTerms, Reduction, Scale, Temperature
 from kd_lightning.functional.conventions import CONVENTIONS, Convention, check_convention
 from kd_lightning.functional.row_loss import CLASS_DIM, IGNORE_INDEX, LayoutOptions
 from kd_lightning.functional.rows import REDUCTIONS, SCALES, check_option
+from kd_lightning.functional.sparse import TeacherTarget
 
 __all__ = [
     "BernoulliKDLoss",
@@ -93,7 +94,7 @@ class LogitLoss(nn.Module):
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor,
+        teacher_logits: TeacherTarget,
         temperature: float | Tensor | Temperature,
         targets: Tensor | None = None,
         num_items: float | Tensor | None = None,
@@ -167,7 +168,7 @@ class KDLoss(LogitLoss):
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor,
+        teacher_logits: TeacherTarget,
         temperature: float | Tensor | Temperature,
         targets: Tensor | None = None,
         num_items: float | Tensor | None = None,
