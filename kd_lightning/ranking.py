@@ -12,7 +12,9 @@ from typing import Literal, Protocol, TypeVar
 __all__ = [
     "Lead",
     "Mode",
+    "Scored",
     "align",
+    "candidate_name",
     "check_counts",
     "check_monitor",
     "check_temperatures",
@@ -25,16 +27,31 @@ __all__ = [
 Mode = Literal["min", "max"]
 
 
-class Ranked(Protocol):
-    """A candidate with a mean score."""
+class _HasScores(Protocol):
+    @property
+    def scores(self) -> Sequence[float]: ...
+
+
+class Scored:
+    """A candidate of a search, whose ``scores`` are the metric's values, one for each seed."""
 
     @property
-    def mean(self) -> float:
-        """Return the mean score over the seeds."""
-        ...
+    def mean(self: _HasScores) -> float:
+        """Return the mean over the seeds; NaN if a score is NaN or missing."""
+        return mean_and_std(self.scores)[0]
+
+    @property
+    def std(self: _HasScores) -> float:
+        """Return the standard deviation over the seeds; NaN for fewer than two scores."""
+        return mean_and_std(self.scores)[1]
 
 
-RankedT = TypeVar("RankedT", bound=Ranked)
+class _Ranked(Protocol):
+    @property
+    def mean(self) -> float: ...
+
+
+RankedT = TypeVar("RankedT", bound=_Ranked)
 
 
 def rank(candidates: Iterable[RankedT], mode: Mode) -> list[RankedT]:
@@ -80,11 +97,10 @@ class Lead:
         seeds: Number of seeds.
 
     Example:
-        >>> lead = Lead.of([0.9, 0.8, 0.9], [0.7, 0.7, 0.6], "max")
-        >>> lead.describe("temperature 2"), lead.worth
-        ('it leads temperature 2 by 0.2000 ± 0.0577', 'more than two standard errors')
+        >>> Lead.of([0.9, 0.8, 0.9], [0.7, 0.7, 0.6], "max").describe("temperature 2")
+        'it leads temperature 2 by 0.2000 ± 0.0577 (standard error over 3 paired seeds): more than two standard errors'
         >>> Lead.of([0.9], [0.7], "min").describe("temperature 2")
-        'it trails temperature 2 by 0.2000'
+        'it trails temperature 2 by 0.2000 on one seed: seeds=3 shows how noisy that is'
     """
 
     amount: float
@@ -106,14 +122,32 @@ class Lead:
             return "too few to tell"
         return "more than two standard errors" if abs(self.amount) > 2 * self.error else "within the noise"
 
-    def describe(self, other: str) -> str:
-        """Return a clause with the amount and, for several seeds, its standard error.
+    def describe(self, other: str, more_seeds: str = "seeds=3") -> str:
+        """Return a clause with the amount, its standard error and its worth.
 
         Args:
             other: Name of the other candidate.
+            more_seeds: What to write to train more seeds.
         """
-        error = f" ± {self.error:.4f}" if self.seeds > 1 else ""
-        return f"it {'trails' if self.amount < 0 else 'leads'} {other} by {abs(self.amount):.4f}{error}"
+        lead = f"it {'trails' if self.amount < 0 else 'leads'} {other} by {abs(self.amount):.4f}"
+        if self.seeds == 1:
+            return f"{lead} on one seed: {more_seeds} shows how noisy that is"
+        return f"{lead} ± {self.error:.4f} (standard error over {self.seeds} paired seeds): {self.worth}"
+
+
+def candidate_name(value: float, kd_weight: float | None, unit: str = "temperature") -> str:
+    """Return the name of a candidate.
+
+    Args:
+        value: The temperature, or what else the candidates are.
+        kd_weight: Its weight of the distillation term; None where all candidates have the same.
+        unit: What the candidates are.
+
+    Example:
+        >>> candidate_name(4.0, 0.9), candidate_name(0.5, None, "multiplier")
+        ('temperature 4, kd_weight 0.9', 'multiplier 0.5')
+    """
+    return f"{unit} {value:.4g}" + ("" if kd_weight is None else f", kd_weight {kd_weight:.4g}")
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -33,12 +33,13 @@ from kd_lightning.modules.replicas import gather
 from kd_lightning.ranking import (
     Lead,
     Mode,
+    Scored,
     align,
+    candidate_name,
     check_counts,
     check_monitor,
     check_temperatures,
     check_weights,
-    mean_and_std,
     rank,
 )
 from kd_lightning.schedules import as_schedule
@@ -53,7 +54,7 @@ _SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 
 
 @dataclass
-class Trial:
+class Trial(Scored):
     """The scores of one candidate.
 
     Attributes:
@@ -68,15 +69,9 @@ class Trial:
     temperature: float = math.nan
     scores: list[float] = field(default_factory=list)
 
-    @property
-    def mean(self) -> float:
-        """Return the mean over the seeds; NaN if one is NaN."""
-        return mean_and_std(self.scores)[0]
-
-    @property
-    def spread(self) -> float:
-        """Return the standard deviation over the seeds; NaN for a single one."""
-        return mean_and_std(self.scores)[1]
+    def name(self, unit: str) -> str:
+        """Return the trial's name, whose candidate is of a ``"temperature"`` or a ``"multiplier"``."""
+        return candidate_name(self.candidate, self.kd_weight, unit)
 
 
 class TemperatureFinder(Callback):
@@ -186,40 +181,37 @@ class TemperatureFinder(Callback):
         return plot_temperature_finder(trials, self.monitor, self.suggestion(), unit=self._unit)
 
     def table(self) -> str:
-        """Return the results as aligned text, followed by the suggestion and its lead."""
-        by_seed = list(zip(*(trial.scores for trial in self.results), strict=True))
+        """Return the results as aligned text, followed by the suggestion and its lead.
+
+        A spread over the seeds has columns only if there are several seeds.
+        """
         choose = max if self.mode == "max" else min
+        by_seed = zip(*(trial.scores for trial in self.results), strict=True)
         tops = [choose((score for score in scores if math.isfinite(score)), default=None) for scores in by_seed]
-        rows = [[self._unit, "kd_weight", "T at the end", self.monitor, "std", "lowest", "highest", "best in"]]
+        several, weighted = len(tops) > 1, self.kd_weights is not None
+        rows = [[self._unit, *["kd_weight"] * weighted, "T at the end", self.monitor]]
+        rows[0] += ["std", "lowest", "highest", "best in"] * several
         for trial in self.results:
-            wins = sum(score == top for score, top in zip(trial.scores, tops, strict=True))
-            numbers = (trial.mean, trial.spread, min(trial.scores), max(trial.scores))
-            weight = "" if trial.kd_weight is None else f"{trial.kd_weight:g}"
-            row = [f"{trial.candidate:g}", weight, f"{trial.temperature:.4g}"]
-            rows.append([*row, *(f"{number:.4f}" for number in numbers), f"{wins} of {len(trial.scores)}"])
-        drop = [] if self.kd_weights else [1]
-        columns = [column for index, column in enumerate(zip(*rows, strict=True)) if index not in drop]
-        return "\n".join([*align(list(zip(*columns, strict=True))), self._verdict()])
+            weight = [] if trial.kd_weight is None else [f"{trial.kd_weight:g}"]
+            row = [f"{trial.candidate:g}", *weight, f"{trial.temperature:.4g}", f"{trial.mean:.4f}"]
+            if several:
+                wins = sum(score == top for score, top in zip(trial.scores, tops, strict=True))
+                finite = [score for score in trial.scores if math.isfinite(score)]
+                spread = (trial.std, min(finite), max(finite)) if len(finite) == len(tops) else (None, None, None)
+                row += ["–" if number is None else f"{number:.4f}" for number in spread]
+                row.append(f"{wins} of {len(tops)}")
+            rows.append(row)
+        return "\n".join([*align(rows), self._verdict()])
 
     def _verdict(self) -> str:
         ranking = self.ranking
         if not ranking:
             return f"no candidate has a finite {self.monitor}: nothing is suggested"
-        best = ranking[0]
-        text = f"suggestion: {self._name(best)}"
+        names = [trial.name(self._unit) for trial in ranking]
         if len(ranking) == 1:
-            return text
-        second = ranking[1]
-        lead = Lead.of(best.scores, second.scores, self.mode)
-        text = f"{text}; {lead.describe(self._name(second))}"
-        if lead.seeds == 1:
-            return f"{text} on one seed: how noisy that is, seeds=3 shows"
-        advice = ": take either, or more seeds" if lead.worth == "within the noise" else ""
-        return f"{text} over {lead.seeds} seeds, {lead.worth}{advice}"
-
-    def _name(self, trial: Trial) -> str:
-        weight = "" if trial.kd_weight is None else f" with kd_weight {trial.kd_weight:g}"
-        return f"{self._unit} {trial.candidate:g}{weight}"
+            return f"suggestion: {names[0]}"
+        lead = Lead.of(ranking[0].scores, ranking[1].scores, self.mode)
+        return f"suggestion: {names[0]}; {lead.describe(names[1])}"
 
     # ---- the search -------------------------------------------------------------------------------------------------
 
@@ -232,7 +224,7 @@ class TemperatureFinder(Callback):
                 self._set(self.best, holder, multiplier=False)  # because the checkpoint holds the multiplier
             rank_zero_info(
                 "TemperatureFinder searches nothing in a resumed run"
-                + ("." if self.best is None else f": {self._name(self.best)}, as found before.")
+                + ("." if self.best is None else f": {self.best.name(self._unit)}, as found before.")
             )
             return
         self.search(trainer, pl_module)

@@ -8,8 +8,10 @@ import platform
 from collections.abc import Sequence
 from html import escape
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
@@ -18,45 +20,42 @@ from kd_lightning.sweep.results import SweepResult
 
 __all__ = ["write_report"]
 
+_PIXELS_PER_INCH = 112  # at which the figure's smallest text, 9 points, is 14 pixels high
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222;
+  overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+li.warning { font-weight: 600; color: #a03a0a; }
+.wide { overflow-x: auto; } .wide img { display: block; }
+table { border-collapse: collapse; font-size: .9375rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th { background: #f4f4f4; } tr.best td { background: #fdeee6; font-weight: 600; }
-tr.baseline td { border-top: 2px solid #888; } img { max-width: 100%; }
-pre { background: #f6f6f6; padding: .8rem; overflow: auto; font-size: .85rem; } div.wide { overflow-x: auto; }
+td.text { text-align: left; white-space: normal; min-width: 30rem; }
+tr.baseline td { border-top: 2px solid #888; } td a { display: inline-block; padding: 0 .5rem; }
+pre { background: #f6f6f6; padding: .8rem; overflow: auto; font-size: .875rem; } summary { cursor: pointer; }
+@media (max-width: 40rem) { th, td { padding: .4rem; } }
 """
 
 
 def write_report(result: SweepResult, config: dict[str, Any], fingerprint: str, path: Path) -> None:
-    """Write the report: the choice, the heat-map, both tables, the configuration and the versions.
+    """Write the report: the choice, the figure, both tables, the configuration and the versions.
 
     Args:
-        result: What was found.
+        result: The result; runs are linked where their folder lies beside the file.
         config: The configuration that all runs have.
-        fingerprint: Of that configuration.
-        path: The file.
+        fingerprint: Fingerprint of that configuration.
+        path: The file to write.
     """
-    picture = io.BytesIO()
-    result.plot().savefig(picture, dpi=150, format="png")
-    image = base64.b64encode(picture.getvalue()).decode()
-    rows = result.rows()
+    warning = result.warning
+    verdict = "".join(
+        f'<li class="warning">{escape(line)}</li>' if line == warning else f"<li>{escape(line)}</li>"
+        for line in result.verdict()
+    )
     best = result.best
     marks = ["best" if cell is best else "" for cell in result.cells] + ["baseline"] * (result.baseline is not None)
-
-    names = sorted({name for run in result.runs for name in run.test})
-    runs = [["run", "temperature", "kd_weight", "task_weight", "seed", "state", result.monitor, "epoch", "seconds",
-             *names, "reason"]]  # fmt: skip
-    for run in result.runs:
-        temperature = "no teacher" if run.temperature is None else f"{run.temperature:.4g}"
-        numbers = [f"{run.kd_weight:.4g}", f"{run.task_weight:.4g}", f"{run.seed}", run.state]
-        score = "" if run.score is None else f"{run.score:.4f}"
-        epoch = "" if run.epoch is None else f"{run.epoch}"
-        seconds = "" if run.seconds is None else f"{run.seconds:.0f}"
-        tests = [f"{run.test[name]:.4f}" if name in run.test else "" for name in names]
-        runs.append([f"{run.number}", temperature, *numbers, score, epoch, seconds, *tests, run.reason])
-
+    links = [
+        f"{quote(run.folder)}/" if run.folder and (path.parent / run.folder).is_dir() else "" for run in result.runs
+    ]
     packages = ("torch", "lightning", "optuna")
     versions = [["kd_lightning", kd_lightning.__version__], *([name, version(name)] for name in packages)]
     versions += [["Python", platform.python_version()], ["system", platform.platform()], ["configuration", fingerprint]]
@@ -71,18 +70,19 @@ def write_report(result: SweepResult, config: dict[str, Any], fingerprint: str, 
 </head>
 <body>
 <h1>Sweep over temperature and weight</h1>
-<ul>{"".join(f"<li>{escape(line)}</li>" for line in result.verdict())}</ul>
+<ul>{verdict}</ul>
 <p>A run's score is its best {escape(result.monitor)}; a cell's is the mean over its seeds. The choice is by validation;
 the test set was measured for the chosen cell and the baseline alone, with the weights of the best validation.</p>
-<p><img alt="Mean {escape(result.monitor)} for each temperature and weight" src="data:image/png;base64,{image}"/></p>
+{_figure(result)}
 <h2>Cells</h2>
 <p>Mean ± standard deviation over the seeds.</p>
-{_table(rows, marks)}
+{_table(result.rows(), marks)}
 <h2>Runs</h2>
-{_table(runs)}
+<p>A run's number opens its folder of logs and weights.</p>
+{_table(_run_rows(result), links=links)}
 <h2>Configuration</h2>
-<p>Of all runs; temperature, weights and seed are the table's.</p>
-<pre>{escape(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))}</pre>
+<details><summary>Of all runs; temperature, weights and seed are the table's.</summary>
+<pre>{escape(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))}</pre></details>
 <h2>Versions</h2>
 {_table([["", ""], *versions])}
 </body>
@@ -92,11 +92,41 @@ the test set was measured for the chosen cell and the baseline alone, with the w
     )
 
 
-def _table(rows: Sequence[Sequence[str]], marks: Sequence[str] = ()) -> str:
+def _figure(result: SweepResult) -> str:
+    if not result.is_drawable:
+        return "<p>No run is complete, so there is no figure.</p>"
+    picture, figure = io.BytesIO(), result.plot()
+    figure.savefig(picture, dpi=150, format="png")
+    image = base64.b64encode(picture.getvalue()).decode()
+    width = f"width: {round(_PIXELS_PER_INCH * figure.get_figwidth())}px"
+    text = f"Mean {escape(result.monitor)} for each temperature and weight"
+    return f'<div class="wide"><img alt="{text}" style="{width}" src="data:image/png;base64,{image}"/></div>'
+
+
+def _run_rows(result: SweepResult) -> list[list[str]]:
+    names = sorted({name for run in result.runs for name in run.test})
+    head = ["run", "temperature", "kd_weight", "task_weight", "seed", "state", result.monitor, "epoch", "seconds"]
+    rows = [[*head, *names, "reason"]]
+    for run in result.runs:
+        temperature = "no teacher" if run.temperature is None else f"{run.temperature:.4g}"
+        numbers = [f"{run.kd_weight:.4g}", f"{run.task_weight:.4g}", f"{run.seed}", run.state]
+        score = "" if run.score is None else f"{run.score:.4f}"
+        epoch = "" if run.epoch is None else f"{run.epoch}"
+        seconds = "" if run.seconds is None else f"{run.seconds:.0f}"
+        tests = [f"{run.test[name]:.4f}" if name in run.test else "" for name in names]
+        rows.append([f"{run.number}", temperature, *numbers, score, epoch, seconds, *tests, run.reason])
+    return rows
+
+
+def _table(rows: Sequence[Sequence[str]], marks: Sequence[str] = (), links: Sequence[str] = ()) -> str:
+    """Return a table whose rows have a class each, and a link each around their first cell, where not empty."""
     head, *body = rows
     lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"] if any(head) else []
-    for number, row in enumerate(body):
-        mark = marks[number] if number < len(marks) else ""
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
-        lines.append(f'<tr class="{mark}">{cells}</tr>' if mark else f"<tr>{cells}</tr>")
+    for row, mark, link in zip_longest(body, marks, links, fillvalue=""):
+        cells = [escape(cell) for cell in row]
+        if link:
+            cells[0] = f'<a href="{escape(link)}">{cells[0]}</a>'
+        tags = ['<td class="text">' if len(cell) > 40 else "<td>" for cell in row]
+        start = f'<tr class="{mark}">' if mark else "<tr>"
+        lines.append(start + "".join(f"{tag}{cell}</td>" for tag, cell in zip(tags, cells, strict=True)) + "</tr>")
     return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"

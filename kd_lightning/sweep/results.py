@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_lightning.ranking import Lead, Mode, align, mean_and_std, rank, show
+from kd_lightning.ranking import Lead, Mode, Scored, align, candidate_name, rank, show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +55,7 @@ class SweepRun:
 
 
 @dataclass(frozen=True)
-class SweepCell:
+class SweepCell(Scored):
     """A pair of temperature and weight with the runs of all seeds; the baseline if the temperature is None.
 
     Example:
@@ -83,16 +83,6 @@ class SweepCell:
     def scores(self) -> list[float]:
         """Return the validation scores of the complete runs."""
         return [run.score for run in self.runs if run.state == "complete" and run.score is not None]
-
-    @property
-    def mean(self) -> float:
-        """Return the mean score; NaN if no run is complete."""
-        return mean_and_std(self.scores)[0]
-
-    @property
-    def std(self) -> float:
-        """Return the standard deviation over the seeds; NaN for fewer than two complete runs."""
-        return mean_and_std(self.scores)[1]
 
     def test_scores(self, metric: str) -> list[float]:
         """Return the test scores of the runs that were measured on the test set."""
@@ -140,6 +130,11 @@ class SweepResult:
         """Return the name of the monitored metric's counterpart on the test set."""
         return self.monitor.replace("val", "test", 1)
 
+    @property
+    def is_drawable(self) -> bool:
+        """Return True if a cell or the baseline has a score."""
+        return any(run.state == "complete" and run.score is not None for run in self.runs)
+
     def rows(self) -> list[list[str]]:
         """Return the rows of the table, headings first, the baseline last."""
         rows = [["temperature", "kd_weight", self.monitor, "lowest", "highest", "runs"]]
@@ -156,27 +151,40 @@ class SweepResult:
         """Return sentences on the chosen cell, its lead over the next one and the baseline, and its test score."""
         ranking, baseline = self.ranking, self.baseline
         if not ranking:
-            return ["no cell has all its runs complete: nothing is chosen"]
+            without = "" if baseline is None else f"; no teacher {show(baseline.scores)}"
+            return [f"no cell has all its runs complete: nothing is chosen{without}"]
         best = ranking[0]
         lines = [f"best by {self.monitor}: {best.name}, {show(best.scores)}"]
         if len(ranking) > 1:
             lines.append(self._compare(best, ranking[1], ranking[1].name))
         if baseline is not None and baseline.complete:
             lines.append(self._compare(best, baseline, f"no teacher ({show(baseline.scores)})"))
-        tests = best.test_scores(self.test_metric)
-        if tests:
+        if tests := best.test_scores(self.test_metric):
             without = [] if baseline is None else baseline.test_scores(self.test_metric)
             beside = f"; no teacher {show(without)}" if without else ""
             lines.append(f"{self.test_metric}, measured once: {show(tests)}{beside}")
         else:
             lines.append(f"{self.test_metric} was not measured{': ' if self.not_tested else ''}{self.not_tested}")
-        return lines
+        return [*lines, *([self.warning] if self.warning else [])]
+
+    @property
+    def warning(self) -> str:
+        """Return a sentence if the baseline is better by validation or on the test set than the choice, else ``""``."""
+        best, baseline = self.best, self.baseline
+        if best is None or baseline is None or not baseline.complete:
+            return ""
+        tests = best.test_scores(self.test_metric), baseline.test_scores(self.test_metric)
+        pairs = {self.monitor: (best.scores, baseline.scores)}
+        if len(tests[0]) == len(tests[1]) > 0:
+            pairs[self.test_metric] = tests
+        lost = [name for name, pair in pairs.items() if Lead.of(*pair, self.mode).amount < 0]
+        if not lost:
+            return ""
+        scores = "; ".join(f"{name} {show(scores)} against {show(others)}" for name, (scores, others) in pairs.items())
+        return f"the choice loses to the student without a teacher by {' and '.join(lost)}: {scores}"
 
     def _compare(self, best: SweepCell, other: SweepCell, name: str) -> str:
-        lead = Lead.of(best.scores, other.scores, self.mode)
-        if lead.seeds == 1:
-            return f"{lead.describe(name)} on one seed: --seeds 3 shows how noisy that is"
-        return f"{lead.describe(name)} (standard error over {lead.seeds} paired seeds): {lead.worth}"
+        return Lead.of(best.scores, other.scores, self.mode).describe(name, "--seeds 3")
 
     def table(self) -> str:
         """Return the rows as aligned text, followed by the verdict and the errors of failed runs."""
@@ -184,7 +192,11 @@ class SweepResult:
         return "\n".join([*align(self.rows()), *self.verdict(), *failed])
 
     def plot(self) -> Figure:
-        """Draw the heat-map of temperature × weight."""
+        """Draw the heat-map of temperature × weight, or the curve over the temperature if there is one weight.
+
+        Raises:
+            ValueError: If no run is complete.
+        """
         from kd_lightning.plotting import plot_sweep
 
         cells = [(cell.temperature, cell.kd_weight, cell.scores) for cell in self.cells if cell.temperature is not None]
@@ -209,4 +221,4 @@ class SweepResult:
 
 
 def _cell_name(temperature: float | None, kd_weight: float) -> str:
-    return "no teacher" if temperature is None else f"temperature {temperature:.4g}, kd_weight {kd_weight:.4g}"
+    return "no teacher" if temperature is None else candidate_name(temperature, kd_weight)

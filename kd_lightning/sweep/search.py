@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.utilities.seed import isolate_rng
+from tqdm.auto import tqdm
 
 from kd_lightning.ranking import check_counts, check_monitor, check_temperatures, check_weights
 from kd_lightning.sweep.plan import BASELINE, Plan, comparable, refuse_changes
@@ -159,6 +160,11 @@ class _Sweep:
         self.queue, self.plan = queue, plan
         self.trial: Trial | None = None  # the last that was claimed
         self.interrupted = False
+        wanted = plan.config["trainer"].get("enable_progress_bar") is not False
+        self.bar = tqdm(  # None: only on a terminal, because each run has a line of its own
+            total=self.progress()[1], initial=self.progress()[0], desc="Sweep", unit="run",
+            disable=None if wanted else True,
+        )  # fmt: skip
 
     def do(self) -> SweepResult:
         """Execute the remaining runs together with the other processes, then measure and report."""
@@ -167,11 +173,13 @@ class _Sweep:
         )  # because only the main thread receives signals
         handler = signal.signal(signal.SIGINT, self.interrupt) if in_main_thread else None
         try:
-            self.share()
+            with self.bar:
+                self.share()
             return self.report()
         except (KeyboardInterrupt, SystemExit):  # because Lightning converts KeyboardInterrupt to SystemExit
             if self.trial is not None:
                 self.queue.give_up(self.trial.number)
+            self.bar.close()
             _say("interrupted: {} of {} runs are finished and kept; the same command goes on".format(*self.progress()))
             raise KeyboardInterrupt from None
         finally:
@@ -217,9 +225,13 @@ class _Sweep:
         trial.set_user_attr("folder", where)
 
         def report(value: float, step: int) -> bool:
+            self.show(f"{started.name}: {plan.monitor} {value:.4g} at validation {step}")
             trial.report(value, step)
             return trial.user_attrs["cell"] != BASELINE and trial.should_prune()
 
+        weights = setting.kd_weight, setting.task_weight
+        started = SweepRun(trial.number, setting.temperature, *weights, setting.seed, "running")
+        self.show(started.name)
         watch = Validations(plan.monitor, report)
         began = time.monotonic()
         state, score, reason = "COMPLETE", None, ""
@@ -244,13 +256,20 @@ class _Sweep:
         _free_memory()
         done, total = self.progress()
         run = self.as_run(self.queue.study.get_trials(deepcopy=False)[trial.number])
+        self.show(run.name)
         told = {
             "COMPLETE": f"{self.plan.monitor} {score if score is None else format(score, '.4f')} at epoch {run.epoch}",
-            "PRUNED": f"pruned after {len(watch.history)} validations",
+            "PRUNED": f"pruned at validation {len(watch.history)}",
             "FAIL": f"failed: {reason}",
         }[state]
         late = "" if kept else "; another process has done it meanwhile"
         _say(f"[{done}/{total}] {run.name}: {told}, {seconds:.0f} s{late}")
+
+    def show(self, text: str) -> None:
+        """Show the number of finished runs, and a text on the present one, in the progress bar."""
+        if not self.bar.disable:
+            self.bar.n = self.progress()[0]
+            self.bar.set_postfix_str(text)
 
     def progress(self) -> tuple[int, int]:
         """Return the number of finished runs and of all runs."""
@@ -292,7 +311,8 @@ class _Sweep:
             raise RuntimeError(f"every run failed. The first: {result.runs[0].reason}")
         result = self.result(self.test(result))
         result.write_csv(self.plan.folder / "results.csv")
-        result.plot().savefig(self.plan.folder / "heatmap.png", dpi=150)
+        if result.is_drawable:
+            result.plot().savefig(self.plan.folder / "heatmap.png", dpi=150)
         write_report(
             result, self.plan.config, self.queue.study.user_attrs["fingerprint"], self.plan.folder / "report.html"
         )
@@ -393,4 +413,5 @@ def _test(number: int) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    with tqdm.external_write_mode():  # above the progress bar
+        print(text, flush=True)

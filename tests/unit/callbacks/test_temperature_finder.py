@@ -156,7 +156,7 @@ def test_a_run_after_the_finder_equals_one_started_with_the_suggestion(
     best, weight = finder.suggestion(), finder.best.kd_weight
     assert best is not None
     assert weight is not None
-    assert "over 2 seeds" in capsys.readouterr().out
+    assert "over 2 paired seeds" in capsys.readouterr().out
 
     started = make(float(best) if policy == "constant" else EveryState(), kd_weight=weight)
     if policy != "constant":
@@ -263,16 +263,23 @@ def test_table_and_verdict() -> None:
     ]
     assert lines[2].split() == ["4", "4", "0.8133", "0.0153", "0.8000", "0.8300", "2", "of", "3"]
     assert lines[-1] == (
-        "suggestion: temperature 4; it leads temperature 16 by 0.0200 ± 0.0173 over 3 seeds, within the noise: "
-        "take either, or more seeds"
+        "suggestion: temperature 4; it leads temperature 16 by 0.0200 ± 0.0173 (standard error over 3 paired seeds): "
+        "within the noise"
     )
     clear = found({1: [0.5, 0.6, 0.7], 2: [0.4, 0.5, 0.6]}, seeds=3, mode="min").table()
-    assert clear.endswith("it leads temperature 1 by 0.1000 ± 0.0000 over 3 seeds, more than two standard errors")
+    assert clear.endswith("by 0.1000 ± 0.0000 (standard error over 3 paired seeds): more than two standard errors")
     few = found({1: [0.5, 0.6], 2: [0.4, 0.5]}, seeds=2, mode="min").table()
-    assert few.endswith("it leads temperature 1 by 0.1000 ± 0.0000 over 2 seeds, too few to tell")
-    assert found({1: [0.5], 2: [0.4]}, seeds=1).table().endswith("on one seed: how noisy that is, seeds=3 shows")
+    assert few.endswith("by 0.1000 ± 0.0000 (standard error over 2 paired seeds): too few to tell")
+    one = found({1: [0.5], 2: [math.nan]}, seeds=1)
+    assert [line.split() for line in one.table().splitlines()[:2]] == [
+        ["temperature", "T", "at", "the", "end", "val_acc"],
+        ["1", "1", "0.5000"],
+    ]  # a single seed has no spread
+    one = found({1: [0.5], 2: [0.4]}, seeds=1)
+    assert one.table().endswith("it leads temperature 2 by 0.1000 on one seed: seeds=3 shows how noisy that is")
     broken = found({1: [math.nan, 0.9], 2: [0.4, 0.4]}, seeds=2)
     assert broken.suggestion() == 2
+    assert broken.table().splitlines()[1].split() == ["1", "1", "nan", "–", "–", "–", "1", "of", "2"]
     assert found({1: [math.nan], 2: [math.nan]}, seeds=1).table().endswith("nothing is suggested")
 
 

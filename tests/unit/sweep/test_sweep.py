@@ -141,9 +141,8 @@ def test_the_report_is_one_valid_file(swept: tuple[Path, str]) -> None:
     text = (folder / "report.html").read_text(encoding="utf-8")
     assert text.startswith("<!DOCTYPE html>\n")
     page = ET.fromstring(text.partition("\n")[2])
-    sources = [element.get(name) for element in page.iter() for name in ("src", "href") if element.get(name)]
-    assert len(sources) == 1
-    assert str(sources[0]).startswith("data:image/png;base64,iVBOR")
+    (source,) = [element.get("src", "") for element in page.iter() if element.get("src")]
+    assert source.startswith("data:image/png;base64,iVBOR")
     cells, runs, versions = (
         [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")] for table in page.iter("table")
     )
@@ -151,6 +150,9 @@ def test_the_report_is_one_valid_file(swept: tuple[Path, str]) -> None:
         assert any(row[2] in line for line in printed.splitlines())
     written = rows_of(folder)
     assert [row[0] for row in runs[1:]] == [row["number"] for row in written]
+    links = [element.get("href", "") for element in page.iter("a")]
+    assert links == [f"{row['folder']}/" for row in written]
+    assert all((folder / link / "metrics.csv").is_file() for link in links)
     assert [row[6] for row in runs[1:]] == [f"{float(row['val_acc']):.4f}" for row in written]
     assert ["torch", version("torch")] in versions
     (configuration,) = page.iter("pre")
@@ -302,6 +304,34 @@ def test_multiplied_policies_and_pruned_cells(tmp_path: Path, monkeypatch: pytes
         seen.append(float(values[0]))
     assert seen[1] == pytest.approx(seen[0] / 2)
     assert 4 < seen[0] <= 8  # the cosine's start
+
+
+def test_a_sweep_whose_runs_are_all_pruned_ends_with_its_table(tmp_path: Path) -> None:
+    """There is no baseline to draw either."""
+    pruner = optuna.pruners.ThresholdPruner(lower=2.0)
+    result = sweep(short(), [1.0], [0.9], seeds=1, baseline=False, pruner=pruner, output=str(tmp_path))
+    assert result.table().splitlines()[-1] == "no cell has all its runs complete: nothing is chosen"
+    assert "there is no figure" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert [row["state"] for row in rows_of(tmp_path)] == ["pruned"]
+    assert not (tmp_path / "heatmap.png").exists()
+    with pytest.raises(ValueError, match="there are no scores to draw"):
+        result.plot()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_terminal_gets_a_progress_bar_unless_the_configuration_has_none(wanted: bool, tmp_path: Path) -> None:
+    config, terminal = short(), Terminal()
+    config["trainer"] |= {"max_epochs": 1, "enable_progress_bar": wanted}
+    with contextlib.redirect_stderr(terminal):
+        sweep(config, [1.0], [0.9], seeds=1, baseline=False, output=str(tmp_path))
+    drawn = terminal.getvalue()
+    assert ("temperature 1, kd_weight 0.9, seed 0: val_acc 0." in drawn) is wanted
+    assert ("Sweep: 100%" in drawn) is wanted
 
 
 @pytest.mark.parametrize(
