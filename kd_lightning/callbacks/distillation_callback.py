@@ -361,6 +361,10 @@ class DistillationCallback(HoldsDistiller, Callback):
     # ---- around the step --------------------------------------------------------------------------------------------
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run.fit_optimizer(trainer)
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._layer is not None
         self._run.start(trainer, self._layer)
@@ -426,6 +430,11 @@ class DistillationCallback(HoldsDistiller, Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         return {**self._run.state_dict(self._trainer), "distiller": dict(self.distiller.state_dict())}
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        self._run.fit_policies(checkpoint, saved.get("distiller", {}))
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

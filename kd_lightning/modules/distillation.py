@@ -17,13 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
 
-from kd_lightning._lightning import (
-    FirstLookModule,
-    attached_trainer,
-    callbacks_of,
-    datamodule_of,
-    train_loader,
-)
+from kd_lightning._lightning import FirstLookModule, attached_trainer, callbacks_of, datamodule_of, train_loader
 from kd_lightning.distiller import DistillationOutput
 from kd_lightning.export import ExportFormat, ExportReport, export_student
 from kd_lightning.fused_distiller import make_distiller
@@ -31,7 +25,7 @@ from kd_lightning.layers import LayerTerm
 from kd_lightning.losses.task import check_scalar
 from kd_lightning.modules.first_samples import first_samples
 from kd_lightning.modules.run import DistillationRun, HoldsDistiller, is_logging_step, step_readings
-from kd_lightning.modules.supervised import SupervisedModule
+from kd_lightning.modules.supervised import SupervisedModule, states_of
 from kd_lightning.teachers import Teacher, split_index
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 
@@ -277,6 +271,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
 
     @override
     def on_fit_start(self) -> None:
+        self._run.fit_optimizer(self.trainer)
         self._run.teacher.to(self.device)  # strategies that do not move the module, such as FSDP
         self._run.check_ranks(self.trainer)
         if self._syncs_the_distiller:
@@ -405,6 +400,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._run.load_state_dict(checkpoint.get(_CHECKPOINT_KEY, {}))
+        self._run.fit_policies(checkpoint, *states_of(checkpoint), prefix="distiller.")
         trainer = attached_trainer(self)
         fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         if fitting and "loops" in checkpoint:  # loader workers fetch their first batches before on_train_start

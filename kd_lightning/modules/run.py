@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from kd_lightning._lightning import accumulates, callbacks_of, datamodule_of, log_interval
 from kd_lightning.distiller import DistillationOutput, Distiller
+from kd_lightning.modules.changed_policies import fit_optimizer, fit_policies
 from kd_lightning.modules.non_finite import NonFiniteHandler, NonFiniteWatch
 from kd_lightning.modules.replicas import check_replicas, distiller_state, gather, is_distributed
 from kd_lightning.modules.run_length import RunLength
@@ -86,6 +87,7 @@ class DistillationRun:
         self._finite = NonFiniteWatch()
         self._last_progress = Progress(max_steps=1, max_epochs=1)  # at the start of a run
         self._restored: dict[str, Any] = {}
+        self._misfit: dict[str, Any] | None = None  # a checkpoint of other policies, until the optimiser is restored
         self._step_hooks: list[RemovableHandle] = []
 
     @property
@@ -243,6 +245,32 @@ class DistillationRun:
         self.distiller.kd_enabled = saved.get("kd_enabled", True)
         self.distiller.layers.rebuild(self._restored.pop("projectors", []))
         self.distiller.layers.to(self.distiller.temperature.multiplier.device)
+
+    def fit_policies(self, checkpoint: dict[str, Any], *states: dict[str, Any], prefix: str = "") -> None:
+        """Make a checkpoint of other temperature policies loadable: what fits is loaded, what does not is warned of.
+
+        Args:
+            checkpoint: The whole checkpoint, of which :meth:`fit_optimizer` takes the optimiser's state.
+            states: State dicts of the Distiller in the checkpoint, changed in place.
+            prefix: The prefix of the Distiller's names in them.
+        """
+        self._misfit = None
+        for state in states:
+            left_out, kept = fit_policies(state, self.distiller.policies(), prefix)
+            if left_out or kept:
+                self._misfit = checkpoint
+                parts = [f"{', '.join(sorted(left_out))} left out"] if left_out else []
+                parts += [f"{', '.join(sorted(kept))} as given now"] if kept else []
+                rank_zero_warn(
+                    f"the checkpoint's temperature policies hold other state than those of this run: "
+                    f"{'; '.join(parts)}. To go on as before, give {self.owner} the same temperature."
+                )
+
+    def fit_optimizer(self, trainer: Trainer) -> None:
+        """Start the optimiser's state of policies that differ from the checkpoint's anew, before it is restored."""
+        checkpoint, self._misfit = self._misfit, None
+        if checkpoint is not None:
+            fit_optimizer(checkpoint, trainer, self.distiller.policies().values())
 
     def warn_of_changes(self) -> None:
         """Warn once of each setting that differs from the checkpoint's."""

@@ -330,7 +330,8 @@ class SupervisedModule(LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._keep_class_weights(checkpoint.get("state_dict", {}))
+        for state in states_of(checkpoint):
+            self._keep_class_weights(state)
         self._input_description = checkpoint.get("example_inputs")
         hparams = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
         if hparams and "_instantiator" in hparams and attached_trainer(self) is None:
@@ -360,3 +361,8 @@ class SupervisedModule(LightningModule):
                 f"the checkpoint was trained with other class weights ({', '.join(changed)}); those given now are used "
                 "from here on. To go on as before, give the loss the same weights."
             )
+
+
+def states_of(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the state dicts of the module in a checkpoint: a second one where ``WeightAveraging`` wrote it."""
+    return [checkpoint[name] for name in ("state_dict", "current_model_state") if name in checkpoint]
