@@ -19,11 +19,11 @@ from kd_lightning.callbacks.student_call import StudentCall, changed, select, te
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.losses.task import check_scalar
 from kd_lightning.metrics import agreement
+from kd_lightning.modules.optimization import configure_with_groups
 from kd_lightning.modules.run import (
     LABEL_KEYS,
     DistillationRun,
     HoldsDistiller,
-    configure_with_groups,
     is_logging_step,
     step_readings,
 )

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from kd_lightning.losses import CrossEntropyLoss
 from kd_lightning.losses.task import check_scalar, task_term
+from kd_lightning.modules.optimization import LRSchedulerConfig
 from kd_lightning.modules.run import check_network, is_logging_step
 from kd_lightning.modules.supervised import SupervisedModule
 
@@ -30,8 +31,9 @@ class ClassificationModule(SupervisedModule):
             with the class dimension second.
         optimizer: A function from parameters to an optimiser. None: the network's own ``configure_optimizers`` if it is
             a LightningModule, else AdamW with a learning rate of 0.001.
-        lr_scheduler: A function from the optimiser to a scheduler.
-        lr_scheduler_interval: Whether the scheduler steps each ``"epoch"`` or each ``"step"``.
+        lr_scheduler: A function from the optimiser to a scheduler, or Lightning's dictionary with such a function:
+            ``{"scheduler": function, "interval": "step", "frequency": 1, "monitor": "val_acc", "strict": True}``.
+            ``ReduceLROnPlateau`` follows ``val_loss`` unless ``monitor`` says otherwise.
         shift_labels: Whether the target of a position is the next one's label, as causal language models are trained
             and as Hugging Face's data collators leave it to the model; see
             :func:`~kd_lightning.functional.next_token_targets`. Logs ``val_perplexity``.
@@ -53,12 +55,11 @@ class ClassificationModule(SupervisedModule):
         model: nn.Module,
         task_loss: nn.Module | None = None,
         optimizer: OptimizerCallable | None = None,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
+        lr_scheduler: LRSchedulerConfig | LRSchedulerCallable | None = None,
         shift_labels: bool = False,
         mean_over: Literal["batch", "step"] = "batch",
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, lr_scheduler_interval, shift_labels, mean_over)
+        super().__init__(optimizer, lr_scheduler, shift_labels, mean_over)
         self._save_plain_hyperparameters()
         check_network("model", model)
         self.model = model

@@ -24,8 +24,10 @@ from kd_lightning.fused_distiller import make_distiller
 from kd_lightning.layers import LayerTerm
 from kd_lightning.losses.task import check_scalar
 from kd_lightning.modules.first_samples import first_samples
+from kd_lightning.modules.optimization import LRSchedulerConfig
 from kd_lightning.modules.run import DistillationRun, HoldsDistiller, is_logging_step, step_readings
 from kd_lightning.modules.supervised import SupervisedModule, states_of
+from kd_lightning.modules.temperature_state import KeepsTemperatureState
 from kd_lightning.teachers import Teacher, split_index
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 
@@ -34,7 +36,7 @@ __all__ = ["DistillationModule"]
 _CHECKPOINT_KEY = "kd_lightning"
 
 
-class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
+class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState, SupervisedModule):
     r"""Trains a student on a frozen teacher: :math:`L = w_{kd} L_{kd} + w_{task} L_{task}`.
 
     Logged: ``train_loss``, ``train_kd_loss``, ``train_task_loss``, ``temperature_student``, ``temperature_teacher``,
@@ -67,8 +69,9 @@ class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
         task_weight: Number or schedule.
         optimizer: A function from parameters to an optimiser. None: the student's own if it is a LightningModule, else
             AdamW with a learning rate of 0.001. The policy's parameters are in a group without weight decay.
-        lr_scheduler: A function from the optimiser to a scheduler.
-        lr_scheduler_interval: Whether the scheduler steps each ``"epoch"`` or each ``"step"``.
+        lr_scheduler: A function from the optimiser to a scheduler, or Lightning's dictionary with such a function:
+            ``{"scheduler": function, "interval": "step", "frequency": 1, "monitor": "val_acc", "strict": True}``.
+            ``ReduceLROnPlateau`` follows ``val_task_loss`` unless ``monitor`` says otherwise.
         layers: Terms between layers of the student and the teacher, a :class:`~kd_lightning.LayerTerm` each. Hooks are
             on both networks during ``fit``. Projectors are built before the optimiser is, from two training samples
             that leave no trace in loader or random numbers (a loader that can only be iterated gives its first batch);
@@ -92,6 +95,8 @@ class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
         ['distiller.temperature.multiplier', 'student.bias', 'student.weight']
     """
 
+    _plateau_monitor = "val_task_loss"  # because val_loss moves with the temperature
+
     def __init__(
         self,
         student: nn.Module,
@@ -102,20 +107,18 @@ class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
         kd_weight: float | Schedule | Callable[[Progress], float] = 0.9,
         task_weight: float | Schedule | Callable[[Progress], float] = 0.1,
         optimizer: OptimizerCallable | None = None,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
+        lr_scheduler: LRSchedulerConfig | LRSchedulerCallable | None = None,
         layers: Sequence[LayerTerm] | None = None,
         shift_labels: bool = False,
         mean_over: Literal["batch", "step"] = "batch",
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, lr_scheduler_interval, shift_labels, mean_over)
+        super().__init__(optimizer, lr_scheduler, shift_labels, mean_over)
         self._save_plain_hyperparameters()
         self.student = student
         self.distiller = make_distiller(teacher, temperature, kd_loss, task_loss, kd_weight, task_weight, layers)
         self.last_output: DistillationOutput | None = None
         self._rows: Tensor | None = None  # of the batch at hand in the teacher's cache
         self._run = DistillationRun(self.distiller, type(self).__name__)
-        self._temperature_state: dict[str, Tensor] = {}
         self._run.check_student(student)
         self._run.follow(student)
         if shift_labels and self.distiller.ignore_index is None:
@@ -394,7 +397,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
         checkpoint[_CHECKPOINT_KEY] = self._run.state_dict(attached_trainer(self))
         # weight averaging has put its average of the temperature's state here; it is no weight
         weights = checkpoint.get("state_dict", {})
-        weights.update({name: value for name, value in self._live_temperature_state().items() if name in weights})
+        weights.update({name: value for name, value in self.live_temperature_state().items() if name in weights})
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -410,49 +413,6 @@ class DistillationModule(HoldsDistiller, FirstLookModule, SupervisedModule):
             self._set_cache_epoch(epochs["ready" if done else "processed"])
         if not fitting:
             self._run.warn_of_changes()  # else at the start of training: a callback may put back what it had set
-
-    # ---- the temperature's state is no weight: WeightAveraging swaps all buffers, these hooks put ours back -------
-
-    def _live_temperature_state(self) -> dict[str, Tensor]:
-        return {
-            f"distiller.{prefix}.{name}": buffer.detach()
-            for prefix, policy in self.distiller.policies().items()
-            for name, buffer in policy.named_buffers()
-        }
-
-    def _keep_temperature_state(self) -> None:
-        self._temperature_state = {name: value.clone() for name, value in self._live_temperature_state().items()}
-
-    def _put_temperature_state_back(self) -> None:
-        live = self._live_temperature_state()
-        for name, value in self._temperature_state.items():
-            live[name].copy_(value)
-
-    @property
-    def _weights_are_averaged(self) -> bool:
-        fitting = self.trainer.state.fn == TrainerFn.FITTING
-        return fitting and any(isinstance(callback, WeightAveraging) for callback in callbacks_of(self.trainer))
-
-    @override
-    def on_validation_start(self) -> None:
-        if self._weights_are_averaged:
-            self._keep_temperature_state()
-
-    @override
-    def on_validation_epoch_start(self) -> None:
-        if self._weights_are_averaged:
-            self._put_temperature_state_back()
-
-    @override
-    def on_train_epoch_end(self) -> None:
-        super().on_train_epoch_end()
-        if self._weights_are_averaged:
-            self._keep_temperature_state()
-
-    @override
-    def on_train_end(self) -> None:
-        if self._weights_are_averaged:
-            self._put_temperature_state_back()
 
 
 def _progress_of(module: DistillationModule) -> Progress:

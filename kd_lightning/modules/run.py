@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -13,7 +11,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -31,7 +28,6 @@ __all__ = [
     "DistillationRun",
     "HoldsDistiller",
     "TemperatureLogger",
-    "configure_with_groups",
     "gather",
     "is_distributed",
     "is_logging_step",
@@ -324,52 +320,6 @@ def step_readings(trainer: Trainer, out: DistillationOutput) -> dict[str, Tensor
     if not any(isinstance(callback, TemperatureLogger) for callback in callbacks_of(trainer)):
         values |= out.readings()
     return {name: value.float() for name, value in values.items()}
-
-
-def configure_with_groups(configure: Callable[[], Any], groups: list[dict[str, Any]]) -> Any:
-    """Return what ``configure_optimizers`` returns, with these groups added to its first optimiser.
-
-    The groups are added before ``configure`` makes a scheduler: ``LambdaLR``, ``OneCycleLR`` and others fix the number
-    of groups when they are made, and torch has no way to add one later. ``Optimizer.__init__`` is therefore replaced
-    during the call, with effect on the calling thread only.
-
-    Example:
-        >>> import torch
-        >>> weights, temperature = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
-        >>> def configure():
-        ...     optimizer = torch.optim.SGD([weights], lr=0.1, weight_decay=0.5)
-        ...     return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)]
-        >>> optimizers, _ = configure_with_groups(configure, [{"params": [temperature], "weight_decay": 0.0}])
-        >>> [(group["weight_decay"], group["max_lr"]) for group in optimizers[0].param_groups]
-        [(0.5, 0.1), (0.0, 0.1)]
-    """
-    waiting, original, thread = list(groups), Optimizer.__init__, threading.get_ident()
-
-    def init(self: Optimizer, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        while waiting and threading.get_ident() == thread:
-            self.add_param_group(waiting.pop(0))
-
-    Optimizer.__init__ = init
-    try:
-        configured = configure()
-    finally:
-        Optimizer.__init__ = original
-    for optimizer in _find_optimizers(configured):  # one that was there before
-        while waiting:
-            optimizer.add_param_group(waiting.pop(0))
-    return configured
-
-
-def _find_optimizers(configured: Any) -> Iterator[Optimizer]:
-    """Yield the optimisers in what ``configure_optimizers`` may return."""
-    if isinstance(configured, Optimizer):
-        yield configured
-    elif isinstance(configured, Mapping):
-        yield from _find_optimizers(configured.get("optimizer"))
-    elif isinstance(configured, (tuple, list)):
-        for part in configured:
-            yield from _find_optimizers(part)
 
 
 def check_network(name: str, value: object) -> None:

@@ -12,7 +12,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
@@ -22,7 +21,14 @@ from kd_lightning.export import describe_inputs, inputs_like
 from kd_lightning.functional import next_token_targets
 from kd_lightning.losses.task import as_targets
 from kd_lightning.metrics import ClassificationMetrics, Task, task_of
-from kd_lightning.modules.run import LABEL_KEYS, configure_with_groups
+from kd_lightning.modules.optimization import (
+    LRSchedulerConfig,
+    check_optimization,
+    configure,
+    configure_with_groups,
+    pass_lr_on,
+)
+from kd_lightning.modules.run import LABEL_KEYS
 from kd_lightning.teachers import call_model, extract_logits
 
 __all__ = ["SupervisedModule"]
@@ -43,22 +49,24 @@ class SupervisedModule(LightningModule):
     differ. Exact for losses that are a mean over labelled positions, given their temperatures.
     """
 
+    _plateau_monitor = "val_loss"
+    """The metric that ``ReduceLROnPlateau`` follows where no other is named."""
+
     def __init__(
         self,
         optimizer: OptimizerCallable | None,
-        lr_scheduler: LRSchedulerCallable | None,
-        lr_scheduler_interval: Literal["epoch", "step"],
+        lr_scheduler: LRSchedulerConfig | LRSchedulerCallable | None,
         shift_labels: bool = False,
         mean_over: Literal["batch", "step"] = "batch",
     ) -> None:
         super().__init__()
         if mean_over not in ("batch", "step"):
             raise ValueError(f"mean_over must be 'batch' or 'step', got {mean_over!r}.")
-        if lr_scheduler_interval not in ("epoch", "step"):
-            raise ValueError(f"lr_scheduler_interval must be 'epoch' or 'step', got {lr_scheduler_interval!r}.")
+        check_optimization(optimizer, lr_scheduler)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.lr_scheduler_interval = lr_scheduler_interval
+        self.lr: float | None = None
+        """The learning rate in place of the optimiser's; None leaves that one. Lightning's ``lr_find`` sets it."""
         self.shift_labels = shift_labels
         self.mean_over = mean_over
         self.metrics = nn.ModuleDict()
@@ -171,23 +179,27 @@ class SupervisedModule(LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         """Return the optimiser given, else the network's own (a LightningModule with one), else AdamW, lr 0.001."""
-        first, *rest = self.parameter_groups()
-        if not first["params"]:
+        groups = self.parameter_groups()
+        if not groups[0]["params"]:
             raise ValueError(
                 f"{type(self.network).__name__} has no parameter that requires a gradient: there is nothing to train. "
                 "Was it frozen, or shared with the teacher?"
             )
-        if self.optimizer is None and self._network_optimizers is not None:
-            return configure_with_groups(self._network_optimizers, rest)
-        parameters = [first, *rest] if rest else first["params"]
-        optimizer = self.optimizer(parameters) if self.optimizer else torch.optim.AdamW(parameters, lr=1e-3)
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        config = {"scheduler": scheduler, "interval": self.lr_scheduler_interval}
-        if isinstance(scheduler, ReduceLROnPlateau):
-            config["monitor"] = getattr(scheduler, "monitor", "val_task_loss")
-        return {"optimizer": optimizer, "lr_scheduler": config}
+        network = self.network
+        if (
+            self.optimizer is None
+            and isinstance(network, LightningModule)
+            and is_overridden("configure_optimizers", network, LightningModule)
+        ):
+            if self.lr_scheduler is not None:
+                raise ValueError(
+                    f"lr_scheduler was given without an optimizer, but {type(network).__name__} configures both "
+                    "itself. Give an optimizer too, or leave the scheduler to the network."
+                )
+            if self.lr is not None:
+                pass_lr_on(network, self.lr)
+            return configure_with_groups(network.configure_optimizers, groups[1:])
+        return configure(self.optimizer, self.lr_scheduler, groups, self.lr, self._plateau_monitor)
 
     # ---- what the network is called with, for an export of it -----------------------------------------------------
 
@@ -204,13 +216,6 @@ class SupervisedModule(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["example_inputs"] = self._input_description
-
-    @property
-    def _network_optimizers(self) -> Any:
-        network = self.network
-        if isinstance(network, LightningModule) and is_overridden("configure_optimizers", network, LightningModule):
-            return network.configure_optimizers
-        return None
 
     @override
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

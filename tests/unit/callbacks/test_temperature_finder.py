@@ -70,8 +70,10 @@ def student() -> nn.Sequential:
 
 OPTIONS: dict[str, Any] = {
     "optimizer": lambda params: torch.optim.AdamW(params, lr=0.01),
-    "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=100),
-    "lr_scheduler_interval": "step",
+    "lr_scheduler": {
+        "scheduler": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=100),
+        "interval": "step",
+    },
 }
 
 

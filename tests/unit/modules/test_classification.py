@@ -68,8 +68,3 @@ def test_no_targets(stage: str, make_trainer: MakeTrainer) -> None:
     loader = torch.utils.data.DataLoader(torch.randn(8, 8), batch_size=4)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="learns from targets"):
         getattr(make_trainer(), stage)(ClassificationModule(make_network()), loader)
-
-
-def test_unknown_interval() -> None:
-    with pytest.raises(ValueError, match="lr_scheduler_interval must be 'epoch' or 'step', got 'batch'"):
-        ClassificationModule(make_network(), lr_scheduler_interval="batch")  # pyright: ignore[reportArgumentType]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kd_lightning.modules.run import configure_with_groups
+from kd_lightning.modules.optimization import configure_with_groups
 
 
 def test_groups_go_to_no_optimizer_of_another_thread() -> None:

@@ -1,0 +1,231 @@
+"""Optimisers and schedulers: what a user may give, and what ``configure_optimizers`` makes of it."""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.optimizer import Optimizer
+from typing_extensions import Required, TypedDict
+
+__all__ = ["LRSchedulerConfig", "check_optimization", "configure", "configure_with_groups", "pass_lr_on"]
+
+
+class LRSchedulerConfig(TypedDict, total=False):
+    """Lightning's ``lr_scheduler`` dictionary, with a function from the optimiser in place of the scheduler.
+
+    Attributes:
+        scheduler: A function from the optimiser to a scheduler.
+        interval: Whether the scheduler steps each ``"epoch"``, the default, or each ``"step"``.
+        frequency: The number of epochs or steps between two steps of the scheduler, 1 by default.
+        monitor: The metric that ``ReduceLROnPlateau`` follows.
+        strict: Whether a missing ``monitor`` is an error, the default, or a warning.
+        reduce_on_plateau: Whether the scheduler's ``step`` takes the metric, as ``ReduceLROnPlateau``'s does.
+        name: The name under which ``LearningRateMonitor`` logs.
+    """
+
+    scheduler: Required[LRSchedulerCallable]
+    interval: Literal["epoch", "step"]
+    frequency: int
+    monitor: str
+    strict: bool
+    reduce_on_plateau: bool
+    name: str
+
+
+def check_optimization(optimizer: object, lr_scheduler: object) -> None:
+    """Raise if no optimiser or scheduler can be made of what is given.
+
+    Raises:
+        TypeError: If one of them is neither None nor a function, or the scheduler's dictionary has no function.
+        ValueError: If an entry of the scheduler's dictionary is unknown or outside its range.
+    """
+    if optimizer is not None:
+        _OPTIMIZER.check(optimizer)
+    if lr_scheduler is None:
+        return
+    config: Mapping[str, Any] = lr_scheduler if isinstance(lr_scheduler, Mapping) else {"scheduler": lr_scheduler}
+    allowed = LRSchedulerConfig.__annotations__
+    if unknown := [str(key) for key in config if key not in allowed]:
+        raise ValueError(f"lr_scheduler must have keys out of {', '.join(allowed)}, got {', '.join(unknown)}.")
+    _SCHEDULER.check(config.get("scheduler"))
+    interval, frequency = config.get("interval", "epoch"), config.get("frequency", 1)
+    if interval not in ("epoch", "step"):
+        raise ValueError(
+            f"the interval of lr_scheduler must be 'epoch' or 'step', got {interval!r}. Leave it out for 'epoch'."
+        )
+    if not isinstance(frequency, int) or isinstance(frequency, bool) or frequency < 1:
+        raise ValueError(
+            f"the frequency of lr_scheduler must be an integer of 1 or more, got {frequency!r}. Between two steps of "
+            "the scheduler lie so many epochs or steps, whichever interval names."
+        )
+
+
+@dataclass(frozen=True)
+class _Factory:
+    """An argument that is a function, and what the function takes and makes."""
+
+    name: str
+    takes: str
+    makes: tuple[type, ...]
+    example: str
+
+    def check(self, value: object) -> None:
+        if callable(value) and (not isinstance(value, type) or issubclass(value, self.makes)):
+            return
+        if isinstance(value, self.makes):
+            received = f"a {type(value).__name__} that is made already"
+        else:
+            received = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+        raise TypeError(
+            f"{self.name} must be a function or class that is called with {self.takes}, got {received}. "
+            f"An example is {self.example}."
+        )
+
+    def __call__(self, function: Callable[[Any], Any], argument: Any) -> Any:
+        try:
+            made = function(argument)
+        except TypeError as error:
+            raise TypeError(
+                f"{self.name} was called with {self.takes} alone and failed: {str(error).rstrip('.')}. Bind its other "
+                f"arguments, as in {self.example}."
+            ) from error
+        if not isinstance(made, self.makes):
+            raise TypeError(
+                f"{self.name} must return {' or '.join(kind.__name__ for kind in self.makes)}, "
+                f"got {type(made).__name__}. An example is {self.example}."
+            )
+        return made
+
+
+_OPTIMIZER = _Factory("optimizer", "the parameters", (Optimizer,), "functools.partial(torch.optim.SGD, lr=0.1)")
+_SCHEDULER = _Factory(
+    "lr_scheduler",
+    "the optimizer",
+    (LRScheduler, ReduceLROnPlateau),
+    "functools.partial(torch.optim.lr_scheduler.StepLR, step_size=10), which {'scheduler': …, 'interval': 'step'} may "
+    "hold as well",
+)
+
+
+def configure(
+    optimizer: OptimizerCallable | None,
+    lr_scheduler: LRSchedulerCallable | LRSchedulerConfig | None,
+    groups: list[dict[str, Any]],
+    lr: float | None,
+    monitor: str,
+) -> Any:
+    """Return what ``configure_optimizers`` returns, with AdamW and a learning rate of 0.001 as the default.
+
+    Args:
+        optimizer: A function from parameters to an optimiser, or None.
+        lr_scheduler: A function from the optimiser to a scheduler, a :class:`LRSchedulerConfig`, or None.
+        groups: The groups of parameters, of which the first has no options of its own.
+        lr: The learning rate in place of the optimiser's, except in groups that set their own; or None.
+        monitor: The metric that ``ReduceLROnPlateau`` follows unless ``lr_scheduler`` names one.
+
+    Raises:
+        TypeError: If a function fails on its argument or returns something else.
+        ValueError: If ``lr`` is neither None nor a finite number above 0.
+    """
+    check_optimization(optimizer, lr_scheduler)
+    # before the optimiser fills its defaults into the groups
+    own = {id(parameter) for group in groups if "lr" in group for parameter in group["params"]}
+    make = optimizer or functools.partial(torch.optim.AdamW, lr=1e-3)
+    made = _OPTIMIZER(make, groups if len(groups) > 1 else groups[0]["params"])
+    if lr is not None:
+        check_lr(lr)
+        for group in made.param_groups:
+            if group["lr"] == made.defaults["lr"] and not own & {id(parameter) for parameter in group["params"]}:
+                group["lr"] = lr
+    if lr_scheduler is None:
+        return made
+    config: dict[str, Any] = dict(lr_scheduler) if isinstance(lr_scheduler, Mapping) else {"scheduler": lr_scheduler}
+    scheduler = config["scheduler"] = _SCHEDULER(config["scheduler"], made)
+    if isinstance(scheduler, ReduceLROnPlateau):
+        config.setdefault("monitor", getattr(scheduler, "monitor", monitor))
+    return {"optimizer": made, "lr_scheduler": config}
+
+
+def check_lr(lr: object) -> None:
+    """Raise if a learning rate is no finite number above 0.
+
+    Raises:
+        ValueError: If ``lr`` is anything else.
+    """
+    if not isinstance(lr, Real) or isinstance(lr, bool) or not 0 < float(lr) < math.inf:
+        raise ValueError(f"lr must be a finite number above 0, got {lr!r}. None leaves the optimizer's own.")
+
+
+def pass_lr_on(network: LightningModule, lr: float) -> None:
+    """Set the learning rate of a network that configures its own optimiser.
+
+    Raises:
+        ValueError: If ``lr`` is no finite number above 0, or the network has neither ``lr`` nor ``learning_rate``, as
+            an attribute or hyper-parameter.
+    """
+    check_lr(lr)
+    for name in ("lr", "learning_rate"):
+        if lightning_hasattr(network, name):
+            lightning_setattr(network, name, lr)
+            return
+    raise ValueError(
+        f"lr={lr} was set, but {type(network).__name__} configures the optimizer itself and has neither lr nor "
+        "learning_rate to take it. Give the module an optimizer, or the network such an attribute."
+    )
+
+
+def configure_with_groups(configure: Callable[[], Any], groups: list[dict[str, Any]]) -> Any:
+    """Return what ``configure_optimizers`` returns, with these groups added to its first optimiser.
+
+    The groups are added before ``configure`` makes a scheduler: ``LambdaLR``, ``OneCycleLR`` and others fix the number
+    of groups when they are made, and torch has no way to add one later. ``Optimizer.__init__`` is therefore replaced
+    during the call, with effect on the calling thread only.
+
+    Example:
+        >>> import torch
+        >>> weights, temperature = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+        >>> def configure():
+        ...     optimizer = torch.optim.SGD([weights], lr=0.1, weight_decay=0.5)
+        ...     return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)]
+        >>> optimizers, _ = configure_with_groups(configure, [{"params": [temperature], "weight_decay": 0.0}])
+        >>> [(group["weight_decay"], group["max_lr"]) for group in optimizers[0].param_groups]
+        [(0.5, 0.1), (0.0, 0.1)]
+    """
+    waiting, original, thread = list(groups), Optimizer.__init__, threading.get_ident()
+
+    def init(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        while waiting and threading.get_ident() == thread:
+            self.add_param_group(waiting.pop(0))
+
+    Optimizer.__init__ = init
+    try:
+        configured = configure()
+    finally:
+        Optimizer.__init__ = original
+    for optimizer in _find_optimizers(configured):  # one that was there before
+        while waiting:
+            optimizer.add_param_group(waiting.pop(0))
+    return configured
+
+
+def _find_optimizers(configured: Any) -> Iterator[Optimizer]:
+    """Yield the optimisers in what ``configure_optimizers`` may return."""
+    if isinstance(configured, Optimizer):
+        yield configured
+    elif isinstance(configured, Mapping):
+        yield from _find_optimizers(configured.get("optimizer"))
+    elif isinstance(configured, (tuple, list)):
+        for part in configured:
+            yield from _find_optimizers(part)
