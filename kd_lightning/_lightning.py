@@ -21,7 +21,9 @@ __all__ = [
     "attached_trainer",
     "batches_done",
     "callbacks_of",
+    "data_sources",
     "datamodule_of",
+    "forget_run",
     "init_arguments",
     "is_compiled",
     "is_given_by_cli",
@@ -95,6 +97,33 @@ def updates_logs(trainer: Trainer) -> bool:
 def train_loader(trainer: Trainer) -> Any:
     """Return the training loaders as given, in ``setup``, before ``trainer.train_dataloader`` exists."""
     return trainer.fit_loop._data_source.dataloader()
+
+
+def data_sources(trainer: Trainer) -> list[Any]:
+    """Return the training and the validation loaders as given, or the module that makes them.
+
+    Lightning asks a module for its loaders each time, and asking may draw random numbers.
+    """
+    loop = trainer.fit_loop
+    return [loop._data_source.instance, loop.epoch_loop.val_loop._data_source.instance]
+
+
+def forget_run(trainer: Trainer) -> None:
+    """Drop the loaders, metrics and resume flags of a fit loop that has run, so that it runs as if for the first time.
+
+    Lightning has no public name for it: its learning rate finder resets the loaders in the same way, and the metrics
+    are reset as before ``on_fit_start``.
+    """
+    loop = trainer.fit_loop
+    steps, validation = loop.epoch_loop, loop.epoch_loop.val_loop
+    loop._combined_loader = validation._combined_loader = None
+    loop._last_train_dl_reload_epoch = validation._last_val_dl_reload_epoch = float("-inf")
+    for part in (loop, steps, validation, steps.automatic_optimization, steps.manual_optimization):
+        part.on_iteration_done()
+    for results in (steps._results, validation._results):
+        results.clear()
+    trainer._logger_connector.reset_results()
+    trainer._logger_connector.reset_metrics()
 
 
 def is_sequential(loader: CombinedLoader) -> bool:

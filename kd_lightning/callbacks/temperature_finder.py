@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from kd_lightning.callbacks.common import (
-    DistillationHolder,
-    find_holder,
-    mean_over_ranks,
-    read_metric,
-)
+from kd_lightning._lightning import data_sources
+from kd_lightning.callbacks.common import DistillationHolder, find_holder, mean_over_ranks, read_metric
 from kd_lightning.callbacks.snapshot import Snapshot
-from kd_lightning.modules.non_finite import NonFiniteHandler
+from kd_lightning.callbacks.trial import TrialWatch, short_run
 from kd_lightning.modules.replicas import gather
 from kd_lightning.ranking import (
     Lead,
@@ -49,8 +38,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["TemperatureFinder", "Trial"]
-
-_SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 
 
 @dataclass
@@ -242,38 +229,37 @@ class TemperatureFinder(Callback):
                 self.plot().savefig(path, dpi=150)
             rank_zero_info(f"Plot: {path}")
         if self.find_only:
-            trainer.fit_loop.max_epochs = trainer.num_sanity_val_steps = 0
+            trainer.limit_train_batches = trainer.num_sanity_val_steps = 0
 
     def search(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Try all candidates, fill :attr:`results`, and restore the run's state."""
         holder = find_holder(trainer, pl_module)
         weights = [None] if self.kd_weights is None else self.kd_weights
         self.results = [Trial(candidate, weight) for weight in weights for candidate in self.candidates]
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        callbacks = [holder] if isinstance(holder, Callback) else []
+        own = [vars(holder.distiller), *map(vars, callbacks)]
+        kept = Snapshot(pl_module, trainer.optimizers, schedulers, scaler, data_sources(trainer), *own)
         bar = tqdm(
             total=len(self.results) * self.seeds * self.steps,
             desc="Finding the temperature",
             disable=trainer.progress_bar_callback is None or not trainer.is_global_zero,
         )
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        loop = trainer.fit_loop
-        sources = [loop._data_source.instance, loop.epoch_loop.val_loop._data_source.instance]
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        others = [vars(holder)] if isinstance(holder, Callback) else []
-        kept = Snapshot(pl_module, trainer.optimizers, schedulers, scaler, sources, others, vars(holder.distiller))
         with bar:
             for trial in self.results:
                 for seed in range(self.seeds):
-                    stop = _StopAfter(self.steps, bar)
+                    bar.set_postfix_str(f"{trial.name(self._unit)}, seed {seed}")
+                    watch = TrialWatch(self.steps, bar.update)
                     try:
-                        with _aside(trainer, holder, stop), isolate_rng(), _seeded(seed):
+                        with short_run(trainer, [*callbacks, watch], seed):
                             self._set(trial, holder)
                             trainer.fit_loop.run()
                             score = read_metric(trainer, self.monitor, self)
-                            trainer.fit_loop.teardown()
                     finally:
                         kept.restore()
                     trial.scores.append(mean_over_ranks(gather(trainer, score)))
-                    trial.temperature = mean_over_ranks(gather(trainer, stop.temperature))
+                    trial.temperature = mean_over_ranks(gather(trainer, watch.temperature))
 
     def _check(self, trainer: Trainer, holder: DistillationHolder) -> None:
         policy = holder.distiller.temperature
@@ -315,66 +301,6 @@ class TemperatureFinder(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.results = [Trial(**trial) for trial in state_dict.get("results", [])]
-
-
-class _StopAfter(NonFiniteHandler):
-    """A callback that ends a trial, and keeps the last temperature; a trial may diverge, and its score says so."""
-
-    def __init__(self, steps: int, bar: tqdm[Any]) -> None:
-        self.steps = steps
-        self.bar = bar
-        self.temperature = math.nan
-        self._done = 0
-
-    @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        self.bar.update(trainer.global_step - self._done)
-        self._done = trainer.global_step
-        if trainer.global_step >= self.steps:
-            trainer.should_stop = True
-        if trainer.should_stop or trainer.is_last_batch:
-            output = find_holder(trainer, pl_module).last_output
-            if output is not None:
-                self.temperature = output.readings()["temperature_student"].item()
-
-
-@contextmanager
-def _aside(trainer: Trainer, holder: DistillationHolder, stop: _StopAfter) -> Iterator[None]:
-    """Give a trial loops, loggers and callbacks of its own, so that the run's are not affected."""
-    kept, stage = dict(vars(trainer)), trainer.state.stage
-    run = trainer.fit_loop
-    loop = _FitLoop(trainer, min_epochs=0, max_epochs=run.max_epochs)
-    loop.epoch_loop = _TrainingEpochLoop(trainer, max_steps=run.max_steps)  # schedules are those of the whole run
-    loop._data_source = run._data_source
-    loop.epoch_loop.val_loop._data_source = run.epoch_loop.val_loop._data_source
-    trainer.fit_loop = loop
-    trainer.loggers = [DummyLogger()] if trainer.loggers else []
-    trainer._logger_connector = _LoggerConnector(trainer)
-    trainer.callbacks = [*([holder] if isinstance(holder, Callback) else []), stop]  # pyright: ignore
-    if trainer.check_val_every_n_epoch is not None:  # a trial ends with a validation, wherever it ends
-        trainer.check_val_every_n_epoch = 1
-    try:
-        yield
-    finally:
-        vars(trainer).clear()
-        vars(trainer).update(kept)
-        trainer.state.stage = stage
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed random numbers and distributed samplers; seed 0 keeps the run's own random state."""
-    kept = {name: os.environ.get(name) for name in _SEED_VARIABLES}
-    if seed > 0:
-        seed_everything(seed, workers=bool(int(kept["PL_SEED_WORKERS"] or 0)), verbose=False)
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _update_hparam(holder: DistillationHolder, name: str, value: float) -> None:

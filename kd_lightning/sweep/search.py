@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import logging
-import os
 import signal
 import threading
 import time
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +16,7 @@ from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.utilities.seed import isolate_rng
 from tqdm.auto import tqdm
 
+from kd_lightning.callbacks.trial import quiet
 from kd_lightning.ranking import check_counts, check_monitor, check_temperatures, check_weights
 from kd_lightning.sweep.plan import BASELINE, Plan, comparable, refuse_changes
 from kd_lightning.sweep.queue import RunQueue, open_queue
@@ -119,7 +116,7 @@ def sweep(
     pruning = _optuna_object("pruner", pruner, pruners, optuna.pruners.BasePruner)
     sampler_name = sampler if isinstance(sampler, str) else type(sampling).__name__
     folder = Path(output)
-    with _quiet():
+    with quiet(), isolate_rng():
         resolved, parts = resolve(config)
         teacher = parts.model.teacher
         if teacher is None:
@@ -141,7 +138,7 @@ def sweep(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     place = storage or f"sqlite:///{folder / 'sweep.db'}"
     try:
-        with open_queue(place, study_name, direction, sampling, pruning, retry_failed) as queue, _quiet():
+        with open_queue(place, study_name, direction, sampling, pruning, retry_failed) as queue, quiet(), isolate_rng():
             refuse_changes(queue.study, settings)
             return _Sweep(queue, plan).do()
     finally:
@@ -371,28 +368,6 @@ def _check(
             "task_weight a number, the same in every cell."
         )
     check_monitor(monitor, "a sweep")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence Lightning, and restore random states and the seeds in the environment at the end."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
-    environment = {name: os.environ.get(name) for name in names}
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), isolate_rng():
-            warnings.filterwarnings("ignore", module=r"lightning\.")  # ours stay
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        for name, value in environment.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 def _failed(error: Exception, folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 import pytest
@@ -122,6 +123,63 @@ def test_train_loader_in_setup() -> None:
 
     make_trainer().fit(Module(), loader)
     assert seen == [loader]
+
+
+def test_data_sources_are_what_was_given() -> None:
+    train, val = make_loader(), make_loader()
+    trainer = make_trainer(callbacks=[watch := Watch(_lightning.data_sources)])
+    trainer.fit(BoringModel(), train, val)
+    assert watch.seen[0][0] is train
+    assert watch.seen[0][1] is val
+    make_trainer(callbacks=[watch]).fit(BoringModel(), datamodule=(data := Data()))
+    assert watch.seen[-1][0] is data
+
+
+def test_a_run_that_is_forgotten_leaves_nothing_behind() -> None:
+    class Module(BoringModel):
+        logged: list[float]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.logged.append(float(batch.sum()))
+            self.log("loss", self.logged[-1])
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", batch.sum())
+
+    class RunsBefore(Callback):
+        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            loop = trainer.fit_loop
+            progress = copy.deepcopy(loop.state_dict())
+            loop.run()
+            assert set(trainer.callback_metrics) == {"loss", "val_loss"}
+            loop.teardown()
+            loop.load_state_dict(progress)
+            before = private(trainer)
+            _lightning.forget_run(trainer)
+            assert all(new is not old for new, old in zip(private(trainer), before, strict=True))
+
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            assert not trainer.callback_metrics
+            assert not trainer.logged_metrics
+            assert trainer.current_epoch == trainer.global_step == trainer.fit_loop.total_batch_idx + 1 == 0
+            assert not any(part.restarting or part.is_resuming for part in parts(trainer))
+
+    def parts(trainer: Trainer) -> list[Any]:
+        return [trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop]
+
+    def private(trainer: Trainer) -> list[Any]:
+        train, val = parts(trainer)
+        epochs = train._last_train_dl_reload_epoch, val._last_val_dl_reload_epoch
+        return [train._combined_loader, val._combined_loader, *epochs]
+
+    module = Module()
+    module.logged = []
+    trainer = make_trainer(callbacks=[RunsBefore()], limit_val_batches=2, max_epochs=3)
+    trainer.fit(module, make_loader(4), make_loader(4))
+    assert len(module.logged) == 24
+    assert module.logged[:12] == module.logged[12:]
+    assert (trainer.current_epoch, trainer.global_step) == (3, 12)
 
 
 @pytest.mark.parametrize("mode", ["sequential", "min_size"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import math
 import os
 import random
@@ -89,7 +90,9 @@ class Seen(Callback):
         self.losses.append(outputs["loss"].item())
 
 
-def whole_run(make_trainer: MakeTrainer, module: DistillationModule, folder: Path, *finder: Callback) -> dict[str, Any]:
+def whole_run(
+    make_trainer: MakeTrainer, module: DistillationModule, folder: Path, *finder: Callback, **options: Any
+) -> dict[str, Any]:
     """A run with shuffling, dropout, augmentation and callbacks, and all that can be compared of it."""
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(7)
@@ -97,15 +100,16 @@ def whole_run(make_trainer: MakeTrainer, module: DistillationModule, folder: Pat
     data = Noisy()
     loader = DataLoader(data, batch_size=16, sampler=RandomSampler(data, generator=generator), drop_last=True)
     seen, adaptive = Seen(), AdaptiveTemperature("val_task_loss", "min", patience=1)
-    trainer = make_trainer(
-        max_epochs=4,
-        logger=CSVLogger(folder, version="run"),
-        log_every_n_steps=2,
-        gradient_clip_val=0.5,
-        accumulate_grad_batches=2,
-        callbacks=[seen, adaptive, *finder, ModelCheckpoint(folder / "saved", monitor="val_acc")],
-        enable_checkpointing=True,
-    )
+    given: dict[str, Any] = {
+        "max_epochs": 4,
+        "logger": CSVLogger(folder, version="run"),
+        "log_every_n_steps": 2,
+        "gradient_clip_val": 0.5,
+        "accumulate_grad_batches": 2,
+        "callbacks": [seen, adaptive, *finder, ModelCheckpoint(folder / "saved", monitor="val_acc")],
+        "enable_checkpointing": True,
+    }
+    trainer = make_trainer(**(given | options))
     trainer.fit(module, loader, make_loader(32, seed=1))
     checkpoint = torch.load(folder / "saved" / os.listdir(folder / "saved")[0], weights_only=True)
     checkpoint["callbacks"] = {k: v for k, v in checkpoint["callbacks"].items() if k.startswith("Adaptive")}
@@ -165,6 +169,51 @@ def test_a_run_after_the_finder_equals_one_started_with_the_suggestion(
         distiller_of(started).temperature.multiplier.fill_(best)
         assert len(after.distiller.temperature.calls) == len(one["losses"]) + 5 * 2  # pyright: ignore
     assert_equal(one, whole_run(make_trainer, started, tmp_path / "started"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_epochs": -1, "max_steps": 6},
+        {"reload_dataloaders_every_n_epochs": 2},
+        {"check_val_every_n_epoch": None, "val_check_interval": 3},
+        {"check_val_every_n_epoch": 2, "num_sanity_val_steps": 0, "min_epochs": 2},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_that_holds_whatever_ends_and_validates_the_run(
+    options: dict[str, Any], make_module: Make, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    def make(temperature: float) -> DistillationModule:
+        torch.manual_seed(5)
+        return make_module(student=student(), temperature=temperature, **OPTIONS)
+
+    finder = TemperatureFinder((1, 7), steps=7, monitor="val_task_loss", mode="min", seeds=1)
+    after = whole_run(make_trainer, make(4.0), tmp_path / "after", finder, **options)
+    best = finder.suggestion()
+    assert best is not None
+    assert_equal(after, whole_run(make_trainer, make(float(best)), tmp_path / "started", **options))
+
+
+@pytest.mark.parametrize("find_only", [True, False])
+def test_only_the_run_says_that_it_stopped(
+    find_only: bool, make_module: Make, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    finder = TemperatureFinder((1, 7), steps=99, monitor="val_task_loss", mode="min", seeds=2, find_only=find_only)
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        make_trainer(callbacks=[finder]).fit(make_module(), make_loader(), make_loader(16))
+    assert caplog.text.count("`Trainer.fit` stopped") == (0 if find_only else 1)
+
+
+def test_a_progress_bar_names_the_trial(
+    make_module: Make, make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finder = TemperatureFinder((1, 7), steps=2, monitor="val_task_loss", mode="min", seeds=2, find_only=True)
+    make_trainer(callbacks=[finder], enable_progress_bar=True).fit(make_module(), make_loader(), make_loader(16))
+    drawn = capsys.readouterr().err
+    assert "Finding the temperature: 100%" in drawn
+    assert "8/8" in drawn
+    assert "temperature 7, seed 1" in drawn
 
 
 class NothingLogged(Callback):
