@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.cli import ArgsType
+from kd_lightning import __version__
+from kd_lightning.cli.errors import paragraph
+from kd_lightning.cli.written import CommandLineError
 
-from kd_lightning.cli.parser import KDLightningCLI, SaveRunConfig
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import ArgsType
 
 __all__ = ["main"]
 
@@ -14,11 +19,37 @@ __all__ = ["main"]
 def main(args: ArgsType = None) -> None:
     """Run the command ``kd-lightning``.
 
+    A mistake is told in one paragraph on stderr, with the exit status 2; the option ``--traceback`` shows where it was
+    raised. Called with ``args``, errors beyond the command line itself are raised.
+
     Args:
         args: Command line arguments. None: those of the process.
     """
-    # imported here because the commands import the sweep, whose runs import this package for its parser
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` has it: class_path: mine.Policy
+    given = sys.argv[1:] if args is None else args
+    if not isinstance(given, list):
+        _run(given)
+        return
+    try:
+        _run([arg for arg in given if arg != "--traceback"])
+    except Exception as error:
+        known = args is None or isinstance(error, CommandLineError)
+        text = paragraph(error, given) if known else None
+        if text is None or "--traceback" in given:
+            raise
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run(args: Any) -> None:
+    if args == ["--version"]:
+        print(f"kd-lightning {__version__}")
+        return
+    # imported here because Lightning takes seconds, and because the commands import the sweep, whose runs import this
+    # package for its parser
     from kd_lightning.cli.commands import COMMANDS
+    from kd_lightning.cli.parser import KDLightningCLI, SaveRunConfig
 
     options: dict[str, Any] = {"overwrite": False, "config_filename": "run_config.yaml"}
     KDLightningCLI(

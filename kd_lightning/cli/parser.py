@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import tempfile
+from argparse import ArgumentError
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, Optional
 import torch
 import yaml
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
@@ -24,6 +24,8 @@ import kd_lightning.layers
 import kd_lightning.models
 import kd_lightning.modules
 import kd_lightning.temperature  # noqa: F401
+from kd_lightning.cli.diagnosis import diagnose, first_error
+from kd_lightning.cli.written import CommandLineError, Written, guess
 
 __all__ = ["Command", "KDLightningCLI", "SaveRunConfig"]
 
@@ -92,26 +94,39 @@ class KDLightningCLI(LightningCLI):
     """
 
     def __init__(self, *, commands: Mapping[str, Command] | None = None, **options: Any) -> None:
-        self.commands = dict(commands or {})  # LightningCLI does all of its work in __init__, so this comes first
+        # LightningCLI does all of its work in __init__, so these come first
+        self.commands = dict(commands or {})
+        self.names = [*self.subcommands(), *self.commands]
+        args = options.get("args")
+        self.args: list[str] | None = None
+        if isinstance(args, list):
+            command = self.commands.get(str(Written(args).command))
+            self.args = args if command is None else command.spell(args)
+        self.written = None if self.args is None else Written(self.args)
         super().__init__(**options)
 
     # ---- parsing ----------------------------------------------------------------------------------------------------
 
     @override
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        super()._add_subcommands(parser, **kwargs)
-        subcommands = parser._subcommands_action
-        assert subcommands is not None
-        for name, command in self.commands.items():
-            subparser = self.init_parser(description=command.help)
-            self._add_arguments(subparser)
-            self._subcommand_method_arguments[name] = command.extend(subparser)
+        """Add the parser of the given command, or of all without one: building one takes a fifth of a second."""
+        self._subcommand_parsers: dict[str, LightningArgumentParser] = {}
+        subcommands = parser.add_subcommands()
+        given = None if self.written is None else self.written.command
+        for name in [given] if given in self.names else self.names:
+            command = self.commands.get(name)
+            if command is None:
+                subparser = self._prepare_subcommand_parser(Trainer, str(name), **kwargs.get(name, {}))
+            else:
+                subparser = self.init_parser(description=command.help)
+                self._add_arguments(subparser)
+                self._subcommand_method_arguments[name] = command.extend(subparser)
             self._subcommand_parsers[name] = subparser
-            subcommands.add_subcommand(name, subparser, help=command.help)
+            subcommands.add_subcommand(name, subparser)
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        return super().init_parser(**{"allow_abbrev": False, **kwargs})
+        return super().init_parser(**{"allow_abbrev": False, "exit_on_error": False, **kwargs})
 
     @override
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -126,15 +141,26 @@ class KDLightningCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        given = sys.argv[1:] if args is None else args
-        if not isinstance(given, list):
+        written, given = self.written, self.args
+        if written is None or given is None:
             super().parse_arguments(parser, args)
             return
-        command = self.commands.get(given[0]) if given else None
-        if command is not None:
-            given = command.spell(given)
+        if written.command not in self.names and set(given).isdisjoint(("-h", "--help")):
+            raise CommandLineError(_no_command(written.command, self.names))
+        refused: ArgumentError | None = None
         with tempfile.TemporaryDirectory() as folder:
-            self.config = parser.parse_args(_with_model_of_checkpoint(given, Path(folder)))
+            try:
+                self.config = parser.parse_args(_with_model_of_checkpoint(given, Path(folder)))
+            except ArgumentError as error:
+                refused = error  # explained below, so that an error in the user's own module has a traceback of its own
+        if refused is not None:
+            raise CommandLineError(diagnose(written, self._owners(str(written.command)), refused)) from refused
+
+    def _owners(self, command: str) -> dict[str, Callable[..., Any]]:
+        """Return the keys of a command, each with the function or class that has an argument of this name."""
+        function = self.commands[command].function if command in self.commands else getattr(Trainer, command)
+        own = dict.fromkeys(self._subcommand_method_arguments[command], function)
+        return own | dict.fromkeys(inspect.signature(_settings).parameters, _settings)
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -153,14 +179,16 @@ class KDLightningCLI(LightningCLI):
         command = self.commands.get(str(self.subcommand))
         if command is not None and not command.builds:
             return
+        refused: ValueError | None = None
         try:
             super().instantiate_classes()
         except ValueError as error:
-            # jsonargparse wraps a class's own error in one per branch of a union, each with the whole configuration
-            cause: BaseException = error
-            while str(cause).startswith("Does not validate against any of the Union subtypes") and cause.__cause__:
-                cause = cause.__cause__
-            raise cause from None
+            refused = error
+        if refused is not None:
+            # jsonargparse wraps a class's own error in one per type of a union, each with the whole configuration
+            cause = first_error({part: self._get(self.config, part) for part in ("model", "data", "trainer")})
+            known = cause is not None and " ".join(str(cause).split()) in " ".join(str(refused).split())
+            raise cause if cause is not None and known else refused
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
@@ -185,6 +213,23 @@ class KDLightningCLI(LightningCLI):
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(joined, path)
         print(path)
+
+
+def _settings(
+    model: LightningModule,
+    trainer: Trainer | None = None,
+    data: LightningDataModule | None = None,
+    seed_everything: bool | int = True,
+    num_threads: Optional[PositiveInt] = None,  # noqa: UP045  # pyright: ignore[reportInvalidTypeForm]
+    print_config: str = "",
+) -> None:
+    """Stand for the settings that all commands have, in messages about them."""
+
+
+def _no_command(given: str | None, commands: list[str]) -> str:
+    """Return what to say where the first argument is no command."""
+    known = f"The commands are {', '.join(commands)}; kd-lightning COMMAND --help describes one."
+    return f"name a command. {known}" if given is None else f"{given!r} is no command.{guess(given, commands)} {known}"
 
 
 def _with_model_of_checkpoint(args: list[str], folder: Path) -> list[str]:

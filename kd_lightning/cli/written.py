@@ -1,0 +1,192 @@
+"""The settings as a user wrote them: configuration files and options, merged, each with the place where it stands."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["CommandLineError", "Key", "Written", "dotted", "guess"]
+
+Key = tuple[str | int, ...]
+
+_CONFIG = ("-c", "--config")
+
+
+class CommandLineError(ValueError):
+    """A mistake on the command line or in a configuration, told in one paragraph."""
+
+
+def dotted(key: Key) -> str:
+    """Return a key as it is spelled in messages, such as ``trainer.callbacks[0].init_args.monitor``."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).lstrip(".")
+
+
+def guess(name: str, known: Iterable[str]) -> str:
+    """Return a sentence that proposes the most similar known name, with a space before it; empty if none is similar."""
+    lower = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), lower, n=1, cutoff=0.6)
+    return f" Did you mean {lower[close[0]]}?" if close else ""
+
+
+class Written:
+    """The command, its settings in one tree, and the file and line or the option that each setting comes from.
+
+    Args:
+        args: The arguments of the command line.
+
+    Attributes:
+        command: The command; None if there is none. A configuration before it is not read here.
+        tree: The merged settings. Options stand where the YAML would have them, under ``init_args`` of a class.
+        files: The configuration files, in the order in which they are read.
+        stray: Arguments that belong to no option.
+
+    Raises:
+        CommandLineError: If a configuration is absent, is not readable as YAML, or is no mapping.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        before = ["", *args]
+        named = [arg for last, arg in zip(before, args, strict=False) if arg[:1] != "-" and last not in _CONFIG]
+        self.command = named[0] if named else None
+        self.tree: dict[str, Any] = {}
+        self.files: list[Path] = []
+        self.stray: list[str] = []
+        self._places: dict[Key, str] = {}
+        rest = args[args.index(self.command) + 1 :] if self.command is not None else []
+        while rest:
+            option, equals, value = rest.pop(0).partition("=")
+            values = [value] if equals else []
+            while not equals and rest and not rest[0].startswith("--") and (option.startswith("-") or not values):
+                values.append(rest.pop(0))
+            if option in _CONFIG:
+                self.stray += values[1:]
+                self._read(Path(values[0])) if values else None
+            elif option.startswith("--") and values:
+                self._set(option, _load(values[0]) if len(values) == 1 else [_load(value) for value in values])
+            elif not option.startswith("--"):
+                self.stray.append(option + equals + value)
+
+    def place(self, key: Key) -> str:
+        """Return where a setting was written: the option, or the dotted key with file and line.
+
+        Args:
+            key: Path of the setting in the tree.
+        """
+        for length in range(len(key), 0, -1):
+            place = self._places.get(key[:length], "")
+            if place.startswith("-"):
+                return place
+            if place:
+                return f"{dotted(key)} ({place})"
+        return dotted(key)
+
+    def at(self, key: Key) -> Any:
+        """Return the setting under a key; None if it was not written."""
+        value: Any = self.tree
+        for part in key:
+            try:
+                value = value[part]
+            except (KeyError, IndexError, TypeError):
+                return None
+        return value
+
+    def classes(self, value: Any = None, key: Key = ()) -> Iterable[tuple[Key, str]]:
+        """Yield the key and the class path of each class that was written, those within others last."""
+        value = self.tree if value is None and not key else value
+        if isinstance(value, dict):
+            if isinstance(value.get("class_path"), str):
+                yield key, value["class_path"]
+            for name, part in value.items():
+                if name != "class_path":
+                    yield from self.classes(part, (*key, name))
+        elif isinstance(value, list):
+            for index, part in enumerate(value):
+                yield from self.classes(part, (*key, index))
+        elif isinstance(value, str) and value.isidentifier() and key:
+            yield key, value
+
+    def _read(self, path: Path) -> None:
+        if not path.is_file():
+            names = [str(other) for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+            raise CommandLineError(
+                f"there is no configuration at {str(path)!r} (from the folder {str(Path.cwd())!r})."
+                f"{guess(str(path), names)}"
+            )
+        try:
+            loader = yaml.SafeLoader(path.read_text())
+            node = loader.get_single_node()
+            content = {} if node is None else loader.construct_document(node)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            line = "" if mark is None else f":{mark.line + 1}"
+            problem = getattr(error, "problem", None) or error
+            raise CommandLineError(f"{path}{line} is not readable as YAML: {problem}.") from error
+        if not isinstance(content, dict):
+            raise CommandLineError(
+                f"{path} must be a mapping with keys such as trainer, model and data, got a {type(content).__name__}."
+            )
+        self.files.append(path)
+        self._merge(self.tree, content, ())
+        if node is not None:
+            self._mark(node, (), str(path))
+
+    def _mark(self, node: yaml.Node, key: Key, file: str) -> None:
+        pairs: list[tuple[str | int, yaml.Node, yaml.Node]] = []
+        if isinstance(node, yaml.MappingNode):
+            pairs = [(name.value, name, value) for name, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            pairs = [(index, value, value) for index, value in enumerate(node.value)]
+        for name, start, value in pairs:
+            self._places[(*key, name)] = f"{file}:{start.start_mark.line + 1}"
+            self._mark(value, (*key, name), file)
+
+    def _merge(self, target: dict[str, Any], source: dict[str, Any], key: Key) -> None:
+        if "class_path" in source and source["class_path"] != target.get("class_path"):
+            target.pop("init_args", None)
+        for name, value in source.items():
+            if isinstance(value, dict) and isinstance(target.get(name), dict):
+                self._merge(target[name], value, (*key, name))
+            else:
+                target[name] = value
+
+    def _set(self, option: str, value: Any) -> None:
+        parts = option[2:].rstrip("+").split(".")
+        last = parts[-1]
+        if last == "help":
+            return
+        node: Any = self.tree
+        key: Key = ()
+        for index, part in enumerate(parts):
+            if isinstance(node, list) and node:
+                node, key = node[-1], (*key, len(node) - 1)
+            if not isinstance(node, dict):
+                return
+            if "class_path" in node and part not in ("class_path", "init_args", "dict_kwargs"):
+                node, key = node.setdefault("init_args", {}), (*key, "init_args")
+            key = (*key, part)
+            if index < len(parts) - 1:
+                child = node.get(part)
+                node[part] = {"class_path": child, "init_args": {}} if isinstance(child, str) else child or {}
+                node = node[part]
+        old = node.get(last)
+        if option.endswith("+"):
+            node[last] = [*old, value] if isinstance(old, list) else [value]
+        elif isinstance(old, dict) and isinstance(value, dict):
+            self._merge(old, value, key)
+        elif isinstance(old, dict) and isinstance(value, str) and "class_path" in old:
+            node[last] = {"class_path": value, "init_args": {}}
+        else:
+            node[last] = value
+        self._places = {other: place for other, place in self._places.items() if other[: len(key)] != key}
+        self._places[key] = option
+
+
+def _load(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
