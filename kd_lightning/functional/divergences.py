@@ -35,6 +35,7 @@ __all__ = [
     "SquaredError",
     "TargetCrossEntropy",
     "TotalVariation",
+    "check_fusible",
     "log_sum",
 ]
 
@@ -168,6 +169,13 @@ class JensenShannon(Divergence):
 
     beta: float = 0.5
     tails: ClassVar[tuple[str, ...]] = ("bucket", "uniform", "renormalize")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < 1:
+            raise ValueError(
+                f"beta must lie between 0 and 1, got {self.beta}. There the divergence is 0: use kd_loss in place of "
+                "beta=0, reverse_kd_loss in place of beta=1."
+            )
 
     @override
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
@@ -401,6 +409,14 @@ class TargetCrossEntropy(Divergence):
 
 def _confidence(b: Tensor, dim: int, labels: Tensor) -> Tensor:
     return (b.gather(dim, labels) - b.logsumexp(dim, keepdim=True)).exp().detach()
+
+
+def check_fusible(divergence: Divergence) -> None:
+    """Raise if the divergence looks at the target class."""
+    if divergence.needs_labels:
+        raise ValueError(
+            f"the fused loss takes a divergence that needs no labels, got {divergence!r}: compute that one from logits."
+        )
 
 
 def _nan_to_zero(x: Tensor) -> Tensor:

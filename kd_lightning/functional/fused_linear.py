@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.functional.divergences import ForwardKL
+from kd_lightning.functional.divergences import Divergence, ForwardKL, check_fusible
 from kd_lightning.functional.rows import (
     SCALES,
     Reduction,
@@ -28,6 +28,8 @@ from kd_lightning.functional.rows_fast import known_to_be_one
 from kd_lightning.functional.temperature import Temperature, as_temperature, compute_dtype, in_transform
 
 __all__ = ["FusedTerms", "fused_linear_kd_loss", "fused_linear_kd_terms"]
+
+_FORWARD_KL = ForwardKL()
 
 
 class FusedTerms(NamedTuple):
@@ -62,6 +64,7 @@ def fused_linear_kd_loss(
     reduction: Reduction = "mean",
     num_items: float | Tensor | None = None,
     chunk_size: int = 256,
+    divergence: Divergence = _FORWARD_KL,
 ) -> Tensor:
     r"""Return the :func:`kd_loss` of ``hidden @ weight.T`` plus the weighted cross-entropy, a chunk of rows at a time.
 
@@ -89,13 +92,16 @@ def fused_linear_kd_loss(
         reduction: ``"mean"`` over the valid positions or ``"sum"``.
         num_items: The divisor of the mean; see :func:`kd_loss`.
         chunk_size: Rows at a time. Four chunks of logits in float32 are held: with 256 rows and 150 000 classes 600 MB.
+            Divergences other than forward KL hold up to nine.
+        divergence: What is computed in place of forward KL, one that needs no labels.
 
     Returns:
         A scalar.
 
     Raises:
         ValueError: If shapes do not fit together, if the teacher is given twice or not at all, if the teacher requires
-            gradients, if the cross-entropy lacks targets, or if an option has an unknown value.
+            gradients, if the cross-entropy lacks targets, if the divergence needs labels, or if an option has an
+            unknown value.
 
     Source: the chunked losses of P. Hsu et al., "Liger Kernel", 2024, arXiv 2410.10989, in closed form.
 
@@ -123,6 +129,7 @@ def fused_linear_kd_loss(
         reduction=reduction,
         num_items=num_items,
         chunk_size=chunk_size,
+        divergence=divergence,
     ).loss
 
 
@@ -144,6 +151,7 @@ def fused_linear_kd_terms(
     reduction: Reduction = "mean",
     num_items: float | Tensor | None = None,
     chunk_size: int = 256,
+    divergence: Divergence = _FORWARD_KL,
 ) -> FusedTerms:
     """Return :func:`fused_linear_kd_loss` together with its two terms, for logs. Arguments and errors are the same.
 
@@ -158,6 +166,7 @@ def fused_linear_kd_terms(
     check_num_items(num_items, reduction)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    check_fusible(divergence)
     heads = _Heads(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, teacher_logits
     )
@@ -183,10 +192,10 @@ def fused_linear_kd_terms(
     rows = _Flat(*(_flat(x, shape) for x in (temp.student, t_t, factor, task_factor, valid, labels)))
     tensors = (*heads.flattened(), *rows)
     if in_transform():
-        loss, kd, task = _definition(*tensors)
+        loss, kd, task = _definition(divergence, *tensors)
     else:
         wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors)
-        loss, kd, task = _FusedLinear.apply(chunk_size, wanted, *tensors)  # pyright: ignore
+        loss, kd, task = _FusedLinear.apply(divergence, chunk_size, wanted, *tensors)  # pyright: ignore
     return FusedTerms(loss, kd / (kd_weight or 1), task / (task_weight or 1))
 
 
@@ -279,7 +288,7 @@ def _flat(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     return x.expand(*shape[:-1], x.shape[-1]).reshape(-1, x.shape[-1])
 
 
-def _definition(*tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _definition(divergence: Divergence, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss and its two terms as constants, from the whole logits in differentiable torch."""
     heads, rows = _Heads(*tensors[:7]), _Flat(*tensors[7:])
     s = F.linear(heads.hidden, heads.weight, heads.bias)
@@ -291,7 +300,7 @@ def _definition(*tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
     if rows.valid is not None:
         s, t = s.masked_fill(~rows.valid, 0.0), t.masked_fill(~rows.valid, 0.0)
     a, b = s / rows.student_temperature, t / rows.teacher_temperature
-    kd = ForwardKL().definition(a, b, -1, None) * rows.factor
+    kd = divergence.definition(a, b, -1, None) * rows.factor
     task = torch.zeros_like(kd)
     if rows.labels is not None:
         task = (s.logsumexp(-1, keepdim=True) - s.gather(-1, rows.labels)) * rows.task_factor
@@ -302,7 +311,7 @@ def _definition(*tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
 class _FusedLinear(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, chunk_size: int, wanted: tuple[bool, ...], *tensors: Any
+        ctx: Any, divergence: Divergence, chunk_size: int, wanted: tuple[bool, ...], *tensors: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         heads, rows = _Heads(*tensors[:7]), _Flat(*tensors[7:])
         want_hidden, want_weight, want_bias = wanted[:3]
@@ -326,7 +335,7 @@ class _FusedLinear(torch.autograd.Function):
                 s, t = s.div_(t_s), t.div_(t_t)
                 kept_s = s.clone() if want_t_s else None
                 kept_t = t.clone() if want_t_t else None
-                form = ForwardKL().closed_form(s, t, -1, None, want_t_t)
+                form = divergence.closed_form(s, t, -1, None, want_t_t)
                 del s, t
                 if kept_s is not None:
                     d_t_s = (form.student * kept_s).nansum(-1, keepdim=True) * (-c / t_s)
@@ -355,7 +364,7 @@ class _FusedLinear(torch.autograd.Function):
                 zip(*per_row, strict=True) if per_row else [()] * 3, (want_factor, want_t_s, want_t_t), strict=True
             )
         )
-        ctx.wanted, ctx.gradients = wanted, (d_hidden, d_weight, d_bias)
+        ctx.divergence, ctx.wanted, ctx.gradients = divergence, wanted, (d_hidden, d_weight, d_bias)
         ctx.save_for_backward(*tensors, value, d_t_s, d_t_t)
         total = kd_total + task_total
         ctx.mark_non_differentiable(kd_total, task_total)
@@ -369,10 +378,10 @@ class _FusedLinear(torch.autograd.Function):
         if torch.is_grad_enabled() or gradients is None:
             with torch.enable_grad():
                 aliases = [x.view_as(x) if want else x for x, want in zip(tensors, ctx.wanted, strict=True)]
-                loss, *_ = _definition(*aliases)
+                loss, *_ = _definition(ctx.divergence, *aliases)
             wanted = [x for x, want in zip(aliases, ctx.wanted, strict=True) if want]
             found = iter(torch.autograd.grad(loss, wanted, g, create_graph=torch.is_grad_enabled()))
-            return None, None, *(next(found) if want else None for want in ctx.wanted)
+            return None, None, None, *(next(found) if want else None for want in ctx.wanted)
         if not known_to_be_one(g):
             for x in gradients:
                 if x is not None:
@@ -387,7 +396,7 @@ class _FusedLinear(torch.autograd.Function):
                 (value, rows.factor),
             )
         )  # fmt: skip
-        return None, None, *student, None, None, None, None, *temperatures, None, None, None
+        return None, None, None, *student, None, None, None, None, *temperatures, None, None, None
 
 
 def _kept(x: Tensor) -> torch.dtype:

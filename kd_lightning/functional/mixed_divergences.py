@@ -39,7 +39,7 @@ class SymmetricKL(Divergence):
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
         p, q = a.softmax(dim), b.softmax(dim)
-        return _both_ways(_log_ratio(a, b, dim), p, q, dim, 1 - self.reverse_weight, self.reverse_weight, teacher)
+        return _both_ways(a, b, p, q, dim, 1 - self.reverse_weight, self.reverse_weight, teacher)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class EntropyGatedKL(Divergence):
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
         p, q = a.softmax(dim), b.softmax(dim)
         forward = self._is_open(b, q, dim).to(q.dtype)
-        return _both_ways(_log_ratio(a, b, dim), p, q, dim, forward, 1.0, teacher)
+        return _both_ways(a, b, p, q, dim, forward, 1.0, teacher)
 
     def _is_open(self, b: Tensor, q: Tensor, dim: int) -> Tensor:
         mean = (q * torch.where(q > 0, b, 0.0)).sum(dim, keepdim=True)
@@ -96,12 +96,12 @@ class ToDi(Divergence):
         p, q = a.softmax(dim), b.softmax(dim)
         x = _log_ratio(a, b, dim)
         difference = p - q
-        value = (difference * x).sum(dim, keepdim=True)
+        value = torch.mul(difference, x, out=b).sum(dim, keepdim=True)
         teacher_gradient = None
         if teacher:
-            of_q = _finite_product(q, torch.sigmoid(-x).mul_(x))
+            of_q = _finite(torch.sigmoid(-x).mul_(x).mul_(q))
             teacher_gradient = of_q.sub_(q * of_q.sum(dim, keepdim=True)).add_(difference).neg_()
-        of_p = _finite_product(p, x.sigmoid().mul_(x))
+        of_p = _finite(torch.sigmoid(x, out=b).mul_(x).mul_(p))
         gradient = difference.add_(of_p).sub_(p.mul_(of_p.sum(dim, keepdim=True)))
         return ClosedForm(value, gradient, teacher_gradient)
 
@@ -173,29 +173,34 @@ class AlphaBeta(Divergence):
 
     @override
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
-        h, g = self._parts(a.log_softmax(dim), b.log_softmax(dim))
-        return (h - g).sum(dim, keepdim=True) / (self.alpha + self.beta)
+        log_p, log_q = a.log_softmax(dim), b.log_softmax(dim)
+        (p_a, q_a), (p_b, q_b) = ([_power(side, c) for side in (log_p, log_q)] for c in (self.alpha, self.beta))
+        x = log_p - log_q
+        h = (p_a - q_a) / self.alpha if self.alpha else torch.where(p_b > 0, x, 0.0)
+        g = (p_b - q_b) / self.beta if self.beta else torch.where(q_a > 0, x, 0.0)
+        return (p_b * h - q_a * g).sum(dim, keepdim=True) / (self.alpha + self.beta)
 
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
         log_p, log_q = a.log_softmax(dim), b.log_softmax(dim)
-        h, g = self._parts(log_p, log_q)
+        p_a, q_a = _power(log_p, self.alpha, a), _power(log_q, self.alpha, b)
+        p_b, q_b = _power(log_p, self.beta), _power(log_q, self.beta)
+        h = p_a.sub_(q_a).div_(self.alpha) if self.alpha else log_p - log_q
+        h = _finite(h.mul_(p_b))
+        g = p_b.sub_(q_b).div_(self.beta) if self.beta else log_p - log_q
+        g = _finite(g.mul_(q_a))
         of_h, of_g = h.sum(dim, keepdim=True), g.sum(dim, keepdim=True)
         gradient = h.sub_(log_p.exp_().mul_(of_h))
         teacher_gradient = log_q.exp_().mul_(of_g).sub_(g) if teacher else None
         return ClosedForm((of_h - of_g) / (self.alpha + self.beta), gradient, teacher_gradient)
 
-    def _parts(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """Return h and g; where a side has no probability, its power is 0 and so is the product."""
-        (p_a, q_a), (p_b, q_b) = ([_power(side, c) for side in (log_p, log_q)] for c in (self.alpha, self.beta))
-        of_a = (p_a - q_a) / self.alpha if self.alpha else torch.where(p_b > 0, log_p - log_q, 0.0)
-        of_b = (p_b - q_b) / self.beta if self.beta else torch.where(q_a > 0, log_p - log_q, 0.0)
-        return p_b * of_a, q_a * of_b
 
-
-def _power(log_probability: Tensor, exponent: float) -> Tensor:
+def _power(log_probability: Tensor, exponent: float, out: Tensor | None = None) -> Tensor:
     """Return a power of the probability, by its logarithm: small exponents keep what underflows."""
-    return (log_probability * exponent).exp() if exponent else torch.ones_like(log_probability)
+    if not exponent:  # because 0 · ∞ is NaN
+        return torch.ones_like(log_probability)
+    power = torch.mul(log_probability, exponent, out=out)
+    return power.exp() if out is None else power.exp_()
 
 
 def _check_between_0_and_1(name: str, value: float, at_0: str, at_1: str | None) -> None:
@@ -210,21 +215,21 @@ def _log_ratio(a: Tensor, b: Tensor, dim: int) -> Tensor:
     return a.sub_(b).sub_(log_z_ratio).nan_to_num_(0.0, math.inf, -math.inf)
 
 
-def _finite_product(probability: Tensor, x: Tensor) -> Tensor:
-    """Return the product, in which a probability of 0 wins over an infinite ``x``."""
-    return (probability * x).nan_to_num_(0.0, math.inf, -math.inf)
+def _finite(product: Tensor) -> Tensor:
+    """Replace the NaN of a probability of 0 and an infinite logarithm by 0 in place, and keep ∞."""
+    return product.nan_to_num_(0.0, math.inf, -math.inf)
 
 
 def _both_ways(
-    x: Tensor, p: Tensor, q: Tensor, dim: int, forward: float | Tensor, reverse: float, teacher: bool
+    a: Tensor, b: Tensor, p: Tensor, q: Tensor, dim: int, forward: float | Tensor, reverse: float, teacher: bool
 ) -> ClosedForm:
-    """Return the weighted sum of both KLs from the log-ratio; weights are numbers, or one number per row."""
-    of_p, of_q = _finite_product(p, x), _finite_product(q, x)
+    """Return the weighted sum of both KLs; weights are numbers, or one number per row."""
+    x = _log_ratio(a, b, dim)
+    of_q, of_p = _finite(torch.mul(x, q, out=b)), _finite(x.mul_(p))
     mean_p, mean_q = of_p.sum(dim, keepdim=True), of_q.sum(dim, keepdim=True)
     difference = p - q
     teacher_gradient = None
     if teacher:
-        teacher_gradient = of_q.sub_(q * mean_q).mul_(forward).add_(difference, alpha=reverse).neg_()
+        teacher_gradient = of_q.sub_(q.mul_(mean_q)).mul_(forward).add_(difference, alpha=reverse).neg_()
     gradient = of_p.sub_(p.mul_(mean_p)).mul_(reverse).add_(difference.mul_(forward))
-    value = reverse * mean_p - (forward * mean_q).nan_to_num_(0.0, math.inf, -math.inf)
-    return ClosedForm(value, gradient, teacher_gradient)
+    return ClosedForm(reverse * mean_p - _finite(forward * mean_q), gradient, teacher_gradient)

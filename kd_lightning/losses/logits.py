@@ -15,7 +15,8 @@ from typing_extensions import Unpack, override
 from kd_lightning import functional
 from kd_lightning.functional import FusedTerms, Reduction, Scale, Temperature
 from kd_lightning.functional.conventions import CONVENTIONS, Convention, check_convention
-from kd_lightning.functional.row_loss import CLASS_DIM, IGNORE_INDEX, LayoutOptions
+from kd_lightning.functional.divergences import Divergence, ForwardKL, JensenShannon, check_fusible
+from kd_lightning.functional.row_loss import CLASS_DIM, IGNORE_INDEX, LayoutOptions, row_loss
 from kd_lightning.functional.rows import REDUCTIONS, SCALES, check_option
 from kd_lightning.functional.sparse import TeacherTarget
 
@@ -197,27 +198,31 @@ class KDLoss(LogitLoss):
 
 
 class FusedLinearKDLoss(LogitLoss):
-    """:class:`KDLoss` for large vocabularies: training never holds the ``(B, L, V)`` logits of either model.
+    """:class:`KDLoss`, or another divergence, whose training never holds the ``(B, L, V)`` logits of either model.
 
     :class:`~kd_lightning.DistillationModule` takes the final hidden states and output layers of student and teacher
     in place of their logits, and both terms, divergence and cross-entropy, are computed a chunk of rows at a time:
-    :func:`~kd_lightning.functional.fused_linear_kd_loss`. Loss and gradients are those of :class:`KDLoss` with
-    :class:`CrossEntropyLoss`. Both models must have ``base_model`` (inputs → hidden states) and
-    ``get_output_embeddings()`` (a Linear), as Hugging Face's causal models and
-    :class:`~kd_lightning.models.CausalTransformer` have, and no module may transform the hidden
-    states between the two or the logits after them.
+    :func:`~kd_lightning.functional.fused_linear_kd_loss`. Loss and gradients are those of the divergence's own loss,
+    by default :class:`KDLoss`, with :class:`CrossEntropyLoss`. Both models must have ``base_model`` (inputs → hidden
+    states) and ``get_output_embeddings()`` (a Linear), as Hugging Face's causal models and
+    :class:`~kd_lightning.models.CausalTransformer` have, and no module may transform the hidden states between the two
+    or the logits after them.
 
     Without logits, training has no ``train_acc``, no ``train_agreement`` and no entropies, a gradient share is NaN, and
     a temperature that reads logits is an error. A term whose weight is 0 is logged as 0. Given logits, as in validation
-    and test, which measure everything, this is :class:`KDLoss`, and one batch's logits must fit in memory.
+    and test, which measure everything, this is the divergence's own loss, and one batch's logits must fit in memory.
 
     Args:
         chunk_size: Rows at a time.
+        divergence: What is computed in place of forward KL: a class of
+            :mod:`~kd_lightning.functional.divergences` or :mod:`~kd_lightning.functional.mixed_divergences` that needs
+            no labels, such as ``ReverseKL()`` and ``JensenShannon(0.5)``.
         **options: Those of :class:`LogitLoss`. From hidden states ``class_dim`` is the last dimension and
             ``reduction`` is ``"mean"``.
 
     Raises:
-        ValueError: If ``scale`` or ``reduction`` has an unknown value, or if ``chunk_size`` is below 1.
+        ValueError: If ``scale`` or ``reduction`` has an unknown value, if ``chunk_size`` is below 1, or if the
+            divergence needs labels.
 
     Example:
         >>> import torch
@@ -227,11 +232,39 @@ class FusedLinearKDLoss(LogitLoss):
 
     function = staticmethod(functional.kd_loss)
 
-    def __init__(self, chunk_size: int = 256, **options: Unpack[LossModuleOptions]) -> None:
+    def __init__(
+        self, chunk_size: int = 256, divergence: Divergence | None = None, **options: Unpack[LossModuleOptions]
+    ) -> None:
         super().__init__(**options)
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         self.chunk_size = chunk_size
+        self.divergence = ForwardKL() if divergence is None else divergence
+        check_fusible(self.divergence)
+
+    @override
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: TeacherTarget,
+        temperature: float | Tensor | Temperature,
+        targets: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+        reduction: Reduction | None = None,
+    ) -> Tensor:
+        """Return the divergence between logits; the arguments are those of :class:`LogitLoss`."""
+        return row_loss(
+            self.divergence,
+            student_logits,
+            teacher_logits,
+            temperature,
+            targets=targets,
+            num_items=num_items,
+            scale=self.scale,
+            class_dim=self.class_dim,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction if reduction is None else reduction,
+        )
 
     def from_hidden(
         self,
@@ -257,11 +290,12 @@ class FusedLinearKDLoss(LogitLoss):
             scale=self.scale,
             ignore_index=self.ignore_index,
             chunk_size=self.chunk_size,
+            divergence=self.divergence,
         )
 
     def extra_repr(self) -> str:
         """Return the options, the loss's own first."""
-        return f"chunk_size={self.chunk_size}, {super().extra_repr()}"
+        return f"chunk_size={self.chunk_size}, divergence={self.divergence!r}, {super().extra_repr()}"
 
 
 class ReverseKDLoss(LogitLoss):
@@ -283,8 +317,7 @@ class JSDLoss(LogitLoss):
 
     def __init__(self, beta: float = 0.5, **options: Unpack[LossModuleOptions]) -> None:
         super().__init__(**options)
-        if not 0 < beta < 1:
-            raise ValueError(f"beta must lie between 0 and 1, got {beta}: at the ends take KDLoss or ReverseKDLoss.")
+        JensenShannon(beta)  # raises
         self.beta = beta
 
 

@@ -27,8 +27,9 @@ from kd_lightning import (
     TeacherEnsemble,
 )
 from kd_lightning.functional import kd_loss, next_token_targets
+from kd_lightning.functional.divergences import JensenShannon
 from kd_lightning.fused_distiller import FusedDistiller
-from kd_lightning.losses import CrossEntropyLoss, FusedLinearKDLoss, KDLoss, SimilarityPreservingLoss
+from kd_lightning.losses import CrossEntropyLoss, FusedLinearKDLoss, JSDLoss, KDLoss, SimilarityPreservingLoss
 from kd_lightning.models import CausalTransformer
 from kd_lightning.teachers import check_hidden_states, hidden_states
 from kd_lightning.temperature import CosineSchedule, LearnableTemperature, TokenDifficultyTemperature
@@ -372,6 +373,14 @@ def test_fused_trains_as_unfused(temperature: str, make_trainer: MakeTrainer) ->
         assert ("entropy_student" in values) == (loss.__class__ is KDLoss)
     assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
     assert logged[1] == pytest.approx(logged[0], rel=1e-5)
+
+
+def test_fused_trains_as_unfused_by_another_divergence(make_trainer: MakeTrainer) -> None:
+    losses = JSDLoss(beta=0.3), FusedLinearKDLoss(chunk_size=7, divergence=JensenShannon(0.3))
+    unfused, fused = (run(make_trainer, distil(kd_loss=loss), 2, 2, limit_val_batches=0) for loss in losses)
+    assert_close(fused, unfused, rtol=1e-5, atol=1e-6)
+    unfused, fused = (make_trainer().validate(distil(kd_loss=loss), loader(3), verbose=False) for loss in losses)
+    assert fused == unfused
 
 
 def test_fused_never_has_the_logits(make_trainer: MakeTrainer) -> None:

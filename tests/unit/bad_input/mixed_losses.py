@@ -2,8 +2,13 @@
 
 import math
 
-from kd_lightning import losses
+import torch
+
+from kd_lightning import functional, losses
+from kd_lightning.functional import divergences
 from tests.unit.bad_input.case import Case
+
+ZEROS = torch.zeros(2, 2)
 
 
 def exponents(alpha: float, beta: float) -> Case:
@@ -45,7 +50,35 @@ def threshold(value: float) -> Case:
     )
 
 
+def weight_of_the_teacher(value: float) -> Case:
+    return Case(
+        f"weight of the teacher {value}",
+        lambda: losses.JSDLoss(value),
+        ValueError,
+        f"beta must lie between 0 and 1, got {value}. There the divergence is 0: use kd_loss in place of beta=0, "
+        "reverse_kd_loss in place of beta=1.",
+    )
+
+
 CASES = [
+    weight_of_the_teacher(0.0),
+    weight_of_the_teacher(1.5),
+    Case(
+        "fused module with a divergence that needs labels",
+        lambda: losses.FusedLinearKDLoss(divergence=divergences.DecoupledKL()),
+        ValueError,
+        "the fused loss takes a divergence that needs no labels, got DecoupledKL(alpha=1.0, beta=8.0): compute that "
+        "one from logits.",
+    ),
+    Case(
+        "fused loss with a divergence that needs labels",
+        lambda: functional.fused_linear_kd_loss(
+            ZEROS, ZEROS, ZEROS, ZEROS, 2.0, divergence=divergences.TargetCrossEntropy()
+        ),
+        ValueError,
+        "the fused loss takes a divergence that needs no labels, got TargetCrossEntropy(): compute that one from "
+        "logits.",
+    ),
     *(exponents(*pair) for pair in [(0.0, 0.0), (-0.1, 1.0), (1.0, -0.1), (math.inf, 0.5), (0.5, math.nan)]),
     *(skew(value, False, "kd_loss") for value in (0.0, 1.0, math.nan)),
     skew(-0.1, True, "reverse_kd_loss"),

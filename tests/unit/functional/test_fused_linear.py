@@ -10,10 +10,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 from torch.testing import assert_close
 
-from kd_lightning.functional import Temperature, fused_linear_kd_loss, kd_loss
+from kd_lightning.functional import Temperature, fused_linear_kd_loss
+from kd_lightning.functional.divergences import (
+    BernoulliKL,
+    Divergence,
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    SoftCrossEntropy,
+    SquaredError,
+    TotalVariation,
+)
+from kd_lightning.functional.mixed_divergences import AlphaBeta, EntropyGatedKL, SkewKL, SymmetricKL, ToDi
+from kd_lightning.functional.row_loss import row_loss
+from kd_lightning.losses import FusedLinearKDLoss, LogitLoss
+
+DIVERGENCES: list[Divergence] = [
+    ReverseKL(), JensenShannon(0.3), TotalVariation(), SoftCrossEntropy(), SquaredError(), BernoulliKL(), ToDi(),
+    SymmetricKL(0.3), EntropyGatedKL(1.5), SkewKL(0.2), SkewKL(0.2, reverse=True), AlphaBeta(0.8, 0.3),
+]  # fmt: skip
 
 
 def setting(*positions: int, dtype: torch.dtype = torch.float64, classes: int = 11, width: int = 6) -> Any:
@@ -27,9 +46,10 @@ def composed(
     h: Tensor, w: Tensor, ht: Tensor, wt: Tensor, temperature: Any, bias: Any = None, **options: Any
 ) -> Tensor:
     """The plain way."""
+    divergence = options.pop("divergence", ForwardKL())
     task_weight, kd_weight = options.pop("task_weight", 0.0), options.pop("kd_weight", 1.0)
     s, t = F.linear(h, w, bias), F.linear(ht, wt)[..., : len(w)]
-    loss = kd_weight * kd_loss(s, t, temperature, **options)
+    loss = kd_weight * row_loss(divergence, s, t, temperature, **options)
     if task_weight:
         targets, mean = options["targets"], options.get("reduction", "mean") == "mean"
         total = F.cross_entropy(s.flatten(0, -2), targets.flatten(), reduction="sum")
@@ -74,6 +94,41 @@ def test_is_the_composition(positions, chunk_size, kind, masked, task_weight, re
     assert_close(got, expected, rtol=1e-10, atol=1e-11)
     again = (loss.detach(), *torch.autograd.grad(loss, wanted))
     assert_close(again, expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+def test_every_divergence_without_labels(divergence):
+    h, w, ht, wt = setting(2, 5)
+    targets = torch.randint(11, (2, 5))
+    targets[0, 1:3] = -100
+    temperature = Temperature(*(torch.tensor([t], dtype=torch.float64, requires_grad=True) for t in (2.5, 1.5)))
+    options: Any = {"targets": targets, "task_weight": 0.3, "kd_weight": 0.7, "divergence": divergence}
+    wanted = [h, w, *temperature[:2]]
+    expected = composed(h, w, ht, wt, temperature, **options)
+    expected = (expected.detach(), *torch.autograd.grad(expected, wanted))
+    loss = fused_linear_kd_loss(h, w, ht, wt, temperature, chunk_size=3, **options)
+    for again in (True, False):  # the second backward is the definition's
+        got = (loss.detach(), *torch.autograd.grad(loss, wanted, retain_graph=again))
+        assert_close(got, expected, rtol=1e-10, atol=1e-11)
+
+
+def test_the_module_takes_the_divergence_from_logits_too():
+    s, t = (torch.randn(2, 5, 7) for _ in range(2))
+    module = FusedLinearKDLoss(divergence=JensenShannon(0.3), scale="none")
+    assert repr(module).startswith("FusedLinearKDLoss(chunk_size=256, divergence=JensenShannon(beta=0.3), scale='none'")
+    assert_close(module(s, t, 2.0), row_loss(JensenShannon(0.3), s, t, 2.0, scale="none"), rtol=0, atol=0)
+
+
+def test_divergence_from_yaml():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--kd_loss", type=LogitLoss)
+    skew = {"class_path": "kd_lightning.functional.mixed_divergences.SkewKL", "init_args": {"reverse": True}}
+    given = {"class_path": "kd_lightning.losses.FusedLinearKDLoss", "init_args": {"divergence": skew}}
+    built = parser.instantiate(parser.parse_object({"kd_loss": given})).kd_loss
+    assert built.divergence == SkewKL(0.1, reverse=True)
+    skew["init_args"] = {"skew": 2.0}
+    with pytest.raises((ArgumentError, ValueError), match=r"skew must lie between 0 and 1, got 2\.0"):
+        parser.instantiate(parser.parse_object({"kd_loss": given}))
 
 
 def test_teacher_logits_in_place_of_its_head():
@@ -139,26 +194,31 @@ def test_under_autocast():
         assert (mine - theirs).norm() <= 2e-2 * theirs.norm()
 
 
-def test_memory_grows_with_the_chunk_not_with_the_rows():
+@pytest.mark.parametrize(
+    ("divergence", "chunks"), [(ForwardKL(), 5), *((divergence, 9) for divergence in DIVERGENCES)], ids=repr
+)
+def test_memory_grows_with_the_chunk_not_with_the_rows(divergence, chunks):
     def peak(rows: int, chunk_size: int) -> int:
         h, w, ht, wt = setting(rows, dtype=torch.float32, classes=5000, width=8)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-            fused_linear_kd_loss(h, w, ht, wt, 2.0, chunk_size=chunk_size).backward()
+            fused_linear_kd_loss(h, w, ht, wt, 2.0, chunk_size=chunk_size, divergence=divergence).backward()
         recorded: Any = profiler.profiler
         changes = [event.nbytes() for event in recorded.kineto_results.events() if event.name() == "[memory]"]
         return max(itertools.accumulate(changes))
 
     logits = 4 * 5000
     assert peak(512, 32) <= 1.1 * peak(128, 32)
-    assert peak(512, 32) <= 5 * 32 * logits + 1.3 * 5000 * 8 * 4
+    assert peak(512, 32) <= chunks * 32 * logits + 1.3 * 5000 * 8 * 4
     assert peak(512, 128) >= 2 * peak(512, 32)
 
 
-def test_compiles_without_graph_break():
+@pytest.mark.parametrize("divergence", [ForwardKL(), JensenShannon(0.3), AlphaBeta(0.8, 0.3)], ids=repr)
+def test_compiles_without_graph_break(divergence):
     h, w, ht, wt = setting(7, dtype=torch.float32)
     compiled: Any = torch.compile(fused_linear_kd_loss, backend="aot_eager", fullgraph=True)
-    got = torch.autograd.grad(compiled(h, w, ht, wt, torch.tensor(2.0), chunk_size=3), (h, w))
-    assert_close(got, torch.autograd.grad(composed(h, w, ht, wt, 2.0), (h, w)), rtol=1e-4, atol=1e-6)
+    got = torch.autograd.grad(compiled(h, w, ht, wt, torch.tensor(2.0), chunk_size=3, divergence=divergence), (h, w))
+    expected = composed(h, w, ht, wt, 2.0, divergence=divergence)
+    assert_close(got, torch.autograd.grad(expected, (h, w)), rtol=1e-4, atol=1e-6)
 
 
 def test_errors():
