@@ -1,0 +1,101 @@
+"""What a dotted path names, and whether it builds a network."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, get_type_hints
+
+from torch import nn
+
+__all__ = ["builds_module", "locate"]
+
+
+def locate(path: str) -> Any:
+    """Return the object of a dotted path: of its longest importable prefix, the attributes that follow.
+
+    Importing a module runs its top-level code. Modules of the standard library, which has no part of a model, are not
+    imported.
+
+    Raises:
+        ImportError: If nothing has that path; close matches are named.
+        TypeError: If the path leads into the standard library.
+        ValueError: If ``path`` is not a dotted path.
+
+    Example:
+        >>> locate("torch.nn.Linear")
+        <class 'torch.nn.modules.linear.Linear'>
+    """
+    names = path.split(".")
+    if len(names) < 2 or not all(name.isidentifier() for name in names):
+        raise ValueError(
+            f"factory must be a dotted path such as 'torchvision.models.resnet18', got {path!r}. "
+            "Put the module's name in front of the function's."
+        )
+    if names[0] in sys.stdlib_module_names:
+        raise TypeError(
+            f"{path} is of Python's standard library, which builds no network, and was not looked up. Name a "
+            "torch.nn.Module class, or a function that is annotated as returning one."
+        )
+    found, attributes = _import_prefix(names)
+    for name in attributes:
+        if not hasattr(found, name):
+            owner = getattr(found, "__name__", type(found).__name__)
+            close = get_close_matches(name, dir(found), n=3)
+            hint = f" Close matches: {', '.join(close)}." if close else ""
+            raise ImportError(f"Looked for {path}: {owner} has no {name!r}.{hint}")
+        found = getattr(found, name)
+    return found
+
+
+def _import_prefix(names: list[str]) -> tuple[Any, list[str]]:
+    module = None
+    for length in range(1, len(names) + 1):
+        name = ".".join(names[:length])
+        try:
+            module = import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:  # the module is there, something that it imports is not
+                raise
+            if module is None:
+                raise ImportError(
+                    f"Looked for {'.'.join(names)}: there is no module {name!r} in this environment. "
+                    "Install its package or correct the spelling."
+                ) from error
+            return module, names[length - 1 :]
+    return module, []
+
+
+def builds_module(found: object) -> bool:
+    """Return True for a ``torch.nn.Module`` class, and for a callable whose return is annotated as one.
+
+    Example:
+        >>> builds_module(nn.Linear), builds_module(print)
+        (True, False)
+    """
+    while isinstance(found, functools.partial):
+        found = found.func
+    if isinstance(found, type):
+        return issubclass(found, nn.Module)
+    if not callable(found):
+        return False
+    function: Any = found if inspect.isroutine(found) else type(found).__call__
+    returned = getattr(function, "__annotations__", {}).get("return")
+    if isinstance(returned, str):
+        returned = _evaluate(returned, getattr(inspect.unwrap(function), "__globals__", {}))
+    return isinstance(returned, type) and issubclass(returned, nn.Module)
+
+
+def _evaluate(annotation: str, names: dict[str, Any]) -> Any:
+    """Return what a return annotation stands for; None where it cannot be told, such as under ``TYPE_CHECKING``."""
+
+    def returns() -> None: ...
+
+    returns.__annotations__ = {"return": annotation}
+    try:
+        return get_type_hints(returns, names)["return"]
+    except (NameError, AttributeError, TypeError, SyntaxError):
+        return None
