@@ -154,7 +154,8 @@ class LayerTerm(nn.Module):
         channels = (features.shape[channel_dim] for features in (student_features, teacher_features))
         self.build(student_features.dim(), *channels)
         if self.projector is not None:
-            self.projector.to(student_features.device)
+            dtype = torch.promote_types(student_features.dtype, torch.float32)
+            self.projector.to(student_features.device, dtype)
 
     @override
     def forward(

@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from kd_lightning._lightning import FirstLookModule, attached_trainer, callbacks_of, datamodule_of, train_loader
@@ -329,7 +330,10 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
 
     def _first_inputs(self) -> Any:
         batch = first_samples(train_loader(self.trainer))
-        return self.unpack_batch(self.prepare_batch(batch))[0]
+        inputs = self.unpack_batch(self.prepare_batch(batch))[0]
+        # in the student's type, because the precision plugin converts the networks only after setup
+        dtype = next((p.dtype for p in self.student.parameters() if p.is_floating_point()), None)
+        return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, inputs)
 
     @override
     def configure_callbacks(self) -> list[Callback]:
