@@ -16,6 +16,7 @@ from kd_lightning.callbacks.adaptive_rule import (
     AdaptiveRule,
     AdaptiveState,
     Direction,
+    Move,
     TemperatureRange,
     agree,
     return_ratio,
@@ -88,8 +89,8 @@ class AdaptiveTemperature(Callback):
         RuntimeError: If the metric was not logged; names the logged metrics.
         TypeError: If an argument is of another type, or if the run has no Distiller.
 
-    State: the counters, per *monitor, mode, on_plateau, on_degrade*, in which several instances may differ; after a
-    change of one of them a resumed run starts counting anew. The multiplier itself is the policy's state.
+    State: the counters and moves, per *monitor, mode, on_plateau, on_degrade*, in which several instances may differ;
+    after a change of one of them a resumed run starts counting anew. The multiplier itself is the policy's state.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -167,6 +168,8 @@ class AdaptiveTemperature(Callback):
             degrade_patience=degrade_patience,
             cooldown=cooldown,
         )
+        self.moves: list[tuple[int, float, str]] = []
+        """Training step, ratio and reason of each move."""
         self._last_batch: tuple[list[Tensor], list[Tensor], Tensor] | None = None
         self._temperature: TemperatureRange | None = None
         self._warned_of_nan = False
@@ -214,25 +217,32 @@ class AdaptiveTemperature(Callback):
 
         back = return_ratio(temperature, multiplier, low, high)
         if back != 1:
-            policy.multiplier.mul_(back)
-            rank_zero_info(
-                f"the temperature {temperature.mean:.4g}, moved earlier, has left [{low:.4g}, {high:.4g}]: "
-                f"{_says_ratio(back)} → {temperature.mean * back:.4g}"
-            )
-            temperature *= back
+            left = f"the temperature {temperature.mean:.4g}, moved earlier, has left [{low:.4g}, {high:.4g}]"
+            temperature = self._move(trainer, policy, temperature, Move(back, left))
         if math.isnan(value):
             self._warn_of_nan()
             return
         move = self.rule.check(value, temperature, low, high, counting=trainer.current_epoch >= self.warmup_epochs)
         if move is not None:
-            policy.multiplier.mul_(move.ratio)
-            rank_zero_info(f"{move.reason}: {_says_ratio(move.ratio)} → {temperature.mean * move.ratio:.4g}")
+            self._move(trainer, policy, temperature, move)
         elif self.verbose:
             flat, low_checks = self.rule.state.flat_checks, self.rule.state.low_checks
             rank_zero_info(
                 f"{self.monitor} {value:.4g}: temperature stays {temperature.mean:.4g} (flat for {count_checks(flat)}, "
                 f"degraded for {count_checks(low_checks)})"
             )
+
+    def _move(
+        self, trainer: Trainer, policy: TemperaturePolicy, temperature: TemperatureRange, move: Move
+    ) -> TemperatureRange:
+        """Make a move, record and report it, and return the temperature after it."""
+        moved = temperature * move.ratio
+        ratio = f"× {move.ratio:.3g}" if move.ratio < 1 else f"÷ {1 / move.ratio:.3g}"
+        reason = f"{move.reason}: temperature {ratio} → {moved.mean:.4g}"
+        policy.multiplier.mul_(move.ratio)
+        self.moves.append((trainer.global_step, move.ratio, reason))
+        rank_zero_info(reason)
+        return moved
 
     def replicated_state(self) -> dict[str, Any]:
         """Return the state that must be the same on every rank."""
@@ -272,15 +282,16 @@ class AdaptiveTemperature(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         temperature = self._read_temperature() if self._last_batch is not None else self._temperature
-        return {**vars(self.rule.state), "temperature": None if temperature is None else list(temperature)}
+        return {
+            **vars(self.rule.state),
+            "temperature": None if temperature is None else list(temperature),
+            "moves": list(self.moves),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         known = vars(AdaptiveState())
         self.rule.state = AdaptiveState(**{name: value for name, value in state_dict.items() if name in known})
+        self.moves = list(state_dict.get("moves", ()))
         temperature = state_dict.get("temperature")
         self._temperature = None if temperature is None else TemperatureRange(*temperature)
-
-
-def _says_ratio(ratio: float) -> str:
-    return f"temperature × {ratio:.3g}" if ratio < 1 else f"temperature ÷ {1 / ratio:.3g}"

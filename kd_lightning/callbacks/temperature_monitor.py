@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from kd_lightning._lightning import accumulates, logged_step, updates_logs
+from kd_lightning._lightning import accumulates, callbacks_of, logged_step, updates_logs
 from kd_lightning.callbacks.common import check_validates, find_holder, is_validation_check, read_metric
 from kd_lightning.distiller import DistillationOutput
 from kd_lightning.modules.run import TemperatureLogger
@@ -48,7 +48,7 @@ class TemperatureMonitor(TemperatureLogger):
         gradient_share_every_n_steps: How often to measure ``kd_gradient_share``. It takes two backward passes more, and
             changes training by rounding only. None: never.
         plot: Whether to write ``temperature.png`` into the log folder when training ends: T over the steps, with the
-            monitored metric beneath.
+            monitored metric beneath, and the moves of AdaptiveTemperature with their reasons.
         monitor: The metric to draw, only with ``plot``. None: ``val_acc``, where it is logged.
 
     Raises:
@@ -177,6 +177,7 @@ class TemperatureMonitor(TemperatureLogger):
                 [(row[4], row[5], row[6]) for row in self.history],
                 metric=[(step, value) for step, value in self.metric_history],
                 metric_name=self._drawn,
+                moves=sorted(move for callback in callbacks_of(trainer) for move in getattr(callback, "moves", ())),
             )
             figure.savefig(folder / "temperature.png", dpi=150)
             rank_zero_info(f"Plot: {folder / 'temperature.png'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["plot_schedule", "plot_temperature_grid", "plot_temperature_history"]
 
 _MAX_POINTS = 400
+_MAX_REASONS = 12
 _ABSENT = (math.nan, math.inf, -math.inf)  # stands for a term that the policy does not return at this time
 
 
@@ -106,8 +108,11 @@ def plot_temperature_history(
     *,
     metric: Sequence[tuple[float, float]] = (),
     metric_name: str = "",
+    moves: Sequence[tuple[float, float, str]] = (),
 ) -> Figure:
     """Draw a run's temperatures over its steps, and a validation metric beneath.
+
+    A move of the temperature by a callback is drawn as a step, with a number under which its reason is listed.
 
     Args:
         steps: Training steps at which the temperatures were recorded.
@@ -115,6 +120,7 @@ def plot_temperature_history(
         teacher: The same of the teacher; drawn if it differs from the student's.
         metric: Pairs of step and value; if empty, the figure has no second panel.
         metric_name: Name of the metric.
+        moves: Step, ratio and reason of each move, in the order of the steps. Of many, the first twelve are listed.
 
     Returns:
         The figure; ``figure.savefig("temperature.png")`` writes it.
@@ -135,19 +141,22 @@ def plot_temperature_history(
             f"each step has a student's and a teacher's temperature, got {len(steps)} steps, {len(student)} and "
             f"{len(teacher)}."
         )
+    lines = _listed(moves)
+    extra = 0.19 * len(lines)  # inches
     if metric:
-        figure, (top, bottom) = subplots(2, 1, figsize=(7.0, 4.8), sharex=True, height_ratios=[3, 2])
+        figure, (top, bottom) = subplots(2, 1, figsize=(7.0, 4.8 + extra), sharex=True, height_ratios=[3, 2])
     else:
-        figure, top = subplots(figsize=(7.0, 3.6))
+        figure, top = subplots(figsize=(7.0, 3.6 + extra))
         bottom = top
 
     differ = list(student) != list(teacher)
+    spread = any(low != high for _, low, high in (*student, *teacher))
+    steps, student, teacher = _with_jumps(steps, student, teacher, moves)
     sides = [(teacher, TEACHER, "teacher", "--")] if differ else []
     for values, color, label, style in (*sides, (student, STUDENT, "student" if differ else "both", "-")):
         draw_curve(top, steps, values, color, label, 1.0, style)
-    spread = any(low != high for _, low, high in (*student, *teacher))
     whose = "Temperature of student and teacher" if differ else "Temperature, teacher's and student's"
-    top.set_title(whose + (": mean and range" if spread else ""), fontsize=10, loc="left")
+    top.set_title(whose + (": mean and range" if spread else ""), fontsize=10, loc="left", pad=14 if moves else None)
     top.set_ylabel("temperature T")
     top.margins(x=0.01, y=0.12)
     low, high = top.get_ylim()
@@ -160,6 +169,13 @@ def plot_temperature_history(
         bottom.plot(at, values, "o-", color="0.25", linewidth=1.2, markersize=2.5 if len(at) > 30 else 4)
         bottom.set_ylabel(metric_name)
         bottom.margins(y=0.12)
+    for number, (step, _, _) in enumerate(moves, 1):
+        for axes in figure.axes:
+            axes.axvline(step, color="0.75", linewidth=0.8, linestyle="--", zorder=0)
+        top.annotate(f"{number}", (step, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 1),
+                     textcoords="offset points", ha="center", fontsize=8, color="0.3")  # fmt: skip
+    if lines:
+        figure.supxlabel("\n".join(lines), x=0.02, ha="left", fontsize=8, color="0.3")
     bottom.set_xlabel("training step")
     figure.align_ylabels()
     for axes in figure.axes:
@@ -225,6 +241,28 @@ def plot_temperature_grid(histories: Mapping[str, Sequence[Curve]], *, columns: 
     if handles:
         figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=9, loc="lower right", ncols=2)
     return figure
+
+
+def _with_jumps(
+    steps: Sequence[float],
+    student: Sequence[Spread],
+    teacher: Sequence[Spread],
+    moves: Sequence[tuple[float, float, str]],
+) -> tuple[list[float], list[Spread], list[Spread]]:
+    """Insert the temperatures right before and after each move, which the recorded steps may leave out."""
+    rows = list(zip(steps, student, teacher, strict=True))
+    for step, ratio, _ in moves:
+        place = bisect.bisect_right([row[0] for row in rows], step)
+        if place > 0:
+            _, own, taught = rows[place - 1]
+            after = [(mean * ratio, low * ratio, high * ratio) for mean, low, high in (own, taught)]
+            rows[place:place] = [(step, own, taught), (step, after[0], after[1])]
+    return [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
+
+
+def _listed(moves: Sequence[tuple[float, float, str]]) -> list[str]:
+    lines = [f"{number}  step {step:g}: {reason}" for number, (step, _, reason) in enumerate(moves[:_MAX_REASONS], 1)]
+    return lines if len(moves) <= _MAX_REASONS else [*lines, f"and {len(moves) - _MAX_REASONS} more"]
 
 
 def _stand_ins(epochs: int, steps_per_epoch: int, num_classes: int, seed: int, learns: bool) -> Iterator[Signals]:

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import kd_lightning.plotting
 from kd_lightning import DistillationModule
 from kd_lightning.callbacks import AdaptiveTemperature, TemperatureMonitor
 from kd_lightning.callbacks.temperature_monitor import gradient_share
@@ -240,9 +241,36 @@ def test_the_plot_of_a_resumed_run_is_whole(make_trainer: MakeTrainer, tmp_path:
     (tmp_path / "temperature.png").unlink()
     monitor = run(3, ckpt_path=tmp_path / "1.ckpt")
     assert [row[:2] for row in monitor.history] == [[5, 4], [10, 4], [15, 5]]
+    state = torch.load(tmp_path / "3.ckpt", weights_only=True)["callbacks"]
+    adaptive = AdaptiveTemperature()
+    adaptive.load_state_dict(state[adaptive.state_key])
+    assert (adaptive.moves[0][0], adaptive.moves[0][1]) == (10, 1.25)
+    assert adaptive.moves[0][2].endswith("temperature ÷ 0.8 → 5")
     assert [row[0] for row in monitor.metric_history] == [5, 10, 15]
     assert monitor.metric_history[0][1] > monitor.metric_history[1][1]
     assert (tmp_path / "temperature.png").stat().st_size > 10_000
+
+
+def test_moves_are_drawn_with_their_reasons(
+    make_module: Make, make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[dict[str, Any]] = []
+    draw = kd_lightning.plotting.plot_temperature_history
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        drawn.append(kwargs)
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(kd_lightning.plotting, "plot_temperature_history", recorded)
+    adaptive = AdaptiveTemperature("scripted", factor=0.5, patience=1)
+    script, monitor = Script([0.9, 0.9, 0.8], 5), TemperatureMonitor(plot=True)
+    fit(make_trainer, make_module(temperature=4.0), tmp_path, script, adaptive, monitor, max_epochs=3)
+    assert [call["moves"] for call in drawn] == [
+        [
+            (10, 0.5, "scripted 0.9 not above 0.9 for 1 check: temperature × 0.5 → 2"),
+            (15, 2.0, "scripted 0.8 below 0.9 − 0.018 for 1 check: temperature ÷ 0.5 → 4"),
+        ]
+    ]
 
 
 def test_what_it_refuses(make_module: Make, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:

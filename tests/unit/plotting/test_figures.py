@@ -209,6 +209,53 @@ def test_without_matplotlib(monkeypatch, plot):
         plot()
 
 
+class TestHistory:
+    constant = ((4.0, 4.0, 4.0), (4.0, 4.0, 4.0), (2.0, 2.0, 2.0), (2.0, 2.0, 2.0))
+    moves = ((12, 0.5, "val_acc 0.9 not above 0.9 for 1 check: temperature × 0.5 → 2"),)
+
+    def test_a_move_is_a_step_where_it_was_made(self, tmp_path):
+        figure = plot_temperature_history([5, 10, 15, 20], self.constant, self.constant, moves=self.moves)
+        x, y = lines(figure)["both"]
+        assert list(zip(x, y, strict=True)) == [(5, 4), (10, 4), (12, 4), (12, 2), (15, 2), (20, 2)]
+        assert figure.get_supxlabel() == f"1  step 12: {self.moves[0][2]}"
+        assert [text.get_text() for text in figure.axes[0].texts] == ["1"]
+        figure.savefig(tmp_path / "history.png")
+
+    def test_a_step_moves_both_sides_and_their_ranges(self):
+        student = [(4.0, 3.0, 5.0)] * 2
+        figure = plot_temperature_history([1, 9], student, [(8.0, 8.0, 8.0)] * 2, moves=[(9, 2.0, "a"), (9, 0.25, "b")])
+        assert list(lines(figure)["student"][1]) == [4, 4, 4, 8, 8, 2]
+        assert list(lines(figure)["teacher"][1]) == [8, 8, 8, 16, 16, 4]
+
+    def test_a_move_before_the_first_recorded_step_draws_no_step(self):
+        figure = plot_temperature_history([5, 10], self.constant[2:], self.constant[2:], moves=[(3, 0.5, "early")])
+        assert list(lines(figure)["both"][1]) == [2, 2]
+
+    def test_of_many_moves_twelve_reasons_are_listed(self):
+        moves = [(step, 0.9, f"reason {step}") for step in range(1, 16)]
+        figure = plot_temperature_history([0, 20], self.constant[:2], self.constant[:2], moves=moves)
+        listed = figure.get_supxlabel().splitlines()
+        assert listed[0] == "1  step 1: reason 1"
+        assert listed[11:] == ["12  step 12: reason 12", "and 3 more"]
+
+    def test_without_moves_the_recorded_steps_are_drawn(self):
+        figure = plot_temperature_history([5, 10, 15, 20], self.constant, self.constant)
+        assert list(lines(figure)["both"][0]) == [5, 10, 15, 20]
+        assert figure.get_supxlabel() == ""
+
+
+def test_sweep_with_one_weight_is_a_curve() -> None:
+    cells = [(1.0, 0.9, [0.8, 0.9]), (4.0, 0.9, []), (8.0, 0.9, [0.6, 0.62])]
+    figure = plot_sweep(cells, "val_acc", baseline=[0.5, 0.6], best=(1.0, 0.9))
+    (axes,) = figure.axes
+    curve, *_, level = [np.asarray(line.get_xydata()) for line in axes.get_lines() if line.get_linestyle() == "-"]
+    np.testing.assert_allclose(curve, [(1, 0.85), (8, 0.61)])
+    np.testing.assert_allclose(level[:, 1], 0.55)
+    assert {text.get_text().strip() for text in axes.texts} == {"no result", "best: 1"}
+    assert axes.get_xlabel() == "temperature T (kd_weight 0.9)"
+    plot_sweep([(1.0, 0.9, [])], "val_acc", baseline=[0.5])  # nothing but the baseline
+
+
 def test_sweep_heat_map_shows_every_cell() -> None:
     cells = [(1.0, 0.5, [0.8, 0.9]), (4.0, 0.5, []), (1.0, 0.9, [0.7]), (4.0, 0.9, [0.6, 0.62])]
     figure = plot_sweep(cells, "val_acc", baseline=[0.5, 0.6], best=(1.0, 0.5))
