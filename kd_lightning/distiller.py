@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from kd_lightning.functional import Temperature
 from kd_lightning.functional.rows import without_padding
+from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.functional.tokens import padding_mask
 from kd_lightning.layers import LayerResult, LayerTerm, LayerTerms
 from kd_lightning.losses import CrossEntropyLoss, KDLoss
@@ -167,7 +168,7 @@ class Distiller(nn.Module):
         targets: Tensor | None = None,
         progress: Progress | None = None,
         *,
-        teacher_logits: Tensor | Sequence[Tensor] | None = None,
+        teacher_logits: TeacherTarget | Sequence[TeacherTarget] | None = None,
         index: Tensor | None = None,
         task_loss: Tensor | None = None,
     ) -> DistillationOutput:
@@ -179,7 +180,8 @@ class Distiller(nn.Module):
             targets: What the task loss takes. None: no task loss, which asks for ``task_weight=0`` or ``task_loss``;
                 the ``attention_mask`` of the inputs, if any, then says which positions count.
             progress: Where training stands, for schedules.
-            teacher_logits: Logits that are there already, of an ensemble one for each member; the teacher is not run.
+            teacher_logits: Logits or :class:`~kd_lightning.functional.Sparse` targets that are there already, of an
+                ensemble one for each member; the teacher is not run.
             index: The samples' rows in the teacher's cache, as batches of ``teacher.index(dataset)`` carry them.
             task_loss: A task loss that is there already, such as the one that a Hugging Face model returns; the
                 Distiller's own is not computed.
@@ -212,7 +214,7 @@ class Distiller(nn.Module):
             task_loss=task_loss,
             temperature=temperature,
             student_logits=student_logits,
-            teacher_logits=signals.teacher_logits.movedim(-1, self.class_dim),
+            teacher_logits=opinions.shown.movedim(-1, self.class_dim),
             kd_weight=kd_weight,
             task_weight=task_weight,
             scale_rule=getattr(self.kd_loss, "scale", "student_teacher"),
@@ -248,7 +250,7 @@ class Distiller(nn.Module):
     def consensus(
         self,
         inputs: Any,
-        teacher_logits: Tensor | Sequence[Tensor],
+        teacher_logits: TeacherTarget | Sequence[TeacherTarget],
         targets: Tensor | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
@@ -278,7 +280,7 @@ class Distiller(nn.Module):
         self,
         inputs: Any,
         student_logits: Tensor,
-        teacher_logits: Tensor | Sequence[Tensor],
+        teacher_logits: TeacherTarget | Sequence[TeacherTarget],
         targets: Tensor | None,
         progress: Progress,
     ) -> tuple[Signals, Opinions]:

@@ -11,12 +11,13 @@ from typing_extensions import override
 
 from kd_lightning.distiller import Distiller, check_targets
 from kd_lightning.functional import Temperature
+from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.functional.tokens import padding_mask
 from kd_lightning.losses import CrossEntropyLoss, FusedLinearKDLoss
 from kd_lightning.output import DistillationOutput
 from kd_lightning.schedules import Progress
 from kd_lightning.teachers import HiddenStates, check_hidden_states, extract_logits, hidden_states
-from kd_lightning.temperature import Signals, TemperaturePolicy
+from kd_lightning.temperature import Signals
 
 __all__ = ["FusedDistiller", "make_distiller"]
 
@@ -71,7 +72,7 @@ class FusedDistiller(Distiller):
         targets: Tensor | None = None,
         progress: Progress | None = None,
         *,
-        teacher_logits: Tensor | Sequence[Tensor] | None = None,
+        teacher_logits: TeacherTarget | Sequence[TeacherTarget] | None = None,
         index: Tensor | None = None,
         task_loss: Tensor | None = None,
     ) -> DistillationOutput:
@@ -129,8 +130,7 @@ class FusedDistiller(Distiller):
             )
         if self.class_dim != -1 or kd_loss.reduction != "mean":
             raise ValueError(f"from hidden states the classes are last and the loss is a mean, got {kd_loss!r}.")
-        parts = [part for part in policy.modules() if isinstance(part, TemperaturePolicy)]
-        if any(part.reads_logits or type(part).transform is not TemperaturePolicy.transform for part in parts):
+        if policy.needs_logits:
             raise ValueError(
                 f"FusedLinearKDLoss never has the logits, but the temperature {policy!r} is computed from them or "
                 "changes them. Take a number, a schedule or LearnableTemperature, or KDLoss."

@@ -76,7 +76,7 @@ def agreement(student: Tensor, teacher: Tensor, targets: Tensor | None = None) -
 
     Args:
         student: ``(…, C)``, class dimension last.
-        teacher: The same shape.
+        teacher: The same shape, or empty where the teacher gave no logits.
         targets: Of the batch, in the logits' shape where they are no class indices.
 
     Example:
@@ -84,6 +84,8 @@ def agreement(student: Tensor, teacher: Tensor, targets: Tensor | None = None) -
         tensor(0.5000)
     """
     task: Task | None = "labels" if student.shape[-1] == 1 else "classes"
+    if not len(teacher):
+        return None
     if targets is not None and targets.numel() == student.numel():
         task = task_of(None, student, targets)
     if task is None:

@@ -30,7 +30,8 @@ class DistillationOutput:
         task_loss: The task term, unweighted; 0 without targets.
         temperature: The temperatures of this batch, class dimension last; a tuple for a policy that gives several.
         student_logits: As they were given; empty, ``(0, V)``, where hidden states were given.
-        teacher_logits: In the student's layout, without gradient; an ensemble's consensus; empty likewise.
+        teacher_logits: In the student's layout, without gradient; an ensemble's consensus; empty likewise, and where
+            the teacher gave :class:`~kd_lightning.functional.Sparse` targets.
         kd_weight: The weight of the distillation term in this step.
         task_weight: The weight of the task term.
         scale_rule: The loss's rule for the factor ``scale`` where the temperature does not set it.
@@ -84,6 +85,7 @@ class DistillationOutput:
         }
         if len(student_logits):
             values["entropy_student"] = predictive_entropy(student_logits, first.student.detach()).mean()
+        if len(teacher_logits):
             values["entropy_teacher"] = predictive_entropy(teacher_logits, first.teacher.detach()).mean()
         for name, result in self.layers.items():
             if (temperature := result.mean_temperature()) is not None:

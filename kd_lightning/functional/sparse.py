@@ -18,7 +18,7 @@ from kd_lightning.functional.divergences import ClosedForm, Divergence, log_sum
 from kd_lightning.functional.rows import check_option
 from kd_lightning.functional.temperature import Temperature, check_values, compute_dtype
 
-__all__ = ["Sparse", "Tail", "TeacherTarget", "check_tail", "sparse_rows"]
+__all__ = ["TAILS", "Sparse", "Tail", "TeacherTarget", "check_tail", "sparse_rows"]
 
 Tail = Literal["bucket", "uniform", "renormalize", "drop"]
 TAILS: tuple[Tail, ...] = get_args(Tail)

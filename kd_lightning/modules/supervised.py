@@ -282,8 +282,8 @@ class SupervisedModule(LightningModule):
             self._tasks[key] = task_of(self._task_loss, logits, targets)
         if (task := self._tasks[key]) is None:
             return
-        if teacher_logits is not None:
-            teacher_logits = teacher_logits.movedim(self.class_dim, -1)
+        if teacher_logits is not None:  # empty where the teacher gave the probabilities of a few classes only
+            teacher_logits = teacher_logits.movedim(self.class_dim, -1) if len(teacher_logits) else None
         if key not in self.metrics:
             with_teacher, evaluation, tokens = teacher_logits is not None, stage != "train", logits.dim() == 3
             metrics = ClassificationMetrics(logits.shape[-1], self.ignore_index, with_teacher, evaluation, tokens, task)

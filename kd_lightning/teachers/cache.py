@@ -246,6 +246,8 @@ class TeacherCache:
     # ---- encoding of rows ------------------------------------------------------------------------------------------
 
     def _encode(self, logits: Tensor) -> Bytes:
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"a TeacherCache keeps logits, got {type(logits).__name__}: leave the cache out.")
         logits = logits.detach().float().cpu()
         if self.top_k is not None:
             values, classes = self._top_k(logits)

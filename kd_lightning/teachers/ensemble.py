@@ -433,11 +433,12 @@ class TeacherEnsemble(Teacher):
     def _check_logits(self, logits: Sequence[Tensor]) -> None:
         if len(logits) != len(self.teachers):
             raise ValueError(f"an ensemble of {len(self.teachers)} teachers needs as many logits, got {len(logits)}.")
+        if kinds := [type(z).__name__ for z in logits if not isinstance(z, Tensor)]:
+            raise TypeError(f"an ensemble mixes the logits of all classes, got {kinds[0]}: take one teacher alone.")
         if len({z.shape for z in logits}) > 1:
             each = [f"teacher {k} ({_name(self.teachers[k])}) {z.shape[-1]}" for k, z in enumerate(logits)]
-            differ = len({z.shape[-1] for z in logits}) > 1
-            shapes = ", ".join(each) if differ else ", ".join(str(tuple(z.shape)) for z in logits)
-            what = "number of classes" if differ else "shape of logits"
+            what = "number of classes" if (differ := len({z.shape[-1] for z in logits}) > 1) else "shape of logits"
+            shapes = ", ".join(each if differ else (str(tuple(z.shape)) for z in logits))
             raise ValueError(f"the teachers of an ensemble must have the same {what}, got {shapes}.")
 
 

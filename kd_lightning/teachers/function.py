@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from kd_lightning.functional import Sparse
+from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import call_model, extract_logits
 from kd_lightning.teachers.made_at import MadeAt, Output, device_of
@@ -25,6 +27,9 @@ class FunctionTeacher(MadeAt):
     The function is called with the inputs, as a network is, under ``torch.no_grad()``. It returns a tensor or a NumPy
     array, in any layout that the distillation loss takes, or an output in which
     :func:`~kd_lightning.teachers.extract_logits` finds one. The result is brought to the device of the inputs.
+
+    Of many classes, the function may name a few: it returns :class:`~kd_lightning.functional.Sparse` targets, which
+    say themselves at which temperature they were made.
 
     What was made at a temperature :math:`T_0` is brought to the Distiller's temperature T exactly:
     :math:`\mathrm{softmax}(T_0 \log p / T) \propto p^{T_0 / T}`.
@@ -82,11 +87,13 @@ class FunctionTeacher(MadeAt):
     @override
     def logits(
         self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
-    ) -> Tensor:
+    ) -> Any:
         device = device_of(inputs)
 
-        def compute() -> Tensor:
+        def compute() -> TeacherTarget:
             output = self(inputs)
+            if isinstance(output, Sparse):
+                return self.as_given(output.to(device))
             values = torch.from_numpy(output) if isinstance(output, np.ndarray) else extract(output)
             return self.to_logits(values.detach().to(device))
 

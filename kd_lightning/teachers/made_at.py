@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from kd_lightning.functional import Sparse
 from kd_lightning.functional.temperature import check_values, compute_dtype
 from kd_lightning.teachers.teacher import Teacher
 
@@ -55,6 +56,15 @@ class MadeAt(Teacher):
             self._check_probabilities(values)
         logits = values.log() if self.output == "probs" else values
         return logits if self.temperature == 1 else logits * self.temperature
+
+    def as_given(self, target: Sparse) -> Sparse:
+        """Return targets that were made at a temperature of their own, or raise if the teacher declares another."""
+        if self.output == "logits" and self.temperature == 1:
+            return target
+        raise ValueError(
+            f"the teacher gives Sparse targets made at temperature {target.temperature:g}, but {type(self).__name__} "
+            f"was told {self._made_at}. Leave out output and temperature: Sparse(..., temperature=...) has them."
+        )
 
     def _check_probabilities(self, values: Tensor) -> None:
         name = "probabilities" if self.output == "probs" else "log-probabilities"

@@ -9,11 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from kd_lightning.functional import Temperature
 from kd_lightning.functional.rows import valid_positions
+from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import HiddenStates, extract_logits
 from kd_lightning.teachers.indexed import IndexedDataset
@@ -30,17 +32,25 @@ class Opinions(NamedTuple):
         weights: ``(K, 1)``, or ``(K, …, 1)`` where they differ by row; they sum to 1 over the members. None: one
             member.
         consensus: The members' common logits at temperature 1, which policies and metrics see.
+        has_logits: False where the member gave :class:`~kd_lightning.functional.Sparse` targets; the consensus then
+            has the student's shape and no values.
     """
 
-    logits: Sequence[Tensor]
+    logits: Sequence[Any]
     weights: Tensor | None
     consensus: Tensor
+    has_logits: bool = True
+
+    @property
+    def shown(self) -> Tensor:
+        """The consensus, without its rows where there are no logits."""
+        return self.consensus if self.has_logits else self.consensus[:0]
 
 
 class LossTerm(NamedTuple):
     """A term of the loss: the teacher's logits, class dimension last, their temperature, and a weight (None: 1)."""
 
-    logits: Tensor
+    logits: TeacherTarget
     temperature: Temperature
     weight: Tensor | None = None
 
@@ -109,8 +119,10 @@ class Teacher(ABC):
     @abstractmethod
     def logits(
         self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
-    ) -> Tensor | tuple[Tensor, ...]:
+    ) -> TeacherTarget | tuple[Tensor, ...]:
         """Return the logits for these inputs, without gradient; a tuple where there are several members.
+
+        :class:`~kd_lightning.functional.Sparse` targets may take their place: log-probabilities of a few classes.
 
         Args:
             inputs: See :func:`call_model`.
@@ -128,11 +140,11 @@ class Teacher(ABC):
 
     # ---- opinions -------------------------------------------------------------------------------------------------
 
-    def members(self, logits: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the logits of each member."""
-        return (logits,) if isinstance(logits, Tensor) else logits
+    def members(self, logits: Any) -> Sequence[Any]:
+        """Return what each member gives of what :meth:`logits` returned: logits, or Sparse targets."""
+        return logits if isinstance(logits, (tuple, list)) else (logits,)
 
-    def weigh(self, logits: Sequence[Tensor], signals: Signals, inputs: Any = None) -> Opinions:
+    def weigh(self, logits: Sequence[Any], signals: Signals, inputs: Any = None) -> Opinions:
         """Return the opinions and their consensus: by default those of a single member.
 
         Args:
@@ -141,7 +153,13 @@ class Teacher(ABC):
             inputs: Of the batch.
         """
         (only,) = logits
-        return Opinions(logits, None, only)
+        if isinstance(only, Tensor):
+            return Opinions(logits, None, only)
+        student = signals.student_logits
+        if not isinstance(student, Tensor):
+            raise ValueError("Sparse targets name a few classes only, so that there are no logits to show.")
+        no_values = student.new_zeros((), dtype=torch.float32).expand(student.shape)  # a shape without memory
+        return Opinions(logits, None, no_values, has_logits=False)
 
     def loss_terms(
         self,
@@ -160,10 +178,10 @@ class Teacher(ABC):
             policy: That policy.
             temperatures: The Distiller's copies of :attr:`temperatures`.
         """
-        logits = policy.transform(opinions.consensus)
+        logits = _transformed(opinions.consensus if opinions.has_logits else opinions.logits[0], policy)
         if temperatures:
             (own,) = temperatures
-            logits = own.transform(logits)
+            logits = _transformed(logits, own)
             teacher = own_temperature(own, policy, signals)
             terms = [term._replace(teacher=teacher) for term in terms]
         return [LossTerm(logits, term) for term in terms], [*terms]
@@ -293,6 +311,22 @@ class GivenLogits(Teacher):
     def network(self) -> nn.Module:
         """Raise, since no network runs."""
         raise ValueError("this Distiller has no teacher: layers need one that runs.")
+
+
+def _transformed(logits: TeacherTarget, policy: TemperaturePolicy) -> TeacherTarget:
+    """Return the logits as the loss sees them under this policy.
+
+    Raises:
+        ValueError: If the policy needs logits and there are none.
+    """
+    if isinstance(logits, Tensor):
+        return policy.transform(logits)
+    if policy.needs_logits:
+        raise ValueError(
+            f"the teacher gives Sparse targets, the probabilities of a few classes, but the temperature {policy!r} is "
+            "computed from the logits of all or changes them. Take a number, a schedule or LearnableTemperature."
+        )
+    return logits
 
 
 def own_temperature(own: TemperaturePolicy, policy: TemperaturePolicy, signals: Signals) -> Tensor:

@@ -101,6 +101,12 @@ class TemperaturePolicy(nn.Module, ABC):
             One :class:`Temperature`, or a sequence of them: one loss term each.
         """
 
+    @property
+    def needs_logits(self) -> bool:
+        """Return True if the policy, or one within it, reads the logits or changes them."""
+        parts = [part for part in self.modules() if isinstance(part, TemperaturePolicy)]
+        return any(part.reads_logits or type(part).transform is not TemperaturePolicy.transform for part in parts)
+
     def transform(self, logits: Tensor) -> Tensor:
         """Return the logits that the loss sees (class dimension last): the same, unless the policy must centre them."""
         return logits

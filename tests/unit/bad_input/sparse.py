@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_lightning import functional, losses
+from kd_lightning import Distiller, TeacherEnsemble, functional, losses
 from kd_lightning.functional import Sparse, Temperature
+from kd_lightning.teachers import BatchTeacher, FunctionTeacher, MappedClasses
+from kd_lightning.temperature import EntropyTemperature
 from tests.unit.bad_input.case import Case
 
 INDICES, LOG_PROBS = torch.tensor([[0, 3]]), torch.tensor([[0.5, 0.3]]).log()
@@ -63,6 +65,23 @@ ELSEWHERE = (
     "changes with the temperature cannot be told: the loss's teacher temperature must be the same{}. Set it so, have "
     "the targets made at that of the loss, or take tail='uniform' or 'renormalize'."
 )
+FEW = (
+    "indices='ids' says that the batch has the probabilities of a few classes, which the logits of those few do not "
+    "tell. Have log-probabilities in the batch: output='log_probs'."
+)
+STUDENT, TARGET = torch.zeros(1, 5), Sparse(INDICES, LOG_PROBS)
+
+
+def distilled(teacher: Any = None, temperature: Any = 1.0, kd_loss: Any = None) -> Callable[[], object]:
+    """Distil from a teacher that gives targets."""
+    given: dict[str, Any] = {"teacher_logits": TARGET} if teacher is None else {}
+    return lambda: Distiller(teacher, temperature, kd_loss, task_weight=0.0)(STUDENT, STUDENT, **given)
+
+
+def served(inputs: Tensor) -> Sparse:
+    return TARGET
+
+
 LABEL = torch.tensor([2])
 CASES = [
     Case("lists", made([[0, 3]]), TypeError,
@@ -130,4 +149,29 @@ CASES = [
     Case("a temperature of each class", lost(temperature=Temperature(torch.ones(()), torch.ones(1, 5))), ValueError,
          "Sparse targets do not name all classes, so the teacher's temperature must be one for each row, got shape "
          "(1, 5). Take another policy, or the teacher's logits."),
+    Case("the Distiller's default temperature", distilled(temperature=4.0), ValueError,
+         ELSEWHERE.format("bucket", 1, ", got 4")),
+    Case("a policy that reads logits", distilled(temperature=EntropyTemperature()), ValueError,
+         "the teacher gives Sparse targets, the probabilities of a few classes, but the temperature "
+         f"{EntropyTemperature()!r} is computed from the logits of all or changes them. Take a number, a schedule or "
+         "LearnableTemperature."),
+    Case("an ensemble", distilled(TeacherEnsemble([FunctionTeacher(served), FunctionTeacher(served)])), TypeError,
+         "an ensemble mixes the logits of all classes, got Sparse: take one teacher alone."),
+    Case("mapped classes", distilled(MappedClasses(FunctionTeacher(served), [0, 1, 2, 3, 4])), ValueError,
+         "MappedClasses takes logits (N, C) and names the teacher's class 4, but the teacher gives Sparse. Number its "
+         "classes from 0."),
+    Case("MSE in the Distiller", distilled(FunctionTeacher(served), kd_loss=losses.MSELogitsLoss()), ValueError,
+         NEEDS_ALL.format("SquaredError")),
+    Case("a temperature declared twice", distilled(FunctionTeacher(served, temperature=2.0)), ValueError,
+         "the teacher gives Sparse targets made at temperature 1, but FunctionTeacher was told output='logits', "
+         "temperature=2. Leave out output and temperature: Sparse(..., temperature=...) has them."),
+    Case("logits of a few classes", lambda: BatchTeacher("z", indices="ids"), ValueError, FEW),
+    Case("a tail without indices", lambda: BatchTeacher("z", tail="drop"), ValueError,
+         "tail='drop' is for the probabilities of a few classes: name the key of their indices."),
+    Case("a batch without indices", lambda: BatchTeacher("z", "probs", indices="ids").logits({"z": 1, "x": 2}),
+         ValueError,
+         "BatchTeacher reads 'z' and 'ids' of the batch, got the keys z, x. Have the dataset and its collate function "
+         "put it there: a key of a mapping, or a position in a tuple."),
+    Case("a consensus", lambda: Distiller(None).consensus(None, TARGET), ValueError,
+         "Sparse targets name a few classes only, so that there are no logits to show."),
 ]  # fmt: skip
