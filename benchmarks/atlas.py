@@ -39,7 +39,7 @@ SEEDS, EVALUATIONS, BATCH_SIZE = 5, 10, 32
 KD_WEIGHT, TASK_WEIGHT, ANCHOR = 0.9, 0.1, 4.0  # "equal" has kd_weight · T² = KD_WEIGHT · ANCHOR² at every T
 STEPS = {"x1/4": 50, "x1": 200, "x4": 800}
 FEW, TEACHER_STEPS = 100, 600
-RATES = {"adamw": (0.005, 0.02, 0.08), "sgd": (0.016, 0.06, 0.25)}
+RATES = {"adamw": (0.005, 0.02, 0.08, 0.32), "sgd": (0.004, 0.016, 0.06, 0.25, 1.0)}
 TASKS = ("digits", "mnist5k")
 ARMS = (
     ("none", 0.0),
@@ -299,7 +299,8 @@ def page(rows: Rows) -> str:
         f"where KD contains T². Fixed: kd_weight = {KD_WEIGHT}. Equal: kd_weight · T² = {KD_WEIGHT * ANCHOR**2:g}.\n"
         f"The two are the same at T = {ANCHOR:g}.",
         "Cells: test accuracy in points less that of the arm without a teacher, mean ± standard error of\n"
-        f"{SEEDS} paired seeds. Each arm has its own learning rate of three, chosen by mean validation accuracy.\n"
+        f"{SEEDS} paired seeds. Each arm has its own learning rate of {len(RATES['adamw'])} (AdamW) or {len(RATES['sgd'])}\n"
+        "(SGD), chosen by mean validation accuracy.\n"
         "**Bold**: p < 0.05 after Holm's correction for all comparisons of the table.",
     ]
     for which, title in (("last", "Last step"), ("best", "Best of ten evaluations by validation")):
