@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from kd_lightning.callbacks import TemperatureFinder
+from kd_lightning.cli.diagnosis import import_class
 from kd_lightning.cli.parser import Command
 from kd_lightning.export import SUFFIXES, ExportFormat, export_student, inputs_like
 from kd_lightning.modules import ClassificationModule, DistillationModule
@@ -79,7 +81,8 @@ def find_temperature(
 ) -> None:
     """Search the temperature by short runs, print the table and draw it, and do not train further.
 
-    ``--finder.candidates`` and the like set the search up, unless the configuration has a finder of its own.
+    ``--finder.candidates`` and the like set the search up; over a finder among the configuration's callbacks they
+    stand for what they name, and the rest stays as it is there.
 
     Args:
         trainer: Runs the search.
@@ -247,6 +250,14 @@ def _add_finder(parser: LightningArgumentParser) -> list[str]:
     return ["finder"]
 
 
+def _override_finder(config: Any, written: Mapping[str, Any]) -> None:
+    callbacks = config.trainer.callbacks or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if issubclass(import_class(callback.class_path), TemperatureFinder):
+            for name in written.get("finder") or {}:
+                callback.init_args[name] = config.finder[name]
+
+
 def _add_export(parser: LightningArgumentParser) -> list[str]:
     parser.set_defaults({"trainer.logger": False})
     return parser.add_function_arguments(export, skip={"trainer", "model", "datamodule"})
@@ -268,7 +279,7 @@ def _sweep_option(option: str) -> str:
 
 COMMANDS = {
     "plot-temperature": Command(plot_temperature),
-    "find-temperature": Command(find_temperature, _add_finder),
+    "find-temperature": Command(find_temperature, _add_finder, adjust=_override_finder),
     "cache-teacher": Command(cache_teacher),
     "export": Command(export, _add_export, _export_option),
     "sweep": Command(sweep, _add_sweep, _sweep_option, builds=False),

@@ -19,10 +19,11 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
+from typing_extensions import is_typeddict
 
 from kd_lightning.cli.written import Key, Written, guess
 
-__all__ = ["diagnose", "first_error"]
+__all__ = ["diagnose", "first_error", "import_class"]
 
 _SPEC = ("class_path", "init_args", "dict_kwargs")
 _NOUNS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
@@ -64,6 +65,12 @@ def first_error(config: Any) -> Exception | None:
     return None
 
 
+def import_class(path: str) -> Any:
+    """Return the class or function at an import path."""
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
 def _build(config: Any, key: Key) -> Any:
     if isinstance(config, (list, tuple)):
         return type(config)(_build(part, (*key, index)) for index, part in enumerate(config))
@@ -72,8 +79,7 @@ def _build(config: Any, key: Key) -> Any:
     items = vars(config) if isinstance(config, Namespace) else config
     if not isinstance(items.get("class_path"), str):
         return {name: _build(part, (*key, name)) for name, part in items.items()}
-    module, _, name = items["class_path"].rpartition(".")
-    target = getattr(import_module(module), name)
+    target = import_class(items["class_path"])
     arguments = _build(items.get("init_args") or {}, (*key, "init_args"))
     arguments.update(items.get("dict_kwargs") or {})
     try:
@@ -258,7 +264,7 @@ def _plain(annotation: Any) -> list[Any]:
 
 def _classes(annotation: Any) -> list[type]:
     classes = [leaf for leaf in _leaves(annotation) if isinstance(leaf, type) and leaf.__module__ != "builtins"]
-    return [cls for cls in dict.fromkeys(classes) if not issubclass(cls, PurePath)]
+    return [cls for cls in dict.fromkeys(classes) if not is_typeddict(cls) and not issubclass(cls, PurePath)]
 
 
 def _callables(annotation: Any) -> Iterator[tuple[Any, Any]]:

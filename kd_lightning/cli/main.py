@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd_lightning import __version__
 from kd_lightning.cli.errors import paragraph
+from kd_lightning.cli.help import HELP, describe_command, describe_commands
 from kd_lightning.cli.written import CommandLineError
 
 if TYPE_CHECKING:
@@ -42,9 +43,22 @@ def main(args: ArgsType = None) -> None:
         sys.exit(2)
 
 
-def _run(args: Any) -> None:
-    if args == ["--version"]:
+def _answer(args: list[str]) -> bool:
+    """Answer what needs neither torch nor Lightning: version and help."""
+    first = args[0] if args else ""
+    if first == "--version":
         print(f"kd-lightning {__version__}")
+    elif first in ("-h", "--help"):
+        print(describe_commands())
+    elif first in HELP and not {"-h", "--help"}.isdisjoint(args):
+        print(describe_command(first))
+    else:
+        return False
+    return True
+
+
+def _run(args: Any) -> None:
+    if isinstance(args, list) and _answer(args):
         return
     # imported here because Lightning takes seconds, and because the commands import the sweep, whose runs import this
     # package for its parser

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from argparse import ArgumentError
+from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Optional
 
 import torch
 import yaml
+from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -27,7 +28,7 @@ import kd_lightning.temperature  # noqa: F401
 from kd_lightning.cli.diagnosis import diagnose, first_error
 from kd_lightning.cli.written import CommandLineError, Written, guess
 
-__all__ = ["Command", "KDLightningCLI", "SaveRunConfig"]
+__all__ = ["Command", "KDLightningCLI", "SaveRunConfig", "find_checkpoints"]
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,14 @@ class Command:
         spelling: Maps an option as typed, without its value, to the option of the parser.
         builds: Whether trainer, model and data are built beforehand. Otherwise ``function`` receives the parsed
             configuration, ``config``, in their place.
+        adjust: Changes the parsed configuration before anything is built, given the settings as they were written.
     """
 
     function: Callable[..., None]
     add_arguments: Callable[[LightningArgumentParser], list[str]] | None = None
     spelling: Callable[[str], str] = str
     builds: bool = True
+    adjust: Callable[[Any, Mapping[str, Any]], None] | None = None
 
     @property
     def help(self) -> str:
@@ -147,6 +150,11 @@ class KDLightningCLI(LightningCLI):
             return
         if written.command not in self.names and set(given).isdisjoint(("-h", "--help")):
             raise CommandLineError(_no_command(written.command, self.names))
+        if "--trainer.help" in given:
+            trainer = self.parser_class(usage=SUPPRESS, add_help=False)
+            trainer.add_lightning_class_args(Trainer, "trainer")
+            trainer.print_help()
+            trainer.exit()
         refused: ArgumentError | None = None
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -155,6 +163,7 @@ class KDLightningCLI(LightningCLI):
                 refused = error  # explained below, so that an error in the user's own module has a traceback of its own
         if refused is not None:
             raise CommandLineError(diagnose(written, self._owners(str(written.command)), refused)) from refused
+        find_checkpoints(self.config, written.files)
 
     def _owners(self, command: str) -> dict[str, Callable[..., Any]]:
         """Return the keys of a command, each with the function or class that has an argument of this name."""
@@ -173,6 +182,9 @@ class KDLightningCLI(LightningCLI):
         num_threads = self._get(self.config, "num_threads")
         if num_threads is not None:
             torch.set_num_threads(num_threads)
+        command = self.commands.get(str(self.subcommand))
+        if command is not None and command.adjust is not None and self.written is not None:
+            command.adjust(self.config[self.subcommand], self.written.tree)
 
     @override
     def instantiate_classes(self) -> None:
@@ -230,6 +242,27 @@ def _no_command(given: str | None, commands: list[str]) -> str:
     """Return what to say where the first argument is no command."""
     known = f"The commands are {', '.join(commands)}; kd-lightning COMMAND --help describes one."
     return f"name a command. {known}" if given is None else f"{given!r} is no command.{guess(given, commands)} {known}"
+
+
+def find_checkpoints(config: Any, files: list[Path]) -> None:
+    """Resolve a ``checkpoint`` from the configuration that names it, where the current folder does not have it.
+
+    A path is looked for from the current folder, from the configuration's folder, and from the folder above that,
+    because the configurations of a project stand in ``configs/``.
+
+    Args:
+        config: A part of the parsed configuration.
+        files: The configuration files, the one that counts last.
+    """
+    items = vars(config) if isinstance(config, Namespace) else config
+    for name, value in list(enumerate(items) if isinstance(items, list) else items.items()):
+        if name == "checkpoint" and isinstance(value, (str, Path)):
+            folders = [folder for file in reversed(files) for folder in (file.parent, file.absolute().parent.parent)]
+            found = [folder / value for folder in folders if (folder / value).is_file()]
+            if found and not Path(value).exists():
+                items[name] = str(found[0])
+        elif isinstance(value, (Namespace, dict, list)):
+            find_checkpoints(value, files)
 
 
 def _with_model_of_checkpoint(args: list[str], folder: Path) -> list[str]:

@@ -56,7 +56,7 @@ class Written:
         self.files: list[Path] = []
         self.stray: list[str] = []
         self._places: dict[Key, str] = {}
-        rest = args[args.index(self.command) + 1 :] if self.command is not None else []
+        rest = [*args] if self.command is None else args[args.index(self.command) + 1 :]
         while rest:
             option, equals, value = rest.pop(0).partition("=")
             values = [value] if equals else []

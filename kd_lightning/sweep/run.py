@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from typing_extensions import override
 
-from kd_lightning.cli.parser import KDLightningCLI
+from kd_lightning.cli.parser import KDLightningCLI, find_checkpoints
 from kd_lightning.modules.distillation import DistillationModule
 
 __all__ = ["Parts", "Setting", "Validations", "build", "measure", "resolve", "train"]
@@ -40,6 +40,7 @@ class Parts(KDLightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)  # pyright: ignore
+        find_checkpoints(self.config, [] if self.written is None else self.written.files)
 
 
 @dataclass(frozen=True)

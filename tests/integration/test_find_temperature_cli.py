@@ -42,3 +42,13 @@ def test_a_finder_in_the_configuration_is_the_one(tmp_path: Path, capsys: pytest
     assert [line.split()[0] for line in printed[1:6]] == ["1", "2", "4", "8", "16"]
     assert "of 3" in printed[1]
     assert not list(tmp_path.glob("logs/**/*.ckpt"))
+
+
+def test_options_stand_over_the_configured_finder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"]
+    finder = ["--finder.candidates=[3,5]", "--finder.seeds=1"]
+    main(["find-temperature", "--config", "configs/digits_finder.yaml", *short, *SMALL, *finder])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[1:4]] == ["3", "5", "suggestion:"]
+    assert "of 3" not in printed[1]
+    assert (tmp_path / "logs/digits_finder/version_0/temperature_finder.png").is_file()  # plot_path stays as configured

@@ -212,6 +212,39 @@ def test_a_checkpoint_of_plain_python_needs_a_config(tmp_path: Path) -> None:
         run("validate", "--ckpt_path=plain.ckpt")
 
 
+def test_a_checkpoint_is_looked_for_from_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the current folder first, then from the configuration's folder and the one above it."""
+    seen: list[DistillationModule] = []
+    monkeypatch.setattr(DistillationModule, "on_fit_end", lambda self: seen.append(self))
+    (tmp_path / "configs").mkdir()
+    config = yaml.safe_load(Path(DIGITS).read_text())
+    config["trainer"] |= {"fast_dev_run": True, "enable_progress_bar": False}
+    for name in ("configs/digits_teacher.safetensors", "digits_teacher.safetensors"):
+        config["model"]["init_args"]["teacher"]["init_args"]["checkpoint"] = name
+        (tmp_path / "configs" / f"{len(name)}.yaml").write_text(yaml.safe_dump(config))
+    there = tmp_path / "configs" / "digits_teacher.safetensors"
+    there.write_bytes(Path(TEACHER).read_bytes())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for name in ("../configs/34.yaml", "../configs/26.yaml"):
+        run("fit", "--config", name)
+    Path("digits_teacher.safetensors").write_bytes(Path(TEACHER).read_bytes())
+    run("fit", "--config", "../configs/26.yaml")
+    found = [str(module.teacher).partition("checkpoint='")[2].partition("'")[0] for module in seen]
+    found[0] = str(Path(found[0]).resolve())
+    assert found == [str(there.resolve()), "../configs/digits_teacher.safetensors", "digits_teacher.safetensors"]
+
+
+def test_a_class_in_the_current_folder(tmp_path: Path) -> None:
+    """As the console script is started: `python FILE`, whose sys.path has the script's folder and not the current."""
+    (tmp_path / "own_policy.py").write_text("from kd_lightning.schedules import CosineSchedule as SawTooth\n")
+    script = Path(sys.executable).with_name("kd-lightning")
+    options = ["--model.temperature=own_policy.SawTooth", "--model.temperature.init_value=8"]
+    command = [str(script), "fit", "--config", DIGITS, *options, "--model.temperature.end_value=2", "--print_config"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_python_and_yaml_train_alike(run_folder: Path, tmp_path: Path, make_trainer: Any) -> None:
     """The same recipe in Python gives the same numbers."""
     from lightning.pytorch import seed_everything
