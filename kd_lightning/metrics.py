@@ -314,8 +314,7 @@ class ClassificationMetrics(nn.ModuleDict):
             teacher_logits = None if teacher_logits is None else as_two_classes(teacher_logits)
         elif targets.shape == logits.shape:
             targets = targets.argmax(-1)
-        for name, metric in self.items():
-            assert isinstance(metric, Metric)
+        for name, metric in self._named():
             if name in ("teacher_acc", "teacher_perplexity"):
                 if teacher_logits is not None:
                     metric.update(teacher_logits, targets)
@@ -325,3 +324,23 @@ class ClassificationMetrics(nn.ModuleDict):
                     metric.update(logits, torch.where(targets == self.ignore_index, targets, predicted))
             else:
                 metric.update(logits, targets)
+
+    def sums(self) -> dict[str, dict[str, Tensor]]:
+        """Return the state of each metric, for a checkpoint within an epoch."""
+        return {
+            name: {state: getattr(metric, state) for state in metric.metric_state} for name, metric in self._named()
+        }
+
+    def restore(self, sums: dict[str, dict[str, Tensor]]) -> None:
+        """Go on from what :meth:`sums` returned; metrics that either side lacks are left as they are."""
+        for name, metric in self._named():
+            for state, value in sums.get(name, {}).items():
+                setattr(metric, state, value.to(metric.device))
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        for _, metric in self._named():
+            metric.reset()
+
+    def _named(self) -> list[tuple[str, Metric]]:
+        return [(name, metric) for name, metric in self.items() if isinstance(metric, Metric)]

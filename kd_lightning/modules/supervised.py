@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
 
-from kd_lightning._lightning import accumulates, attached_trainer, init_arguments, is_given_by_cli
+from kd_lightning._lightning import accumulates, attached_trainer, batches_done, init_arguments, is_given_by_cli
 from kd_lightning.export import describe_inputs, inputs_like
 from kd_lightning.functional import next_token_targets
 from kd_lightning.losses.task import as_targets
@@ -71,6 +72,7 @@ class SupervisedModule(LightningModule):
         self.mean_over = mean_over
         self.metrics = nn.ModuleDict()
         self._tasks: dict[str, Task | None] = {}
+        self._earlier_in_epoch: dict[str, Any] | None = None  # a checkpoint's metrics, until the first batch
         self._input_description: Any = None
         self._last_targets: Tensor | None = None
         self._step_items: Tensor | None = None  # labelled positions of the optimiser step so far
@@ -216,6 +218,9 @@ class SupervisedModule(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["example_inputs"] = self._input_description
+        trainer = attached_trainer(self)
+        if _counts_alone(trainer) and not trainer.is_last_batch:
+            checkpoint["train_metrics"] = {key: metrics.sums() for key, metrics in self._metrics_of("train")}
 
     @override
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -248,6 +253,16 @@ class SupervisedModule(LightningModule):
             raise ValueError(
                 "mean_over='step' divides the accumulated gradients itself, but they are out of reach under "
                 f"{type(self.trainer.strategy).__name__}. Take ddp, say, or mean_over='batch'."
+            )
+
+        for _, metrics in self._metrics_of("train"):
+            metrics.reset()  # because a fit before may have ended within an epoch
+        if batches_done(self.trainer) == 0:
+            self._earlier_in_epoch = None
+        elif self._earlier_in_epoch is None:
+            rank_zero_info(
+                "Resumed within an epoch: its train_ metrics cover the rest of the epoch only, because checkpoints of "
+                "several processes, and of earlier versions, hold no metrics."
             )
 
     @override
@@ -290,14 +305,21 @@ class SupervisedModule(LightningModule):
             self.metrics[key] = metrics.to(self.device)
         metrics = self.metrics[key]
         assert isinstance(metrics, ClassificationMetrics)
+        if self._earlier_in_epoch and stage == "train":
+            metrics.restore(self._earlier_in_epoch.pop(key, {}))
         metrics.observe(logits, targets, teacher_logits)
 
+    def _metrics_of(self, stage: str) -> list[tuple[str, ClassificationMetrics]]:
+        return [
+            (key, metrics)
+            for key, metrics in self.metrics.items()
+            if key.startswith(f"{stage}_") and isinstance(metrics, ClassificationMetrics)
+        ]
+
     def _log_metrics(self, stage: str) -> None:
-        keys = [key for key in self.metrics if key.startswith(f"{stage}_")]
-        for key in keys:
-            suffix = f"/dataloader_idx_{key.rpartition('_')[2]}" if len(keys) > 1 else ""
-            metrics = self.metrics[key]
-            assert isinstance(metrics, ClassificationMetrics)
+        every = self._metrics_of(stage)
+        for key, metrics in every:
+            suffix = f"/dataloader_idx_{key.rpartition('_')[2]}" if len(every) > 1 else ""
             if not self.trainer.strategy.reduce(metrics["acc"].total.clone(), reduce_op="sum"):  # pyright: ignore
                 continue  # no rank had a labelled position: no value, rather than 0 or NaN
             for name, metric in metrics.items():
@@ -338,8 +360,10 @@ class SupervisedModule(LightningModule):
         for state in states_of(checkpoint):
             self._keep_class_weights(state)
         self._input_description = checkpoint.get("example_inputs")
+        trainer = attached_trainer(self)
+        self._earlier_in_epoch = checkpoint.get("train_metrics") if _counts_alone(trainer) else None
         hparams = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
-        if hparams and "_instantiator" in hparams and attached_trainer(self) is None:
+        if hparams and "_instantiator" in hparams and trainer is None:
             # load_from_checkpoint of a file from the command line: keep its plain configuration rather than the objects
             # that were made of it, or the next checkpoint could not be loaded
             self.hparams.update(hparams)
@@ -366,6 +390,11 @@ class SupervisedModule(LightningModule):
                 f"the checkpoint was trained with other class weights ({', '.join(changed)}); those given now are used "
                 "from here on. To go on as before, give the loss the same weights."
             )
+
+
+def _counts_alone(trainer: Trainer | None) -> TypeGuard[Trainer]:
+    """Return True in a fit of one process; of several, a checkpoint would hold rank 0's counts alone."""
+    return trainer is not None and trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1
 
 
 def states_of(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
