@@ -288,6 +288,7 @@ def page(rows: Rows) -> str:
     """Return the page's Markdown."""
     planned = len(list(plan()))
     lengths = ", ".join(f"{name} = {steps}" for name, steps in STEPS.items())
+    rates = " or ".join(f"{len(grid)} ({name})" for name, grid in RATES.items())
     parts = [
         "# Atlas of temperatures",
         "Written by `python benchmarks/atlas.py page` from `benchmarks/atlas.csv`; do not edit. To go on with the\n"
@@ -299,8 +300,7 @@ def page(rows: Rows) -> str:
         f"where KD contains T². Fixed: kd_weight = {KD_WEIGHT}. Equal: kd_weight · T² = {KD_WEIGHT * ANCHOR**2:g}.\n"
         f"The two are the same at T = {ANCHOR:g}.",
         "Cells: test accuracy in points less that of the arm without a teacher, mean ± standard error of\n"
-        f"{SEEDS} paired seeds. Each arm has its own learning rate of {len(RATES['adamw'])} (AdamW) or {len(RATES['sgd'])}\n"
-        "(SGD), chosen by mean validation accuracy.\n"
+        f"{SEEDS} paired seeds. Each arm has its own learning rate of {rates}, chosen by mean validation accuracy.\n"
         "**Bold**: p < 0.05 after Holm's correction for all comparisons of the table.",
     ]
     for which, title in (("last", "Last step"), ("best", "Best of ten evaluations by validation")):

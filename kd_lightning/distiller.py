@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from kd_lightning.functional import Temperature
-from kd_lightning.functional.rows import without_padding
+from kd_lightning.functional.rows import check_labels, without_padding
 from kd_lightning.functional.sparse import TeacherTarget
-from kd_lightning.functional.tokens import padding_mask
 from kd_lightning.layers import LayerResult, LayerTerm, LayerTerms
 from kd_lightning.losses import CrossEntropyLoss, KDLoss
 from kd_lightning.losses.task import as_loss, as_targets, task_term
 from kd_lightning.output import DistillationOutput, as_terms
 from kd_lightning.schedules import ConstantSchedule, Progress, Schedule, as_schedule, weight_at
 from kd_lightning.teachers import GivenLogits, Opinions, Teacher, as_teacher, extract_logits
+from kd_lightning.teachers.calls import padding_mask
 from kd_lightning.temperature import Signals, TemperaturePolicy, as_policy
 from kd_lightning.temperature.base import Temperatures
 
@@ -196,7 +196,8 @@ class Distiller(nn.Module):
         kd_weight, task_weight = self._weights(progress)
         if teacher_logits is None:
             teacher_logits = self._teaching.logits(inputs, index)
-        counting = targets if targets is not None else padding_mask(inputs, self._positions(student_logits))
+        check_labels(targets, student_logits, self.class_dim, self.task_ignore_index)
+        counting = counting_positions(targets, inputs, student_logits.movedim(self.class_dim, -1).shape[:-1])
         signals, opinions = self._consult(inputs, student_logits, teacher_logits, counting, progress)
         kd_loss, temperature = self._distil(signals, opinions)
         if task_loss is None and targets is not None:
@@ -204,7 +205,7 @@ class Distiller(nn.Module):
         elif task_loss is None:
             check_targets(targets, task_weight)
             task_loss = kd_loss.new_zeros(())
-        layers = self._layer_terms(progress)
+        layers = self._layer_terms(progress, inputs)
         loss = kd_weight * kd_loss + task_weight * task_loss
         for term in layers.values():
             loss = loss + term.weight * term.loss
@@ -266,9 +267,6 @@ class Distiller(nn.Module):
         progress = progress or Progress(max_steps=1, max_epochs=1)
         return self._consult(inputs, one, teacher_logits, targets, progress)[1].consensus.movedim(-1, self.class_dim)
 
-    def _positions(self, logits: Tensor) -> tuple[int, ...]:
-        return tuple(logits.movedim(self.class_dim, -1).shape[:-1])
-
     def task_term(self, student_logits: Tensor, targets: Tensor) -> Tensor:
         """Return the task loss, unweighted."""
         logits = student_logits.movedim(self.class_dim, 1) if student_logits.dim() > 2 else student_logits
@@ -320,9 +318,9 @@ class Distiller(nn.Module):
 
     # ---- layers and policies ---------------------------------------------------------------------------------------
 
-    def _layer_terms(self, progress: Progress) -> dict[str, LayerResult]:
+    def _layer_terms(self, progress: Progress, inputs: Any) -> dict[str, LayerResult]:
         if self.training and len(self.layers):
-            return self.layers(progress, self.kd_enabled)
+            return self.layers(progress, self.kd_enabled, padding_mask(inputs))
         self.layers.clear()
         return {}
 
@@ -390,3 +388,11 @@ def check_targets(targets: Tensor | None, task_weight: float) -> None:
             f"task_weight is {task_weight:g} but the batch has no targets. Give targets or a task_loss, or set "
             "task_weight=0 to learn from the teacher alone."
         )
+
+
+def counting_positions(targets: Tensor | None, inputs: Any, positions: Sequence[int]) -> Tensor | None:
+    """Return the targets, or without them the padding mask of the inputs where it has the logits' positions."""
+    if targets is not None:
+        return targets
+    mask = padding_mask(inputs)
+    return mask if mask is not None and mask.shape == torch.Size(positions) else None

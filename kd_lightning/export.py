@@ -265,7 +265,7 @@ def _trace(
             program = torch.export.export(network, args, kwargs, dynamic_shapes=shapes[1] or shapes[0])
     except Exception as error:  # torch raises some ten kinds here
         raise RuntimeError(
-            f"torch.export cannot trace {type(network).__name__}: {str(error).strip()}\n"
+            f"torch.export cannot trace {type(network).__name__}: {' '.join(str(error).split())} "
             "A branch that depends on the values of tensors is written with torch.where or torch.cond; a size that the "
             f"code fixes is left out of dynamic_dims, now {tuple(dynamic_dims)}. Safetensors, which hold the weights "
             "alone, need no tracing: format='safetensors'."

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from kd_lightning.distiller import Distiller, check_targets
+from kd_lightning.distiller import Distiller, check_targets, counting_positions
 from kd_lightning.functional import Temperature
 from kd_lightning.functional.sparse import TeacherTarget
-from kd_lightning.functional.tokens import padding_mask
 from kd_lightning.losses import CrossEntropyLoss, FusedLinearKDLoss
 from kd_lightning.output import DistillationOutput
 from kd_lightning.schedules import Progress
@@ -104,7 +103,7 @@ class FusedDistiller(Distiller):
         if not isinstance(temperature, Temperature):
             raise ValueError(f"FusedLinearKDLoss takes one temperature, but {self.temperature!r} gives several.")
         teacher = self._teaching.hidden_states(inputs)
-        counting = targets if targets is not None else padding_mask(inputs, tuple(shape[:-1]))
+        counting = counting_positions(targets, inputs, shape[:-1])
         terms = kd_loss.from_hidden(student, teacher, temperature, counting, kd_weight, task_weight)
         empty = student.hidden.new_empty(0, shape[-1])
         return DistillationOutput(

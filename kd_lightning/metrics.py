@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -9,13 +10,17 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from typing_extensions import override
 
+from kd_lightning.losses import BernoulliKDLoss
+
 __all__ = [
     "CalibrationError",
     "ClassificationMetrics",
     "Perplexity",
     "Task",
     "TopKAccuracy",
+    "agreement",
     "as_two_classes",
+    "task_loss_among",
     "task_of",
 ]
 
@@ -24,7 +29,7 @@ Task = Literal["classes", "labels"]
 
 _TASKS: list[tuple[tuple[type[nn.Module], ...], Task | None]] = [
     ((nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss), "classes"),
-    ((nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss), "labels"),
+    ((nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss, BernoulliKDLoss), "labels"),
     ((nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss), None),
 ]
 
@@ -64,35 +69,57 @@ def task_of(task_loss: object, logits: Tensor, targets: Tensor) -> Task | None:
     return "labels" if bool(((values == 0) | (values == 1)).all()) else None
 
 
+def task_loss_among(modules: Iterable[nn.Module]) -> nn.Module | None:
+    """Return the loss among modules that tells the task; None where there is none, or where two disagree."""
+    known = [(module, task) for module in modules for kinds, task in _TASKS if isinstance(module, kinds)]
+    return known[0][0] if len({task for _, task in known}) == 1 else None
+
+
 def as_two_classes(logits: Tensor) -> Tensor:
     """Return logits ``(…, C, 2)`` of no and yes for each of the labels of logits ``(…, C)``: (0, z)."""
     return torch.stack((torch.zeros_like(logits), logits), dim=-1)
 
 
-def agreement(student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor | None:
-    """Return how often student and teacher predict the same; None where nothing is predicted, as in regression.
+def agreement(
+    student: Tensor,
+    teacher: Tensor,
+    targets: Tensor | None = None,
+    task_loss: nn.Module | None = None,
+    ignore_index: int | None = -100,
+) -> tuple[Tensor, Tensor] | None:
+    """Return how many predictions of student and teacher are the same, and of how many; None where there are none.
 
     A prediction is the largest class, or for a single logit, and for targets that are labels, the sign of each logit.
+    In regression there are none.
 
     Args:
         student: ``(…, C)``, class dimension last.
         teacher: The same shape, or empty where the teacher gave no logits.
-        targets: Of the batch, in the logits' shape where they are no class indices.
+        targets: Of the batch, or a boolean mask of the positions that count.
+        task_loss: What tells the task; see :func:`task_of`.
+        ignore_index: Target value of the positions that do not count; None counts all.
 
     Example:
         >>> agreement(torch.tensor([[2.0], [-1.0]]), torch.tensor([[3.0], [1.0]]))
-        tensor(0.5000)
+        (tensor(1), tensor(2))
     """
     task: Task | None = "labels" if student.shape[-1] == 1 else "classes"
     if not len(teacher):
         return None
-    if targets is not None and targets.numel() == student.numel():
-        task = task_of(None, student, targets)
+    mask = targets if targets is not None and targets.dtype == torch.bool else None
+    if targets is not None and mask is None:
+        task = task_of(task_loss, student, targets)
     if task is None:
         return None
-    if task == "labels":
-        return ((student > 0) == (teacher > 0)).float().mean()
-    return (student.argmax(-1) == teacher.argmax(-1)).float().mean()
+    labels = task == "labels"
+    same = (student > 0) == (teacher > 0) if labels else student.argmax(-1) == teacher.argmax(-1)
+    if mask is not None:
+        valid = mask.unsqueeze(-1).expand_as(same) if labels else mask
+    elif targets is None or ignore_index is None or targets.numel() != same.numel():
+        valid = torch.ones_like(same)
+    else:
+        valid = targets.reshape(same.shape) != ignore_index
+    return (same & valid).sum(), valid.sum()
 
 
 class TopKAccuracy(Metric):

@@ -16,9 +16,9 @@ from typing_extensions import override
 
 from kd_lightning._lightning import is_compiled
 from kd_lightning.callbacks.student_call import StudentCall, changed, select, tensors, versions
-from kd_lightning.distiller import DistillationOutput, Distiller
-from kd_lightning.losses.task import check_scalar
-from kd_lightning.metrics import agreement
+from kd_lightning.callbacks.teacher_scores import TeacherScores
+from kd_lightning.distiller import DistillationOutput, Distiller, counting_positions
+from kd_lightning.losses.task import as_targets, check_scalar
 from kd_lightning.modules.optimization import configure_with_groups
 from kd_lightning.modules.run import (
     LABEL_KEYS,
@@ -115,6 +115,7 @@ class DistillationCallback(HoldsDistiller, Callback):
         self.validate = validate
         self.last_output: DistillationOutput | None = None
         self._run = DistillationRun(self.distiller, type(self).__name__)
+        self._scores = TeacherScores()
         self._trainer: Trainer | None = None
         self._layer: nn.Module | None = None
         self._wrapped: list[tuple[nn.Module, str, Any]] = []
@@ -165,9 +166,8 @@ class DistillationCallback(HoldsDistiller, Callback):
         if not pl_module.automatic_optimization:
             raise ValueError(
                 f"{type(pl_module).__name__} optimises manually, so nobody but its training_step can add a loss before "
-                "backward. Distil there, in two lines instead of this callback:\n"
-                "    self.distiller = Distiller(teacher, temperature=4.0)       # in __init__\n"
-                "    loss = self.distiller(inputs, student_logits, targets).loss  # in training_step, before backward"
+                "backward. Leave out this callback and distil there: self.distiller = Distiller(teacher) in __init__, "
+                "loss = self.distiller(inputs, student_logits, targets).loss in training_step, before backward."
             )
         self._run.check_student(pl_module)
         trainer, distiller = self._trainer, self.distiller.train()
@@ -253,12 +253,14 @@ class DistillationCallback(HoldsDistiller, Callback):
             if not learning:
                 raise RuntimeError(self._says_unseen(pl_module, step, args, kwargs, calls))
             batch = args[0] if args else next(iter(kwargs.values()), None)
-            out = self.last_output = self._distil(self._choose(learning), batch, task_loss)
+            out, _ = self._distil(self._choose(learning), batch, task_loss)
+            self.last_output = out
             return {**output, "loss": out.loss} if isinstance(output, Mapping) else out.loss
 
         return training_step
 
-    def _distil(self, call: StudentCall, batch: Any, task_loss: Tensor | None) -> DistillationOutput:
+    def _distil(self, call: StudentCall, batch: Any, task_loss: Tensor) -> tuple[DistillationOutput, Tensor | None]:
+        """Return the output, and the targets or the mask by which positions count."""
         logits = self.extract_logits(call.output)
         from_call = self.inputs is None and not self._run.teacher.reads_batch
         inputs = call.inputs() if from_call else batch if self.inputs is None else select(batch, self.inputs, "inputs")
@@ -278,11 +280,14 @@ class DistillationCallback(HoldsDistiller, Callback):
                 "x = x / 2, not x /= 2."
             )
         teacher_logits = self._run.teacher.logits(inputs, extract=self.extract_logits)
-        targets = self._find_targets(batch, logits)
+        targets = as_targets(self._find_targets(batch, logits), logits.device)
+        if targets is None and self._layer is not None:
+            positions = logits.movedim(self.distiller.class_dim, -1).shape[:-1]
+            targets = counting_positions(None, call.by_name(self._layer), positions)
         given: dict[str, Any] = {"teacher_logits": teacher_logits, "task_loss": task_loss}
         out = self.distiller(inputs, logits, targets, self.progress, **given)
         check_scalar(out.loss)
-        return out
+        return out, targets
 
     def _choose(self, calls: list[StudentCall]) -> StudentCall:
         if self.forward_call is None and len(calls) > 1:
@@ -305,6 +310,8 @@ class DistillationCallback(HoldsDistiller, Callback):
             targets = batch[1]
         elif isinstance(batch, Mapping):
             targets = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+        with suppress(TypeError):  # what is no array of numbers is no target of ours
+            targets = as_targets(targets, logits.device)
         if not isinstance(targets, Tensor):
             return None
         class_dim = self.distiller.class_dim
@@ -319,7 +326,7 @@ class DistillationCallback(HoldsDistiller, Callback):
                     f"the batch has labels {tuple(targets.shape)} for token logits {tuple(logits.shape)}. Say how they "
                     "go together: targets='labels' if the label of a token stands at its place; for a causal model, "
                     "which predicts the next token, targets=lambda batch: F.pad(batch['labels'][:, 1:], (0, 1), "
-                    "value=-100); targets=lambda batch: None to distil every position, padding too."
+                    "value=-100); targets=lambda batch: None to distil every position that is no padding."
                 )
             return targets
         if logits.dim() > 2 and targets.shape == logits.movedim(1, -1).shape[:-1]:
@@ -405,7 +412,13 @@ class DistillationCallback(HoldsDistiller, Callback):
 
     @override
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         calls, self._calls = self._calls, None
         if calls is None:
@@ -417,13 +430,15 @@ class DistillationCallback(HoldsDistiller, Callback):
             )
         self.distiller.eval()
         with trainer.precision_plugin.val_step_context():
-            out = self._distil(self._choose(calls), batch, task_loss=torch.zeros((), device=pl_module.device))
+            no_loss = torch.zeros((), device=pl_module.device)
+            out, counting = self._distil(self._choose(calls), batch, no_loss)
         self.distiller.train()
-        student, teacher = (x.movedim(out.class_dim, -1) for x in (out.student_logits, out.teacher_logits))
-        values = {"val_kd_loss": out.kd_loss}
-        if (share := agreement(student, teacher, self._find_targets(batch, out.student_logits))) is not None:
-            values["val_agreement"] = share
-        pl_module.log_dict(values, sync_dist=True, batch_size=len(out.student_logits))
+        self._scores.update(pl_module, self.kd_loss, out, counting, dataloader_idx)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.validate and self._trainer is not None:
+            self._scores.log(trainer, pl_module)
 
     # ---- state ------------------------------------------------------------------------------------------------------
 

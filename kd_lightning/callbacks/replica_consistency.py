@@ -21,7 +21,7 @@ class ReplicaConsistency(Callback):
 
     Every ``every_n_steps`` optimiser steps, and at the end of training, ranks compare a hash of the policies'
     parameters and buffers (``multiplier`` among them), of the weights of the losses, of whether distillation is on, of
-    the sum of the teacher's weights, and of the counters of :class:`AdaptiveTemperature` and
+    a checksum of the teacher's weights, and of the counters of :class:`AdaptiveTemperature` and
     :class:`EarlyStopDistillation`. :class:`~kd_lightning.DistillationModule` and :class:`DistillationCallback` compare
     all but the counters at the start of each epoch by themselves. Ranks drift apart where a policy keeps a statistic of
     its own batches without reducing it, or where code moves a buffer on one rank; training goes on without a sign, on

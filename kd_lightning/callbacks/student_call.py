@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from kd_lightning.teachers import Call
@@ -24,6 +25,11 @@ class StudentCall:
     output: Any
     given: dict[int, int]
     returned: dict[int, int]
+
+    def by_name(self, layer: nn.Module) -> Mapping[str, Any]:
+        """Return the arguments of the call by the names that the layer's ``forward`` has for them."""
+        bound = inspect.signature(layer.forward).bind_partial(*self.args, **self.kwargs).arguments
+        return {**bound, **self.kwargs}
 
     def inputs(self) -> Any:
         """Return the arguments of the call in their simplest form."""

@@ -3,10 +3,13 @@
 Features are outputs of a layer within each network: vectors ``(N, D)``, tokens ``(N, L, D)`` (channels last), or maps
 ``(N, C, H, W)`` and ``(N, C, D, H, W)`` (channels second). The *soft* losses turn features into rows of logits over the
 positions and compare their softmax at T; :mod:`~kd_lightning.functional.similarity_losses` compares samples instead.
+A ``mask`` in the shape of the features without the channels is True at the positions that count.
 All is computed in float32 (float64 stays), also under autocast.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +30,12 @@ __all__ = [
     "hint_loss",
     "unit",
     "widened",
+    "without_padded",
 ]
 
 
-def hint_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    r"""Mean squared difference of the features, :math:`L = \frac{1}{n} \sum_k (s_k - t_k)^2` over all n elements.
+def hint_loss(student_features: Tensor, teacher_features: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    r"""Mean squared difference of the features, :math:`L = \frac{1}{n} \sum_k (s_k - t_k)^2` over the n that count.
 
     The publication has half the sum in place of the mean; the mean does not grow with the batch and the layer, and is
     what libraries compute.
@@ -39,6 +43,7 @@ def hint_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     Args:
         student_features: Any shape.
         teacher_features: The same shape.
+        mask: Positions that count, ``(N, L)`` for tokens ``(N, L, D)``; None: all.
 
     Raises:
         ValueError: If the shapes differ.
@@ -50,10 +55,13 @@ def hint_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
         tensor(4.5000)
     """
     check_same_shape(student_features, teacher_features)
-    return F.mse_loss(widened(student_features), widened(teacher_features))
+    student, teacher = (without_padded(x, mask) for x in (student_features, teacher_features))
+    return F.mse_loss(widened(student), widened(teacher)) * _padding_factor(mask)
 
 
-def attention_transfer_loss(student_features: Tensor, teacher_features: Tensor, *, power: float = 2.0) -> Tensor:
+def attention_transfer_loss(
+    student_features: Tensor, teacher_features: Tensor, *, power: float = 2.0, mask: Tensor | None = None
+) -> Tensor:
     r"""Mean squared difference of the attention maps, each of length 1.
 
     .. math::
@@ -66,6 +74,7 @@ def attention_transfer_loss(student_features: Tensor, teacher_features: Tensor, 
         student_features: Maps ``(N, C, H, W)`` or tokens ``(N, L, D)``.
         teacher_features: The same number of samples and positions.
         power: The exponent q; at least 1.
+        mask: Positions that count; None: all. N P is then their number.
 
     Raises:
         ValueError: If the features are vectors, if the samples or positions differ, or if ``power`` is below 1.
@@ -77,16 +86,18 @@ def attention_transfer_loss(student_features: Tensor, teacher_features: Tensor, 
         >>> attention_transfer_loss(student, teacher)
         tensor(0.2929)
     """
-    student, teacher = (attention_logits(x, power=power) for x in (student_features, teacher_features))
+    features = (without_padded(x, mask) for x in (student_features, teacher_features))
+    student, teacher = (attention_logits(x, power=power) for x in features)
     check_same_shape(student, teacher, "attention maps")
-    return F.mse_loss(unit(student), unit(teacher))
+    return F.mse_loss(unit(student), unit(teacher)) * _padding_factor(mask)
 
 
-def channel_logits(features: Tensor) -> Tensor:
+def channel_logits(features: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Return a row of logits over the positions for each channel of each sample: ``(N, C, H, W)`` → ``(N·C, H·W)``.
 
     Args:
         features: Maps ``(N, C, H, W)`` or tokens ``(N, L, D)``, of two positions or more.
+        mask: Positions that count; the others get −inf. None: all.
 
     Raises:
         ValueError: If the features are vectors or have a single position.
@@ -95,7 +106,7 @@ def channel_logits(features: Tensor) -> Tensor:
         >>> channel_logits(torch.zeros(2, 3, 4, 4)).shape
         torch.Size([6, 16])
     """
-    return _positions(features).flatten(0, 1)
+    return _masked_rows(_positions(without_padded(features, mask)), mask).flatten(0, 1)
 
 
 def channel_wise_kd_loss(
@@ -104,6 +115,7 @@ def channel_wise_kd_loss(
     temperature: float | Tensor | Temperature,
     *,
     scale: Scale = "student_teacher",
+    mask: Tensor | None = None,
 ) -> Tensor:
     r"""Channel-wise distillation (CWD): KL between the distributions of each channel over the positions.
 
@@ -119,6 +131,7 @@ def channel_wise_kd_loss(
         temperature: A number, or a tensor or :class:`Temperature` of one element or in the layout of the rows. The
             publication takes 4, and 1 for logit maps.
         scale: As in :func:`kd_loss`.
+        mask: Positions p that count; None: all.
 
     Raises:
         ValueError: If the shapes differ, if the features are vectors or have a single position, or if :func:`kd_loss`
@@ -132,15 +145,17 @@ def channel_wise_kd_loss(
         tensor(0.3278)
     """
     check_same_shape(student_features, teacher_features)
-    return kd_loss(channel_logits(student_features), channel_logits(teacher_features), temperature, scale=scale)
+    student, teacher = (channel_logits(x, mask=mask) for x in (student_features, teacher_features))
+    return kd_loss(student, teacher, temperature, scale=scale)
 
 
-def attention_logits(features: Tensor, *, power: float = 2.0) -> Tensor:
+def attention_logits(features: Tensor, *, power: float = 2.0, mask: Tensor | None = None) -> Tensor:
     r"""Return the mean of :math:`|x|^q` over the channels, a row of logits per sample: ``(N, C, H, W)`` → ``(N, H·W)``.
 
     Args:
         features: Maps ``(N, C, H, W)`` or tokens ``(N, L, D)``, of two positions or more.
         power: The exponent q; at least 1.
+        mask: Positions that count; the others get −inf. None: all.
 
     Raises:
         ValueError: If the features are vectors or have a single position, or if ``power`` is below 1.
@@ -150,7 +165,7 @@ def attention_logits(features: Tensor, *, power: float = 2.0) -> Tensor:
         tensor([[5., 2.]])
     """
     check_power(power)
-    return widened(_positions(features)).abs().pow(power).mean(1)
+    return _masked_rows(widened(_positions(without_padded(features, mask))).abs().pow(power).mean(1), mask)
 
 
 def attention_kd_loss(
@@ -160,6 +175,7 @@ def attention_kd_loss(
     *,
     power: float = 2.0,
     scale: Scale = "student_teacher",
+    mask: Tensor | None = None,
 ) -> Tensor:
     r"""Spatial attention as a distribution: :math:`L = \frac{T^2}{N} \sum_i \mathrm{KL}(\phi(a(t_i)) \| \phi(a(s_i)))`.
 
@@ -172,6 +188,7 @@ def attention_kd_loss(
         temperature: As in :func:`channel_wise_kd_loss`. The rows have the size of squared activations.
         power: The exponent q; at least 1.
         scale: As in :func:`kd_loss`.
+        mask: Positions that count; None: all.
 
     Raises:
         ValueError: If the samples or positions differ, if the features are vectors, if ``power`` is below 1, or if
@@ -185,7 +202,7 @@ def attention_kd_loss(
         >>> attention_kd_loss(student, teacher, 1.0)
         tensor(0.3278)
     """
-    student, teacher = (attention_logits(x, power=power) for x in (student_features, teacher_features))
+    student, teacher = (attention_logits(x, power=power, mask=mask) for x in (student_features, teacher_features))
     check_same_shape(student, teacher, "attention maps")
     return kd_loss(student, teacher, temperature, scale=scale)
 
@@ -231,3 +248,38 @@ def check_same_shape(student: Tensor, teacher: Tensor, what: str = "features") -
             f"{tuple(teacher.shape)}. A LayerTerm joins them by a projector; RelationalLoss, "
             "SimilarityPreservingLoss and SimilarityKDLoss compare any two."
         )
+
+
+def without_padded(features: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the features with 0 at the positions that do not count.
+
+    Raises:
+        ValueError: If the mask has not the shape of the features without the channels.
+    """
+    if mask is None:
+        return features
+    channel_dim = 1 if features.dim() > 3 else features.dim() - 1
+    positions = features.shape[:channel_dim] + features.shape[channel_dim + 1 :]
+    if mask.shape != positions:
+        raise ValueError(
+            f"a mask of features {tuple(features.shape)} must have their shape without the channels, "
+            f"{tuple(positions)}, got {tuple(mask.shape)}."
+        )
+    return features.masked_fill(~mask.bool().unsqueeze(channel_dim), 0.0)
+
+
+def _padding_factor(mask: Tensor | None) -> Tensor | float:
+    """Return what makes a mean over all positions, those that do not count being 0, one over those that count."""
+    return 1.0 if mask is None else mask.numel() / mask.sum().clamp(min=1)
+
+
+def _masked_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Return rows of logits over the positions, ``(N, …, P)``, with −inf at those that do not count.
+
+    A sample of padding alone keeps its logits, because a softmax needs one that counts; they are 0 on both sides.
+    """
+    if mask is None:
+        return rows
+    mask = mask.bool().flatten(1)
+    left_out = ~mask & mask.any(1, keepdim=True)
+    return rows.masked_fill(left_out if rows.dim() == 2 else left_out.unsqueeze(1), -math.inf)

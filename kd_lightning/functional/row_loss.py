@@ -16,6 +16,7 @@ from kd_lightning.functional.rows import (
     Reduction,
     Rows,
     Scale,
+    check_labels,
     check_logits,
     check_num_items,
     check_option,
@@ -110,6 +111,8 @@ def row_loss(
             divergence, student_logits, teacher_logits, temp, valid, class_dim
         )
     else:
+        if divergence.needs_labels:
+            check_labels(targets, student_logits, class_dim, ignore_index)
         labels = _labels(targets, valid, class_dim) if divergence.needs_labels else None
 
     rows = Rows(student_logits, teacher_logits, temp.student, temp.teacher, factor, valid, labels)

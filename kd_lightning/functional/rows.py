@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.functional.divergences import Divergence
-from kd_lightning.functional.temperature import Temperature, compute_dtype, widened_over
+from kd_lightning.functional.temperature import Temperature, compute_dtype, in_transform, widened_over
 
 __all__ = [
     "REDUCTIONS",
@@ -18,6 +18,8 @@ __all__ = [
     "Reduction",
     "Rows",
     "Scale",
+    "check_labels",
+    "check_layout",
     "check_logits",
     "check_num_items",
     "check_option",
@@ -43,25 +45,59 @@ def check_option(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
 
-def check_logits(
-    student: Tensor, teacher: Tensor, class_dim: int, min_classes: int = 2, targets: Tensor | None = None
-) -> None:
-    """Raise if the logits differ in shape, lack ``class_dim``, have too few classes, are no floats, or fit two layouts.
+def check_layout(logits: Tensor, class_dim: int, targets: Tensor | None = None) -> None:
+    """Raise if the logits lack ``class_dim``, or fit two layouts.
 
     The last dimension, ``class_dim=-1``, is a default that nobody may have meant; ``class_dim=2`` was meant.
     """
-    if student.dim() == 0 or not -student.dim() <= class_dim < student.dim():
-        raise ValueError(f"class_dim={class_dim} is not a dimension of student logits of shape {tuple(student.shape)}.")
-    if student.dim() > 3 and class_dim == -1:
+    shape = tuple(logits.shape)
+    if logits.dim() == 0 or not -logits.dim() <= class_dim < logits.dim():
+        raise ValueError(f"class_dim={class_dim} is not a dimension of student logits of shape {shape}.")
+    if logits.dim() > 3 and class_dim == -1:
         raise ValueError(
-            f"logits of shape {tuple(student.shape)} do not tell their class dimension, and class_dim=-1 is the width "
-            f"of an image. Give class_dim=1 for (N, C, H, W), or class_dim={student.dim() - 1} if the classes are last."
+            f"logits of shape {shape} do not tell their class dimension, and class_dim=-1 is the width "
+            f"of an image. Give class_dim=1 for (N, C, H, W), or class_dim={logits.dim() - 1} if the classes are last."
         )
-    if class_dim == -1 and student.dim() == 3 and targets is not None and student.shape[1] == student.shape[2]:
+    if class_dim == -1 and logits.dim() == 3 and targets is not None and logits.shape[1] == logits.shape[2]:
         raise ValueError(
-            f"logits of shape {tuple(student.shape)} and targets of shape {tuple(targets.shape)} fit (B, C, L) and "
+            f"logits of shape {shape} and targets of shape {tuple(targets.shape)} fit (B, C, L) and "
             "(B, L, C) alike. Give class_dim=1 or class_dim=2 to the loss."
         )
+
+
+def check_labels(targets: Tensor | None, logits: Tensor, class_dim: int, ignore_index: int | None) -> None:
+    """Raise if targets that are class indices do not fit the logits; values are looked at where that is no host sync.
+
+    Raises:
+        ValueError: If the shapes do not fit, or if a target is outside of the classes; names its value.
+    """
+    if targets is None or targets.dtype == torch.bool or targets.is_floating_point():
+        return
+    if targets.dim() != logits.dim() - 1 or torch.compiler.is_compiling() or in_transform():
+        return
+    valid_positions(targets, logits, class_dim, ignore_index)
+    if not targets.is_cpu or not targets.numel():
+        return
+    classes = logits.shape[class_dim]
+    low, high = (int(x) for x in targets.aminmax())
+    if classes < 2 or (low >= 0 and high < classes):
+        return
+    wrong = targets[(targets < 0) | (targets >= classes)]
+    wrong = wrong if ignore_index is None else wrong[wrong != ignore_index]
+    if len(wrong):
+        raise ValueError(
+            f"targets must be class indices from 0 to {classes - 1}"
+            + ("" if ignore_index is None else f", or ignore_index={ignore_index} where there is no label")
+            + f", got {int(wrong[0])}. Return such targets from unpack_batch(batch), or give the losses the "
+            "ignore_index of the data."
+        )
+
+
+def check_logits(
+    student: Tensor, teacher: Tensor, class_dim: int, min_classes: int = 2, targets: Tensor | None = None
+) -> None:
+    """Raise if the logits differ in shape, have too few classes, are no floats, or :func:`check_layout` raises."""
+    check_layout(student, class_dim, targets)
     if not isinstance(teacher, Tensor):
         raise TypeError(
             f"this loss needs the logits of all classes, got {type(teacher).__name__}. Take a loss that compares "

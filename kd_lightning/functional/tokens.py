@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -47,14 +44,3 @@ def next_token_targets(labels: Tensor, attention_mask: Tensor | None = None, ign
         )
     seen = attention_mask != 0
     return targets.masked_fill(~(seen & F.pad(seen[:, 1:], (0, 1))), ignore_index)
-
-
-def padding_mask(inputs: Any, positions: tuple[int, ...]) -> Tensor | None:
-    """Return where inputs are no padding, by their ``attention_mask``; None without one of this shape.
-
-    Args:
-        inputs: Inputs of a network; a mapping of keywords may have a mask.
-        positions: Shape of the logits without the class dimension, ``(B, L)``.
-    """
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    return mask != 0 if isinstance(mask, Tensor) and tuple(mask.shape) == positions else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from kd_lightning.functional import Temperature
+from kd_lightning.functional.feature_losses import without_padded
 from kd_lightning.layers.extractor import FeatureExtractor, find_layers, layer_depths
 from kd_lightning.losses import FeatureLoss, SoftFeatureLoss
 from kd_lightning.schedules import as_schedule, weight_at
@@ -61,6 +63,8 @@ class LayerTerm(nn.Module):
     those between attention maps no projector. The projector is built from the shapes of a first batch, before the
     optimiser is: by ``DistillationModule`` itself, by ``distiller.build_projectors(student, inputs)`` elsewhere.
 
+    Tokens that the ``attention_mask`` of the inputs leaves out do not count, where the features have its length.
+
     Args:
         student_layer: Dotted name of a layer, as in ``named_modules()``, or a glob that matches one.
         teacher_layer: The teacher's.
@@ -106,6 +110,7 @@ class LayerTerm(nn.Module):
         self.student_layer = student_layer
         self.teacher_layer = teacher_layer
         self.loss = loss
+        self._takes_mask = "mask" in inspect.signature(loss.logits if soft else loss.forward).parameters
         self.temperature = None if temperature is None else as_policy(temperature)
         self.weight = as_schedule(weight)
         self.projector: nn.Module | None = None
@@ -159,16 +164,38 @@ class LayerTerm(nn.Module):
 
     @override
     def forward(
-        self, student_features: Tensor, teacher_features: Tensor, progress: Progress, enabled: bool = True
+        self,
+        student_features: Tensor,
+        teacher_features: Tensor,
+        progress: Progress,
+        enabled: bool = True,
+        mask: Tensor | None = None,
     ) -> LayerResult:
-        """The term for one batch; with weight 0 where it is not enabled."""
+        """The term for one batch; with weight 0 where it is not enabled.
+
+        Args:
+            student_features: Of the student's layer.
+            teacher_features: Of the teacher's.
+            progress: Where training stands.
+            enabled: Whether the term counts.
+            mask: ``(N, L)``, True at tokens that count; None: all do.
+        """
         weight = weight_at(self.weight, progress, f"the weight of {self!r}") if enabled else 0.0
-        student = self._fitted(student_features, teacher_features)
+        features = self._fitted(student_features, teacher_features), teacher_features
+        given: dict[str, Tensor] = {}
+        if mask is not None and all(x.dim() == 3 and x.shape[:2] == mask.shape for x in features):
+            features = without_padded(features[0], mask), without_padded(features[1], mask)
+            given = {} if self.loss.compares == "samples" else {"mask": mask}
+        if given and not self._takes_mask:
+            raise ValueError(
+                f"the inputs have padding, but {type(self.loss).__name__} compares positions and takes no mask. Add an "
+                "argument mask=None, True at the positions that count, or set compares='samples' if padding is 0."
+            )
         policy = self.temperature
         if policy is None:
-            return LayerResult(self.loss(student, teacher_features), weight, None)
+            return LayerResult(self.loss(*features, **given), weight, None)
         assert isinstance(self.loss, SoftFeatureLoss)
-        rows = self.loss.logits(student, teacher_features)
+        rows = self.loss.logits(*features, **given)
         temperature = policy(Signals(*rows, None, progress, None, self.depth))
         terms = (temperature,) if isinstance(temperature, Temperature) else temperature
         softened = [policy.transform(logits) for logits in rows]
@@ -304,10 +331,10 @@ class LayerTerms(nn.ModuleList):
                 term.build(*built_for)
 
     @override
-    def forward(self, progress: Progress, enabled: bool = True) -> dict[str, LayerResult]:
-        """All terms, from the last forward of each network."""
+    def forward(self, progress: Progress, enabled: bool = True, mask: Tensor | None = None) -> dict[str, LayerResult]:
+        """All terms, from the last forward of each network; arguments are those of :class:`LayerTerm`."""
         return {
-            name: term(*features, progress, enabled)
+            name: term(*features, progress, enabled, mask)
             for name, term, features in zip(self.names, self, self._features(), strict=True)
         }
 

@@ -37,13 +37,16 @@ class FeatureLoss(nn.Module):
     Attributes:
         compares: The sizes that must agree between student and teacher, and that a
             :class:`~kd_lightning.LayerTerm` makes agree: ``"all"`` (channels and positions), ``"positions"``, or
-            ``"samples"`` (no projector is needed).
+            ``"samples"`` (no projector is needed). A loss that compares positions is called with ``mask=``, the tokens
+            that count, where the inputs have an ``attention_mask``; the others are 0 in all features.
 
     Example:
         >>> import torch
         >>> class AbsoluteLoss(FeatureLoss):
-        ...     def forward(self, student_features, teacher_features):
-        ...         return (student_features - teacher_features).abs().mean()
+        ...     compares = "all"
+        ...     def forward(self, student_features, teacher_features, mask=None):
+        ...         count = student_features.numel() if mask is None else mask.sum() * student_features.shape[-1]
+        ...         return (student_features - teacher_features).abs().sum() / count
         >>> AbsoluteLoss()(torch.zeros(2, 3), torch.ones(2, 3))
         tensor(1.)
     """
@@ -66,7 +69,7 @@ class SoftFeatureLoss(FeatureLoss):
     Example:
         >>> import torch
         >>> class OverChannels(SoftFeatureLoss):  # a distribution over the channels of a vector
-        ...     def logits(self, student_features, teacher_features):
+        ...     def logits(self, student_features, teacher_features, mask=None):
         ...         return student_features, teacher_features
         >>> OverChannels()(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 2.0]]), 2.0)
         tensor(0.1054)
@@ -83,7 +86,10 @@ class SoftFeatureLoss(FeatureLoss):
 
     @abstractmethod
     def logits(self, student_features: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits ``(rows, classes)`` of student and teacher, which the temperature divides."""
+        """Return the logits ``(rows, classes)`` of student and teacher, which the temperature divides.
+
+        A loss that compares positions takes a third argument ``mask=None``; see :class:`FeatureLoss`.
+        """
 
     def compare(
         self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor | Temperature
@@ -93,10 +99,15 @@ class SoftFeatureLoss(FeatureLoss):
 
     @override
     def forward(
-        self, student_features: Tensor, teacher_features: Tensor, temperature: float | Tensor | Temperature
+        self,
+        student_features: Tensor,
+        teacher_features: Tensor,
+        temperature: float | Tensor | Temperature,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss; the temperature is in the layout of the rows."""
-        return self.compare(*self.logits(student_features, teacher_features), temperature)
+        """Return the loss; the temperature is in the layout of the rows, the mask without the channels."""
+        given = {} if mask is None else {"mask": mask}
+        return self.compare(*self.logits(student_features, teacher_features, **given), temperature)
 
     @override
     def extra_repr(self) -> str:
@@ -113,8 +124,8 @@ class HintLoss(FeatureLoss):
     """
 
     @override
-    def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
-        return functional.hint_loss(student_features, teacher_features)
+    def forward(self, student_features: Tensor, teacher_features: Tensor, mask: Tensor | None = None) -> Tensor:
+        return functional.hint_loss(student_features, teacher_features, mask=mask)
 
 
 class AttentionTransferLoss(FeatureLoss):
@@ -132,8 +143,8 @@ class AttentionTransferLoss(FeatureLoss):
         self.power = power
 
     @override
-    def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
-        return functional.attention_transfer_loss(student_features, teacher_features, power=self.power)
+    def forward(self, student_features: Tensor, teacher_features: Tensor, mask: Tensor | None = None) -> Tensor:
+        return functional.attention_transfer_loss(student_features, teacher_features, power=self.power, mask=mask)
 
     @override
     def extra_repr(self) -> str:
@@ -181,9 +192,12 @@ class ChannelWiseKDLoss(SoftFeatureLoss):
     """Positions of each channel as a distribution (CWD): :func:`~kd_lightning.functional.channel_wise_kd_loss`."""
 
     @override
-    def logits(self, student_features: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(
+        self, student_features: Tensor, teacher_features: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         check_same_shape(student_features, teacher_features)
-        return functional.channel_logits(student_features), functional.channel_logits(teacher_features)
+        student = functional.channel_logits(student_features, mask=mask)
+        return student, functional.channel_logits(teacher_features, mask=mask)
 
 
 class AttentionKDLoss(SoftFeatureLoss):
@@ -202,9 +216,11 @@ class AttentionKDLoss(SoftFeatureLoss):
         self.power = power
 
     @override
-    def logits(self, student_features: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor]:
-        student = functional.attention_logits(student_features, power=self.power)
-        teacher = functional.attention_logits(teacher_features, power=self.power)
+    def logits(
+        self, student_features: Tensor, teacher_features: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        student = functional.attention_logits(student_features, power=self.power, mask=mask)
+        teacher = functional.attention_logits(teacher_features, power=self.power, mask=mask)
         check_same_shape(student, teacher, "attention maps")
         return student, teacher
 

@@ -8,8 +8,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from typing_extensions import override
 
+from kd_lightning.functional.rows import check_labels, check_layout
 from kd_lightning.losses import CrossEntropyLoss
-from kd_lightning.losses.task import check_scalar, task_term
+from kd_lightning.losses.task import as_loss, check_scalar, task_term
 from kd_lightning.modules.optimization import LRSchedulerConfig
 from kd_lightning.modules.run import check_network, is_logging_step
 from kd_lightning.modules.supervised import SupervisedModule
@@ -39,9 +40,11 @@ class ClassificationModule(SupervisedModule):
             :func:`~kd_lightning.functional.next_token_targets`. Logs ``val_perplexity``.
         mean_over: What a loss is the mean over: the labelled positions of the ``"batch"``, or of the whole optimiser
             ``"step"``, all its accumulated batches and ranks; see :class:`SupervisedModule`.
+        class_dim: The class dimension of the logits; 1 for the ``(N, C, H, W)`` of a segmentation.
 
     Raises:
-        ValueError: An unknown interval or ``mean_over``; at fit, a network without trainable parameters.
+        ValueError: If the interval or ``mean_over`` is unknown; at fit, if the network has no trainable parameters; in
+            a step, if the logits fit several layouts, or the targets do not fit the logits.
 
     Example:
         >>> import torch
@@ -58,12 +61,14 @@ class ClassificationModule(SupervisedModule):
         lr_scheduler: LRSchedulerConfig | LRSchedulerCallable | None = None,
         shift_labels: bool = False,
         mean_over: Literal["batch", "step"] = "batch",
+        class_dim: int = -1,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, shift_labels, mean_over)
         self._save_plain_hyperparameters()
         check_network("model", model)
         self.model = model
-        self.task_loss = CrossEntropyLoss() if task_loss is None else task_loss
+        self.task_loss = as_loss(CrossEntropyLoss() if task_loss is None else task_loss, "task_loss")
+        self._class_dim = class_dim
 
     @property
     @override
@@ -79,6 +84,11 @@ class ClassificationModule(SupervisedModule):
     @override
     def ignore_index(self) -> int:
         return getattr(self.task_loss, "ignore_index", -100)
+
+    @property
+    @override
+    def class_dim(self) -> int:
+        return self._class_dim
 
     @override
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
@@ -108,6 +118,8 @@ class ClassificationModule(SupervisedModule):
                 "ClassificationModule learns from targets, but the batch has none: give (inputs, targets)."
             )
         logits = self(inputs)
-        loss = task_term(self.task_loss, logits.movedim(-1, 1) if logits.dim() > 2 else logits, targets)
+        check_layout(logits, self.class_dim, targets)
+        check_labels(targets, logits, self.class_dim, self.ignore_index)
+        loss = task_term(self.task_loss, logits.movedim(self.class_dim, 1) if logits.dim() > 2 else logits, targets)
         check_scalar(loss)
         return loss, logits, targets

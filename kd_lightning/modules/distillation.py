@@ -330,7 +330,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
 
     def _first_inputs(self) -> Any:
         batch = first_samples(train_loader(self.trainer))
-        inputs = self.unpack_batch(self.prepare_batch(batch))[0]
+        inputs = self._inputs(self.prepare_batch(batch))
         # in the student's type, because the precision plugin converts the networks only after setup
         dtype = next((p.dtype for p in self.student.parameters() if p.is_floating_point()), None)
         return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, inputs)

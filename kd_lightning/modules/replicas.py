@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from kd_lightning.distiller import Distiller
 from kd_lightning.schedules import Progress, weight_at
@@ -51,11 +52,21 @@ def distiller_state(distiller: Distiller, progress: Progress | None) -> dict[str
     if progress is not None:
         for name in ("kd_weight", "task_weight"):
             state[f"distiller.{name}"] = weight_at(getattr(distiller, name), progress, name)
-    weights = [] if distiller.teacher is None else [p.detach() for p in distiller.teacher.parameters()]
-    sums = [weight.double().sum() for weight in weights if weight.is_floating_point() and not weight.is_meta]
+    networks = () if distiller.teacher is None else distiller.teacher.modules()
+    tensors = (tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
+    sums = [_checksum(tensor.detach()) for tensor in tensors if tensor.is_floating_point() and not tensor.is_meta]
     if sums:
-        state["the sum of the teacher's weights"] = torch.stack(sums).sum()
+        state["a checksum of the teacher's weights"] = torch.stack(sums).sum()
     return state
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Return a sum that differs too where rows, or values of a row, have changed places."""
+    if isinstance(tensor, DTensor):
+        return tensor.double().sum()
+    matrix = (tensor if tensor.dtype.itemsize > 1 else tensor.float()).reshape(len(tensor) if tensor.dim() else 1, -1)
+    sums = (matrix.sum(dim, dtype=torch.float64) for dim in (0, 1))
+    return sum((x @ torch.arange(1, len(x) + 1, device=x.device, dtype=x.dtype) for x in sums), matrix.new_zeros(()))
 
 
 def check_replicas(trainer: Trainer, state: dict[str, Any]) -> None:
@@ -71,9 +82,8 @@ def check_replicas(trainer: Trainer, state: dict[str, Any]) -> None:
     names = sorted({name for rank in ranks for name in rank})
     lines = [line for name in names if (line := _difference(name, [rank.get(name) for rank in ranks]))]
     raise RuntimeError(
-        f"the ranks differ after step {trainer.global_step}:\n  " + "\n  ".join(lines) + "\nState that the "
-        "temperature depends on must be reduced over ranks before it is kept (torch.distributed.all_reduce), and "
-        "moved on all of them."
+        f"the ranks differ after step {trainer.global_step}: {'; '.join(lines)}. State that the temperature depends on "
+        "must be reduced over ranks before it is kept (torch.distributed.all_reduce), and moved on all of them."
     )
 
 

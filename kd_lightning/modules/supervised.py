@@ -141,13 +141,19 @@ class SupervisedModule(LightningModule):
         return extract_logits(output)
 
     def inputs_and_targets(self, batch: Any) -> tuple[Any, Tensor | None]:
-        """Return the result of :meth:`unpack_batch`, with the targets shifted by one under ``shift_labels``.
+        """Return the result of :meth:`unpack_batch`, completed as the network's kind asks for.
+
+        Under ``shift_labels`` the targets are shifted by one; an encoder–decoder network of Hugging Face's gets the
+        decoder's inputs that it makes of its labels.
 
         Raises:
-            ValueError: If the batch has no labels to shift, or labels that are not ``(B, L)`` indices.
+            ValueError: If the batch has no labels to shift, labels that are not ``(B, L)`` indices, or labels that an
+                encoder–decoder network has shifted.
         """
         inputs, targets = self.unpack_batch(batch)
         targets = as_targets(targets, self.device)
+        if getattr(getattr(self.network, "config", None), "is_encoder_decoder", False):
+            return self._with_decoder_inputs(inputs, targets), targets
         if not self.shift_labels:
             return inputs, targets
         if targets is None:
@@ -157,6 +163,19 @@ class SupervisedModule(LightningModule):
             )
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
         return inputs, next_token_targets(targets, mask, self.ignore_index)
+
+    def _with_decoder_inputs(self, inputs: Any, labels: Tensor | None) -> Any:
+        if self.shift_labels:
+            raise ValueError(
+                f"shift_labels=True is for causal models, but {type(self.network).__name__} is an encoder–decoder, "
+                "whose labels stand at their places. Leave shift_labels out."
+            )
+        name = getattr(self.network, "main_input_name", "input_ids")
+        keywords = inputs if isinstance(inputs, Mapping) else {name: inputs}
+        shift: Any = getattr(self.network, "prepare_decoder_input_ids_from_labels", None)
+        if labels is None or shift is None or {"decoder_input_ids", "decoder_inputs_embeds"} & keywords.keys():
+            return inputs
+        return {**keywords, "decoder_input_ids": shift(labels)}
 
     # ---- Lightning ------------------------------------------------------------------------------------------------
 
@@ -172,7 +191,11 @@ class SupervisedModule(LightningModule):
     @override
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
         """Logits, in the batch's order."""
-        return self(self.unpack_batch(batch)[0])
+        return self(self._inputs(batch))
+
+    def _inputs(self, batch: Any) -> Any:
+        """Return the inputs of a batch, which need no labels."""
+        return self.unpack_batch(batch)[0] if self.shift_labels else self.inputs_and_targets(batch)[0]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups: by default one, of all parameters that require a gradient."""
@@ -213,7 +236,7 @@ class SupervisedModule(LightningModule):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self._input_description is None:
-            self._input_description = describe_inputs(self.network_inputs(self.unpack_batch(batch)[0]))
+            self._input_description = describe_inputs(self.network_inputs(self._inputs(batch)))
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "extract_logits",
     "hidden_states",
     "in_micro_batches",
+    "padding_mask",
 ]
 
 
@@ -27,6 +28,26 @@ class Call(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+
+def padding_mask(inputs: Any) -> Tensor | None:
+    """Return where the positions of the logits are no padding, by the inputs' mask; None without one.
+
+    The mask is the keyword ``attention_mask``, or ``decoder_attention_mask`` where a decoder has inputs of its own.
+
+    Args:
+        inputs: Inputs as for :func:`call_model`.
+
+    Example:
+        >>> padding_mask({"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])})
+        tensor([[ True,  True, False]])
+    """
+    keywords = inputs.kwargs if isinstance(inputs, Call) else inputs
+    if not isinstance(keywords, Mapping):
+        return None
+    decoder = any(str(name).startswith("decoder_") for name in keywords)
+    mask = keywords.get("decoder_attention_mask" if decoder else "attention_mask")
+    return mask != 0 if isinstance(mask, Tensor) else None
 
 
 def call_model(module: Callable[..., Any], inputs: Any) -> Any:

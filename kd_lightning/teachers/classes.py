@@ -173,8 +173,8 @@ class MappedClasses(Teacher):
         return self
 
     @override
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return self.teacher.parameters()
+    def modules(self) -> Iterable[nn.Module]:
+        return self.teacher.modules()
 
     @override
     def to(self, *args: Any, **kwargs: Any) -> Self:

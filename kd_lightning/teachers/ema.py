@@ -223,8 +223,8 @@ class EMATeacher(Teacher):
         )
 
     @override
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return () if self._average is None else self._average.parameters()
+    def modules(self) -> Iterable[nn.Module]:
+        return () if self._average is None else (self._average,)
 
     @override
     def to(self, *args: Any, **kwargs: Any) -> Self:

@@ -191,8 +191,8 @@ class TeacherEnsemble(Teacher):
         return first
 
     @override
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return (parameter for teacher in self.teachers for parameter in teacher.parameters())
+    def modules(self) -> Iterable[nn.Module]:
+        return (network for teacher in self.teachers for network in teacher.modules())
 
     @override
     def network(self) -> nn.Module:

@@ -228,8 +228,8 @@ class FrozenTeacher(Teacher):
         return self.cache is None
 
     @override
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return self.module.parameters()
+    def modules(self) -> Iterable[nn.Module]:
+        return (self.module,)
 
     @override
     def network(self) -> nn.Module:

@@ -199,9 +199,13 @@ class Teacher(ABC):
         """Read the checkpoint, the first time only."""
         return self
 
-    def parameters(self) -> Iterable[nn.Parameter]:
-        """Return the teacher's parameters, none of which the student may share."""
+    def modules(self) -> Iterable[nn.Module]:
+        """Return the teacher's networks, whose parameters the student may not share and which ranks have alike."""
         return ()
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Return the parameters of the networks."""
+        return (parameter for network in self.modules() for parameter in network.parameters())
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move or cast the teacher, as ``nn.Module.to``."""

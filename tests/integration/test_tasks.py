@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning import ClassificationModule, DistillationModule
 from kd_lightning.callbacks import DistillationCallback
-from kd_lightning.losses import BernoulliKDLoss, MSELogitsLoss
+from kd_lightning.functional import kd_loss
+from kd_lightning.losses import BernoulliKDLoss, CrossEntropyLoss, MSELogitsLoss
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -84,26 +86,90 @@ def test_one_logit(shape: tuple[int, ...], targets: Tensor, accuracy: float, mak
     assert "val_acc_top5" not in values
 
 
+class WithoutTeacher(LightningModule):
+    """A module that knows nothing of distillation."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.net, self.loss = Scaled(), loss
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def scores(
+    module: LightningModule, callback: DistillationCallback, make_trainer: MakeTrainer, train: Any, *others: Any
+) -> dict[str, float]:
+    trainer = make_trainer(callbacks=[callback], max_epochs=1, num_sanity_val_steps=0)
+    trainer.fit(module, train, [train, *others])
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
+
+
 def test_one_logit_with_the_callback(make_trainer: MakeTrainer) -> None:
-    class Module(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = Scaled()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net(x)
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return nn.functional.binary_cross_entropy_with_logits(self(batch[0]), batch[1])
-
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self(batch[0])
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.0)
-
     callback = DistillationCallback(Scaled(-1.0), kd_loss=BernoulliKDLoss(), validate=True)
     data = loader(INPUTS[:, :1], (INPUTS[:, :1] > 0).float())
-    trainer = make_trainer(callbacks=[callback], max_epochs=1, num_sanity_val_steps=0)
-    trainer.fit(Module(), data, data)
-    assert trainer.callback_metrics["val_agreement"] == 0.0
+    values = scores(WithoutTeacher(nn.BCEWithLogitsLoss()), callback, make_trainer, data)
+    assert values["val_agreement"] == 0.0
+
+
+def test_agreement_with_the_callback_is_over_labelled_positions(make_trainer: MakeTrainer) -> None:
+    """Student and teacher predict opposite classes; without a label there is nothing to agree on."""
+    callback = DistillationCallback(Scaled(-1.0), validate=True)
+    nowhere = loader(INPUTS, torch.full((4,), -100))
+    values = scores(WithoutTeacher(CrossEntropyLoss()), callback, make_trainer, nowhere)
+    assert not values
+    targets = INPUTS.argmax(-1)
+    half = loader(INPUTS, torch.where(torch.arange(4) < 2, targets, -100))
+    values = scores(WithoutTeacher(CrossEntropyLoss()), callback, make_trainer, loader(INPUTS, targets), half)
+    assert set(values) == {
+        f"val_{name}/dataloader_idx_{index}" for name in ("kd_loss", "agreement") for index in (0, 1)
+    }
+    rows = kd_loss(INPUTS, -INPUTS, 4.0, reduction="none")
+    assert values["val_kd_loss/dataloader_idx_0"] == pytest.approx(float(rows.mean()), rel=1e-5)
+    assert values["val_kd_loss/dataloader_idx_1"] == pytest.approx(float(rows[:2].mean()), rel=1e-5)
+
+
+def test_targets_of_the_callback_may_be_lists(make_trainer: MakeTrainer) -> None:
+    targets = torch.where(torch.arange(4) < 2, INPUTS.argmax(-1), -100)
+    rows = kd_loss(INPUTS, -INPUTS, 4.0, reduction="none")
+    for collate in (list, np.array):
+        data = DataLoader(
+            [(x, int(y)) for x, y in zip(INPUTS, targets, strict=True)],  # pyright: ignore[reportArgumentType]
+            batch_size=4,
+            collate_fn=lambda rows, collate=collate: (torch.stack([x for x, _ in rows]), collate([y for _, y in rows])),
+        )
+
+        class Module(WithoutTeacher):
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                return self(batch[0]).square().mean()
+
+        callback = DistillationCallback(Scaled(-1.0), validate=True)
+        values = scores(Module(nn.Identity()), callback, make_trainer, data)
+        assert values["val_kd_loss"] == pytest.approx(float(rows[:2].mean()), rel=1e-5)
+
+
+def test_labels_with_the_callback_are_told_by_the_modules_loss(make_trainer: MakeTrainer) -> None:
+    """Each row has one label, as class probabilities would: a third of the signs agree."""
+    logits = torch.tensor([[2.0, 1.0, 0.5]])
+    data = loader(logits, torch.tensor([[1.0, 0.0, 0.0]]))
+
+    class Teacher(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.tensor([0.0, -3.0, -3.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.shift
+
+    callback = DistillationCallback(Teacher(), validate=True)
+    values = scores(WithoutTeacher(nn.BCEWithLogitsLoss()), callback, make_trainer, data)
+    assert values["val_agreement"] == pytest.approx(1 / 3)

@@ -135,7 +135,7 @@ def refused(batch: Any, match: str, error: type[Exception] = ValueError, **optio
 
 def test_what_cannot_be_right() -> None:
     inputs = torch.randn(3, 8)
-    refused((inputs, torch.tensor([0, 1, 6])), r"CrossEntropyLoss cannot take targets of shape \(3,\).*unpack_batch")
+    refused((inputs, torch.tensor([0, 1, 6])), r"targets must be class indices from 0 to 5, .* got 6\. .*unpack_batch")
     refused((inputs, torch.tensor([0, 1])), "unpack_batch|targets must have the logits' shape")
     refused((inputs, ["cat", "dog", "cow"]), "targets must be a tensor, an array or a list of numbers", TypeError)
     loaders = {"a": (inputs, torch.tensor([0, 1, 2])), "b": (inputs, torch.tensor([0, 1, 2]))}
@@ -159,6 +159,66 @@ def test_numpy_and_lists_through_a_fit(make_trainer: Callable[..., Trainer]) -> 
         states.append(snapshot(module.student))
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
+
+
+# ---- a network on its own --------------------------------------------------------------------------------------------
+
+
+def test_dense_logits_of_a_classification_module() -> None:
+    """(N, C, H, W) with C = H = W, and (B, C, L)."""
+
+    def module(class_dim: int) -> ClassificationModule:
+        return ClassificationModule(nn.Identity().requires_grad_(False), class_dim=class_dim).eval()
+
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((2, 4, 4, 4), (2, 4, 6)):
+        logits = torch.randn(*shape, generator=generator)
+        targets = torch.randint(4, (shape[0], *shape[2:]), generator=generator)
+        loss = module(1)._loss((logits, targets))[0]
+        torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, targets))
+    with pytest.raises(ValueError, match=AMBIGUOUS):
+        module(-1)._loss((torch.zeros(2, 4, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long)))
+    with pytest.raises(ValueError, match=r"fit \(B, C, L\) and \(B, L, C\) alike"):
+        module(-1)._loss((torch.zeros(2, 4, 4), torch.zeros(2, 4, dtype=torch.long)))
+    with pytest.raises(ValueError, match=r"targets must have the logits' shape .* \(2, 4\), got \(2, 6\)"):
+        module(-1)._loss((torch.zeros(2, 4, 6), torch.zeros(2, 6, dtype=torch.long)))
+
+
+def test_metrics_of_a_segmentation_module(make_trainer: Callable[..., Trainer]) -> None:
+    images = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    network = segmenter()
+    with torch.no_grad():
+        masks = network(images).argmax(1)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, masks), batch_size=2)
+    (values,) = make_trainer().validate(ClassificationModule(network, class_dim=1), data)
+    assert values["val_acc"] == 1.0
+
+
+# ---- labels out of range ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [KDLoss(), DKDLoss(), KDLoss(ignore_index=None)])
+@pytest.mark.parametrize("label", [9, -1])
+def test_a_label_that_is_no_class(loss: nn.Module, label: int, make_trainer: Callable[..., Trainer]) -> None:
+    targets = torch.tensor([0, label])
+    message = rf"targets must be class indices from 0 to 3, .*got {label}\. Return such targets from unpack_batch"
+    with pytest.raises(ValueError, match=message):
+        Distiller(None, kd_loss=loss)(None, torch.zeros(2, 4), targets, teacher_logits=torch.zeros(2, 4))
+
+    class Module(ClassificationModule):
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            return self(batch[0]).square().mean()
+
+    data = torch.utils.data.DataLoader([(torch.randn(8), torch.tensor(label))], batch_size=1)  # pyright: ignore
+    callback = DistillationCallback(make_teacher(), kd_loss=loss)
+    with pytest.raises(ValueError, match=message.replace("3", "5")):
+        make_trainer(max_epochs=1, callbacks=[callback]).fit(Module(make_network(norm=False)), data)
+
+
+def test_a_loss_alone_refuses_a_label_that_is_no_class() -> None:
+    for targets in (torch.tensor([0, 9]), torch.tensor([0, -1])):
+        with pytest.raises(ValueError, match=r"targets must be class indices from 0 to 3, or ignore_index=-100"):
+            DKDLoss()(torch.zeros(2, 4), torch.zeros(2, 4), 2.0, targets=targets)
 
 
 # ---- what does not count ---------------------------------------------------------------------------------------------

@@ -5,7 +5,15 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
-from kd_lightning.metrics import CalibrationError, ClassificationMetrics, TopKAccuracy, agreement, task_of
+from kd_lightning.losses import BernoulliKDLoss
+from kd_lightning.metrics import (
+    CalibrationError,
+    ClassificationMetrics,
+    TopKAccuracy,
+    agreement,
+    task_loss_among,
+    task_of,
+)
 
 
 @pytest.mark.parametrize("top_k", [1, 5])
@@ -76,9 +84,23 @@ def test_labels() -> None:
     assert values["acc"] == pytest.approx(4 / 5)
     assert values["agreement"] == pytest.approx(4 / 5)
     assert values["teacher_acc"] == pytest.approx(1.0)
-    assert agreement(logits, teacher, (logits > 0).float()) == pytest.approx(4 / 6)
+    assert agreement(logits, teacher, (logits > 0).float()) == (4, 6)
+    assert agreement(logits, teacher, targets, nn.BCEWithLogitsLoss()) == (4, 5)
     assert agreement(logits, teacher, torch.tensor([[0.3, 2.0, 1.0], [0.1, 5.0, -1.0]])) is None
-    assert agreement(logits[:, :1], -logits[:, :1]) == 0.0
+    assert agreement(logits[:, :1], -logits[:, :1]) == (0, 2)
+    assert agreement(logits, teacher, torch.tensor([0, -100])) == (1, 1)
+    assert agreement(logits, teacher, torch.tensor([False, True])) == (0, 1)
+
+
+def test_labels_of_which_each_row_has_one_are_told_by_the_loss() -> None:
+    logits, teacher = torch.tensor([[2.0, 1.0, 0.5]]), torch.tensor([[3.0, -1.0, -0.5]])
+    targets = torch.tensor([[1.0, 0.0, 0.0]])
+    assert agreement(logits, teacher, targets) == (1, 1)
+    assert agreement(logits, teacher, targets, nn.BCEWithLogitsLoss()) == (1, 3)
+    assert agreement(logits, teacher, targets, BernoulliKDLoss()) == (1, 3)
+    losses = [nn.Linear(1, 1), nn.BCEWithLogitsLoss(), BernoulliKDLoss()]
+    assert task_loss_among(losses) is losses[1]
+    assert task_loss_among([*losses, nn.MSELoss()]) is None
 
 
 def test_collection() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from kd_lightning import ClassificationModule, DistillationModule
 from kd_lightning.callbacks import DistillationCallback
 from kd_lightning.functional import kd_loss
 from tests.integration.projects.helpers import distil, trained
@@ -72,7 +73,7 @@ def sentences(causal: bool) -> list[dict[str, Tensor]]:
     return [{name: value[i : i + 8] for name, value in whole.items()} for i in range(0, 32, 8)]
 
 
-def loader(batches: list[dict[str, Tensor]]) -> Any:
+def loader(batches: Sequence[Any]) -> Any:
     return DataLoader(batches, batch_size=None)  # pyright: ignore[reportArgumentType]
 
 
@@ -118,3 +119,63 @@ def test_labels_of_a_causal_model_must_be_named(make_trainer: MakeTrainer) -> No
     trained(teacher, lambda: teacher(**batches[0]).loss, steps=2)
     with pytest.raises(RuntimeError, match=r"has labels \(8, 12\) for token logits \(8, 12, 31\)"):
         make_trainer(callbacks=[DistillationCallback(teacher)]).fit(Sequences("gpt2"), loader(batches))
+
+
+# ---- encoder–decoders -----------------------------------------------------------------------------------------------
+
+
+def encoder_decoder(kind: str, width: int) -> Any:
+    if kind == "bart":
+        config = transformers.BartConfig(
+            vocab_size=VOCABULARY, d_model=width, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=width, decoder_ffn_dim=width, max_position_embeddings=16,
+            pad_token_id=PAD, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, dropout=0.0,
+        )  # fmt: skip
+        return transformers.BartForConditionalGeneration(config)
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=width, d_kv=8, d_ff=width, num_layers=1, num_heads=2, pad_token_id=PAD,
+        eos_token_id=1, decoder_start_token_id=PAD, dropout_rate=0.0,
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def translations() -> list[dict[str, Tensor]]:
+    """Sources of 12 tokens and targets of 7, both with padding."""
+    batches = sentences(causal=True)
+    for batch in batches:
+        labels = batch.pop("labels")[:, :7].flip(1)
+        labels[:, 5:] = -100
+        batch["labels"] = labels
+    return batches
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_encoder_decoder(kind: str, as_tuple: bool, make_trainer: MakeTrainer) -> None:
+    """The decoder sees the labels as the model shifts them; the source's mask says nothing of its positions."""
+    torch.manual_seed(0)
+    batches = translations()
+    if as_tuple:
+        for batch in batches:
+            del batch["attention_mask"]
+    data = loader([(b["input_ids"], b["labels"]) for b in batches] if as_tuple else batches)
+    student, teacher = encoder_decoder(kind, 16), encoder_decoder(kind, 32)
+    trained(teacher, lambda: teacher(**batches[0]).loss, steps=5, lr=5e-3)
+    teacher.eval()
+    with torch.no_grad():
+        of_model, taught = student.eval()(**batches[0]), teacher(**batches[0]).logits
+    counts = batches[0]["labels"] != -100
+    module = DistillationModule(student, teacher, temperature=2.0, kd_weight=1.0, task_weight=1.0)
+    out, targets = module.eval()._distil(next(iter(data)), module.progress)
+    torch.testing.assert_close(out.task_loss, of_model.loss)
+    torch.testing.assert_close(out.kd_loss, kd_loss(of_model.logits[counts], taught[counts], 2.0))
+    torch.testing.assert_close(targets, batches[0]["labels"])
+
+    alone = ClassificationModule(student)
+    torch.testing.assert_close(alone.eval()._loss(next(iter(data)))[0], of_model.loss)
+    trainer = make_trainer(max_epochs=1, log_every_n_steps=1)
+    trainer.fit(module.train(), data, data)
+    logits = torch.cat(trainer.predict(module, data))  # pyright: ignore[reportArgumentType]
+    assert logits.shape == (32, 7, VOCABULARY)
+    with pytest.raises(ValueError, match="is an encoder–decoder, whose labels stand at their places"):
+        ClassificationModule(student, shift_labels=True)._loss(next(iter(data)))

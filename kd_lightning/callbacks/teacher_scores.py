@@ -1,0 +1,53 @@
+"""What a callback measures of student and teacher in validation, over batches, loaders and ranks."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from kd_lightning.distiller import DistillationOutput
+from kd_lightning.metrics import agreement, task_loss_among
+from kd_lightning.temperature import Signals
+
+__all__ = ["TeacherScores"]
+
+
+class TeacherScores:
+    """``val_kd_loss``, the mean over the positions that count, and ``val_agreement``, where classes are predicted."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+
+    def update(
+        self, module: nn.Module, kd_loss: nn.Module, out: DistillationOutput, counting: Tensor | None, loader: int
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            module: Whose losses tell the task.
+            kd_loss: As ``module``.
+            out: Of the batch.
+            counting: Targets, or a mask of the positions that count.
+            loader: Number of the data loader.
+        """
+        student, teacher = (x.movedim(out.class_dim, -1) for x in (out.student_logits, out.teacher_logits))
+        ignore_index = getattr(kd_loss, "ignore_index", -100)
+        valid = Signals(student, teacher, counting, ignore_index=ignore_index).valid
+        positions = student.new_tensor(student[..., 0].numel()) if valid is None else valid.sum()
+        task_loss = task_loss_among([*module.modules(), kd_loss])
+        same, predicted = agreement(student, teacher, counting, task_loss, ignore_index) or (positions * 0,) * 2
+        row = torch.stack([x.detach().float() for x in (out.kd_loss * positions, positions, same, predicted)])
+        self._sums[loader] = self._sums.get(loader, 0) + (row if row.device.type == "mps" else row.double())
+
+    def log(self, trainer: Trainer, module: LightningModule) -> None:
+        """Log the scores, and start anew. A collective: every rank must call it."""
+        loaders = len(trainer.num_val_batches)
+        for loader in range(loaders):
+            sums = self._sums.pop(loader, torch.zeros(4, device=trainer.strategy.root_device, dtype=torch.float64))
+            kd_loss, positions, same, predicted = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+            suffix = f"/dataloader_idx_{loader}" if loaders > 1 else ""
+            if positions:
+                module.log(f"val_kd_loss{suffix}", kd_loss / positions, add_dataloader_idx=False)
+            if predicted:
+                module.log(f"val_agreement{suffix}", same / predicted, add_dataloader_idx=False)
