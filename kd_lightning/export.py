@@ -164,7 +164,7 @@ def describe_inputs(inputs: Any) -> Any:
 
 
 def inputs_like(description: Any) -> Any:
-    """A batch of that description: normal numbers; ones where it holds integers (every vocabulary and mask has them).
+    """Return a batch of that description: normal numbers, and ones for integers (every vocabulary and mask has them).
 
     Example:
         >>> inputs_like({"shape": [1, 2], "dtype": "int64"})
@@ -252,7 +252,7 @@ def _save_program(
 def _trace(
     network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_dims: Sequence[int]
 ) -> torch.export.ExportedProgram:
-    """The computation, for any size of the dynamic dimensions, without a trace of where it came from."""
+    """Return the computation, for any size of the dynamic dimensions, without a trace of where it came from."""
     dims = {dim: torch.export.Dim(_dim_name(dim)) for dim in dynamic_dims}
 
     def shape(value: Any) -> Any:
@@ -321,7 +321,7 @@ def _dim_name(dim: int) -> str:
 
 
 def _two_or_more(value: Tensor) -> Tensor:
-    """A batch of one would be traced as a batch of always one."""
+    """Return the inputs with two samples, because a batch of one would be traced as a batch of always one."""
     return torch.cat([value, value]) if value.dim() and len(value) == 1 else value
 
 

@@ -18,13 +18,13 @@ Split = Literal["train", "val", "test"]
 
 
 def check(holds: bool, rule: str, value: object, way_out: str) -> None:
-    """Raises a ValueError of rule, received value and way out, unless the rule holds."""
+    """Raise a ValueError of rule, received value and way out, unless the rule holds."""
     if not holds:
         raise ValueError(f"{rule}, got {value!r}. {way_out}")
 
 
 def check_loading(batch_size: int, eval_batch_size: int | None, val_fraction: float, num_workers: int) -> None:
-    """Checks the arguments that every datamodule has."""
+    """Check the arguments that every datamodule has."""
     check(batch_size >= 1, "batch_size must be at least 1", batch_size, "Give a positive integer.")
     check(
         eval_batch_size is None or eval_batch_size >= 1,
@@ -161,7 +161,7 @@ class ImageDataModule(LightningDataModule, ABC):
         """uint8 images and int64 classes of a split; None for ``"val"`` where it is to be taken from train."""
 
     def pipeline(self, train: bool) -> Pipeline:
-        """The way of an image to the input size, and its augmentation if ``train`` and ``self.augment``. Here: none."""
+        """Return the transform to the input size, with augmentation if ``train`` and ``self.augment``. Here: none."""
         return Pipeline()
 
     def normalization(self) -> Transform:
@@ -185,7 +185,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return torch.bincount(self.train_dataset.targets, minlength=self.num_classes).tolist()
 
     def setup(self, stage: str) -> None:
-        """Makes the datasets that ``stage`` (fit, validate, test or predict) needs, once."""
+        """Make the datasets that ``stage`` (fit, validate, test or predict) needs, once."""
         check(
             stage in ("fit", "validate", "test", "predict"),
             "stage must be 'fit', 'validate', 'test' or 'predict'",
@@ -272,7 +272,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
 
 def _filled(loaded: tuple[Images, Tensor] | None, split: Split) -> tuple[Images, Tensor]:
-    """What a subclass loaded, if that is anything."""
+    """Return what a subclass loaded, if that is anything."""
     if loaded is None or len(loaded[1]) == 0:
         raise ValueError(f"The {split} split must hold at least one image, got none. Check where the data come from.")
     return loaded

@@ -54,7 +54,7 @@ class CIFAR10DataModule(ImageDataModule):
         return 3, 32, 32
 
     def prepare_data(self) -> None:
-        """Downloads the data if ``download`` is set and they are not there."""
+        """Download the data if ``download`` is set and they are not there."""
         if self.download:
             self._source(self.root, download=True)
 

@@ -37,7 +37,7 @@ Images = Tensor | list[Tensor] | ImageFiles
 
 
 def select(images: Images, indices: Tensor) -> Images:
-    """The images at ``indices``; files are not opened."""
+    """Return the images at ``indices``; files are not opened."""
     if isinstance(images, Tensor):
         return images[indices]
     if isinstance(images, ImageFiles):
@@ -60,7 +60,7 @@ class _Samples(Sequence[tuple[Tensor, Tensor]]):
 
 
 def collate(samples: Any) -> Any:
-    """Takes the tensors of a batch from an `ImageDataset` as they are, collates anything else as usual."""
+    """Take the tensors of a batch from an `ImageDataset` as they are, and collate anything else as usual."""
     return (samples.images, samples.targets) if isinstance(samples, _Samples) else default_collate(samples)
 
 
@@ -95,7 +95,7 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         return _Samples(self._inputs(indices), self.targets[indices])
 
     def fingerprint(self) -> str:
-        """A hash of all classes and of up to 4,096 images as they are before the transform (of files, the names)."""
+        """Return a hash of all classes and of up to 4,096 images before the transform (of files, the names)."""
         digest = hashlib.blake2b(self.targets.numpy().tobytes(), digest_size=16)
         for index in range(0, len(self), -(-len(self) // 4096)):
             if isinstance(self.images, ImageFiles):
@@ -122,7 +122,7 @@ class BatchedImageDataset(ImageDataset):
         self._tensor = images
 
     def replay(self, indices: list[int], seeds: list[int]) -> _Samples | None:
-        """The samples with the random numbers of these seeds, the same in any batch.
+        """Return the samples with the random numbers of these seeds, the same in any batch.
 
         None where the transform draws from the global generators too: then they must be fetched one by one.
         """

@@ -115,7 +115,7 @@ class ImageFolderDataModule(ImageDataModule):
         return found
 
     def load_split(self, split: Split) -> tuple[ImageFiles, Tensor] | None:
-        """The files of a split and their classes; None for ``"val"`` where there is no ``val/``."""
+        """Return the files of a split and their classes; None for ``"val"`` where there is no ``val/``."""
         if split == "val" and not (Path(self.root) / "val").is_dir():
             return None
         classes, folders = self.classes, self._class_folders(split)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def shuffle_by_class(targets: Tensor, num_classes: int, seed: int) -> list[Tensor]:
-    """The indices of each class in a random order that depends on ``seed`` alone, not on the global one.
+    """Return the indices of each class in a random order that depends on ``seed`` alone, not on the global one.
 
     Example:
         >>> [sorted(c.tolist()) for c in shuffle_by_class(torch.tensor([0, 1, 0]), num_classes=2, seed=0)]
@@ -74,7 +74,7 @@ def train_val_indices(
     imbalance_factor: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Indices of the training and of the validation part, each in ascending order.
+    """Return indices of the training and of the validation part, each in ascending order.
 
     The validation part depends on ``val_fraction`` and ``seed`` only; a smaller training part lies within a larger one.
     """

@@ -133,7 +133,7 @@ class PythonDocsDataModule(LightningDataModule):
 
     @staticmethod
     def decode(tokens: Tensor) -> str:
-        """The text of tokens ``(L,)``; what is no UTF-8 shows as �."""
+        """Return the text of tokens ``(L,)``; what is no UTF-8 shows as �."""
         return bytes(tokens.tolist()).decode(errors="replace")
 
     def documents(self) -> dict[str, str]:
@@ -159,7 +159,7 @@ class PythonDocsDataModule(LightningDataModule):
         return sections
 
     def split(self) -> dict[str, list[str]]:
-        """The titles of the documents of ``"train"``, ``"val"`` and ``"test"``."""
+        """Return the titles of the documents of ``"train"``, ``"val"`` and ``"test"``."""
         titles = list(self.documents())
         count = share(len(titles), self.test_fraction)
         by_hash = _shuffled(titles, "test")

@@ -35,7 +35,7 @@ def replaying(seeds: list[int]) -> Iterator[None]:
 
 
 def _uniform() -> Tensor | None:
-    """A number in [0, 1) for each image, drawn by its seed (splitmix64; Steele et al. 2014); None if not replayed."""
+    """Return a number in [0, 1) per image, drawn by its seed (splitmix64; Steele et al. 2014); None if not replayed."""
     state = _replayed.get()
     if state is None:
         return None
@@ -47,7 +47,7 @@ def _uniform() -> Tensor | None:
 
 
 def _randint(high: int, n: int) -> Tensor:
-    """A whole number in [0, high) for each image."""
+    """Return a whole number in [0, high) for each image."""
     uniform = _uniform()
     return torch.randint(high, (n,)) if uniform is None else (uniform * high).long()
 
@@ -73,7 +73,7 @@ class BatchRandomCrop(nn.Module):
         self.padding = padding
 
     def forward(self, images: Tensor) -> Tensor:
-        """A random window of each padded image."""
+        """Return a random window of each padded image."""
         windows = F.pad(images, [self.padding] * 4).unfold(2, self.size, 1).unfold(3, self.size, 1)
         n, _, rows, columns = windows.shape[:4]
         return windows[torch.arange(n), :, _randint(rows, n), _randint(columns, n)]
@@ -98,7 +98,7 @@ class BatchRandomHorizontalFlip(nn.Module):
         self.p = p
 
     def forward(self, images: Tensor) -> Tensor:
-        """The batch with some of its images mirrored left to right."""
+        """Return the batch with some of its images mirrored left to right."""
         uniform = _uniform()
         flipped = (torch.rand(len(images)) if uniform is None else uniform) < self.p
         images = images.clone()
@@ -134,5 +134,5 @@ def crop_pipeline(size: int, padding: int, *, flip: bool, resize: Transform | No
 
 
 def chain(*steps: Transform | None) -> Transform:
-    """The steps one after the other; None stands for no step."""
+    """Return the steps one after the other; None stands for no step."""
     return v2.Compose([step for step in steps if step is not None])

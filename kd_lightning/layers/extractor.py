@@ -105,7 +105,7 @@ class FeatureExtractor:
         self._features, self._calls, self._versions = {}, {}, {}
 
     def pop(self) -> dict[str, Tensor]:
-        """The features of the last forward by name, in the order of the network's modules; they are kept no longer.
+        """Return the features of the last forward by name, in the network's order, and keep them no longer.
 
         Raises:
             RuntimeError: No hooks, no forward since the last time, or a layer that gave no tensor, more than one, or
@@ -193,7 +193,7 @@ class _Record:
 
 
 def find_layers(module: nn.Module, layers: Sequence[str] | str) -> dict[str, nn.Module]:
-    """The layers of these names, or that these globs match, in the order of the network's modules.
+    """Return the layers of these names, or that these globs match, in the order of the network's modules.
 
     Raises:
         ValueError: An unknown name, or a glob that matches nothing.
@@ -241,7 +241,7 @@ def layer_depths(module: nn.Module, names: Sequence[str]) -> dict[str, float]:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The network within what other tools wrap around it."""
+    """Return the network within what other tools wrap around it."""
     while True:
         if isinstance(module, (DistributedDataParallel, DataParallel)):
             module = module.module

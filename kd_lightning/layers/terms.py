@@ -43,7 +43,7 @@ class LayerResult:
     temperature: Temperatures | None
 
     def mean_temperature(self) -> Tensor | None:
-        """The student's temperature, averaged over what it differs by."""
+        """Return the student's temperature, averaged over what it differs by."""
         if self.temperature is None:
             return None
         several = [self.temperature] if isinstance(self.temperature, Temperature) else list(self.temperature)
@@ -171,7 +171,7 @@ class LayerTerm(nn.Module):
         enabled: bool = True,
         mask: Tensor | None = None,
     ) -> LayerResult:
-        """The term for one batch; with weight 0 where it is not enabled.
+        """Return the term for one batch; with weight 0 where it is not enabled.
 
         Args:
             student_features: Of the student's layer.
@@ -203,7 +203,7 @@ class LayerTerm(nn.Module):
         return LayerResult(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), weight, temperature)
 
     def _fitted(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The student's features in the size of the teacher's, as far as the loss compares it."""
+        """Return the student's features in the size of the teacher's, as far as the loss compares it."""
         if self.loss.compares == "samples":
             return student
         self._check_alike(student, teacher)

@@ -6,7 +6,7 @@ from torch import nn
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
-    """A 3×3 convolution that keeps height and width (at stride 1)."""
+    """Return a 3×3 convolution that keeps height and width (at stride 1)."""
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=bias)
 
 

@@ -8,7 +8,7 @@ from kd_lightning.models.named import builds_module, locate
 
 
 def build_model(factory: str, num_classes: int | None = None, **kwargs: Any) -> nn.Module:
-    """Builds a network with a class or function of any library, named by its dotted path.
+    """Build a network with a class or function of any library, named by its dotted path.
 
     LightningCLI checks the arguments of a ``class_path`` against its signature. This one passes on whatever the factory
     takes beyond its signature, as ``timm.create_model`` does. In YAML, what goes beyond ``num_classes`` is given in

@@ -35,7 +35,7 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The block's output, after its last ReLU."""
+        """Return the block's output, after its last ReLU."""
         residual = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(inputs)))))
         return torch.relu(residual + self.shortcut(inputs))
 

@@ -71,7 +71,7 @@ class CausalTransformer(nn.Module):
                 nn.init.normal_(last.weight, std=0.02 / (2 * depth) ** 0.5)
 
     def get_output_embeddings(self) -> nn.Linear:
-        """The output layer, as Hugging Face calls it."""
+        """Return the output layer, as Hugging Face calls it."""
         return self.head
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -36,7 +36,7 @@ class PreActivationBlock(nn.Module):
             self.projection = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The sum of shortcut and residual, not yet activated."""
+        """Return the sum of shortcut and residual, not yet activated."""
         activated = torch.relu(self.bn1(inputs))
         residual = self.conv2(self.dropout(torch.relu(self.bn2(self.conv1(activated)))))
         return residual + (inputs if self.projection is None else self.projection(activated))

@@ -147,7 +147,7 @@ class TeacherEnsemble(Teacher):
 
     @override
     def fingerprint(self) -> str:
-        """A hash of all members' fingerprints, in their order."""
+        """Return a hash of all members' fingerprints, in their order."""
         if self._fingerprint is None:
             joined = " ".join(teacher.fingerprint() for teacher in self.teachers)
             self._fingerprint = hashlib.blake2b(joined.encode(), digest_size=16).hexdigest()
@@ -291,7 +291,7 @@ class TeacherEnsemble(Teacher):
         policy: TemperaturePolicy,
         temperatures: Sequence[TemperaturePolicy],
     ) -> tuple[list[LossTerm], list[Temperature]]:
-        """What the loss is the sum of; and for each of the policy's temperatures the one that stands for all members.
+        """Return the terms of the loss, and for each of the policy's temperatures the one that stands for all members.
 
         Args:
             opinions: What :meth:`weigh` gave.
@@ -378,7 +378,7 @@ class TeacherEnsemble(Teacher):
             self._known_classes[list(classes), teacher] = True
 
     def _known(self, logits: Tensor, signals: Signals, inputs: Any) -> Tensor | None:
-        """A mask ``(K, …, 1)``; None where every teacher knows everything."""
+        """Return a mask ``(K, …, 1)``; None where every teacher knows everything."""
         positions, count = logits.shape[:-1], len(self.teachers)
         if self.routing is None:
             return None

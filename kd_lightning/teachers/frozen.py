@@ -163,7 +163,7 @@ class FrozenTeacher(Teacher):
         return self
 
     def fingerprint(self) -> str:
-        """A hash of all weights and buffers (names, types, shapes, bytes), taken once; or the ``fingerprint`` given.
+        """Return a hash of all weights and buffers (names, types, shapes, bytes), or the ``fingerprint`` given.
 
         Two teachers with the same fingerprint are bit-identical. Ranks compare it, and checkpoints store it.
         """
@@ -172,11 +172,11 @@ class FrozenTeacher(Teacher):
         return with_transform(self._fingerprint, self.transform)
 
     def __call__(self, inputs: Any) -> Any:
-        """The network's own output for these inputs; see :func:`call_model`."""
+        """Return the network's own output for these inputs; see :func:`call_model`."""
         return self._frozen(self._run, inputs)
 
     def hidden_states(self, inputs: Any, check: bool = False) -> HiddenStates:
-        """The network up to its output layer; see :func:`hidden_states`. With ``check`` the two are held together."""
+        """Run the network up to its output layer; see :func:`hidden_states`. ``check`` compares the two."""
         if check:
             self._frozen(partial(check_hidden_states, self.module), inputs)
         return self._frozen(partial(hidden_states, self.module), inputs)
