@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from kd_lightning._lightning import is_compiled
-from kd_lightning.callbacks.student_call import StudentCall, changed, select, tensors, versions
+from kd_lightning.callbacks.student_call import StudentCall, changed, find_targets, select, tensors, versions
 from kd_lightning.callbacks.teacher_scores import TeacherScores
 from kd_lightning.distiller import DistillationOutput, Distiller, counting_positions
 from kd_lightning.losses.task import as_targets, check_scalar
 from kd_lightning.modules.optimization import configure_with_groups
 from kd_lightning.modules.run import (
-    LABEL_KEYS,
     DistillationRun,
     HoldsDistiller,
     is_logging_step,
@@ -280,7 +279,10 @@ class DistillationCallback(HoldsDistiller, Callback):
                 "x = x / 2, not x /= 2."
             )
         teacher_logits = self._run.teacher.logits(inputs, extract=self.extract_logits)
-        targets = as_targets(self._find_targets(batch, logits), logits.device)
+        if self.targets is None:
+            targets = find_targets(batch, logits, self.distiller.class_dim)
+        else:
+            targets = as_targets(select(batch, self.targets, "targets"), logits.device)
         if targets is None and self._layer is not None:
             positions = logits.movedim(self.distiller.class_dim, -1).shape[:-1]
             targets = counting_positions(None, call.by_name(self._layer), positions)
@@ -301,40 +303,6 @@ class DistillationCallback(HoldsDistiller, Callback):
             raise RuntimeError(
                 f"forward_call is {self.forward_call}, but training_step calls {self._student} only {len(calls)} times."
             ) from None
-
-    def _find_targets(self, batch: Any, logits: Tensor) -> Tensor | None:
-        if self.targets is not None:
-            return select(batch, self.targets, "targets")
-        targets = None
-        if isinstance(batch, (tuple, list)) and len(batch) == 2:
-            targets = batch[1]
-        elif isinstance(batch, Mapping):
-            targets = next((batch[key] for key in LABEL_KEYS if key in batch), None)
-        with suppress(TypeError):  # what is no array of numbers is no target of ours
-            targets = as_targets(targets, logits.device)
-        if not isinstance(targets, Tensor):
-            return None
-        class_dim = self.distiller.class_dim
-        shape = logits.movedim(class_dim, -1).shape
-        if targets.shape == shape:
-            return targets
-        if targets.is_floating_point() or logits.dim() < 2:
-            return None
-        if targets.shape == shape[:-1]:
-            if logits.dim() == 3 and class_dim in (-1, 2):
-                raise RuntimeError(
-                    f"the batch has labels {tuple(targets.shape)} for token logits {tuple(logits.shape)}. Say how they "
-                    "go together: targets='labels' if the label of a token stands at its place; for a causal model, "
-                    "which predicts the next token, targets=lambda batch: F.pad(batch['labels'][:, 1:], (0, 1), "
-                    "value=-100); targets=lambda batch: None to distil every position that is no padding."
-                )
-            return targets
-        if logits.dim() > 2 and targets.shape == logits.movedim(1, -1).shape[:-1]:
-            raise RuntimeError(
-                f"logits {tuple(logits.shape)} with targets {tuple(targets.shape)} have their classes in dimension 1, "
-                f"but the distillation loss has class_dim={class_dim}: give kd_loss=KDLoss(class_dim=1)."
-            )
-        return None
 
     @property
     def _student(self) -> str:

@@ -1,9 +1,10 @@
-"""A call of the student in a training step: its inputs, its output, and whether they were changed since."""
+"""A call of the student in a training step: its inputs, its output, if they were changed since, and the targets."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from kd_lightning.losses.task import as_targets
+from kd_lightning.modules.run import LABEL_KEYS
 from kd_lightning.teachers import Call
 
-__all__ = ["StudentCall", "changed", "select", "tensors", "versions"]
+__all__ = ["StudentCall", "changed", "find_targets", "select", "tensors", "versions"]
 
 
 @dataclass
@@ -71,3 +74,45 @@ def select(batch: Any, how: Callable[[Any], Any] | int | str, name: str) -> Any:
             f"{name}={how!r} is no part of the batch, a {type(batch).__name__}{there}. Give a key, an index, or a "
             "function of the batch."
         ) from None
+
+
+def find_targets(batch: Any, logits: Tensor, class_dim: int) -> Tensor | None:
+    """Return the labels of a batch where their shape fits the logits; None where none do.
+
+    Args:
+        batch: Of the loader: the second of two, or one of :data:`LABEL_KEYS`.
+        logits: The student's.
+        class_dim: Their class dimension.
+
+    Raises:
+        RuntimeError: If labels and logits fit in several ways, or in another ``class_dim`` only.
+    """
+    targets = None
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        targets = batch[1]
+    elif isinstance(batch, Mapping):
+        targets = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    with suppress(TypeError):  # what is no array of numbers is no target of ours
+        targets = as_targets(targets, logits.device)
+    if not isinstance(targets, Tensor):
+        return None
+    shape = logits.movedim(class_dim, -1).shape
+    if targets.shape == shape:
+        return targets
+    if targets.is_floating_point() or logits.dim() < 2:
+        return None
+    if targets.shape == shape[:-1]:
+        if logits.dim() == 3 and class_dim in (-1, 2):
+            raise RuntimeError(
+                f"the batch has labels {tuple(targets.shape)} for token logits {tuple(logits.shape)}. Say how they "
+                "go together: targets='labels' if the label of a token stands at its place; for a causal model, "
+                "which predicts the next token, targets=lambda batch: F.pad(batch['labels'][:, 1:], (0, 1), "
+                "value=-100); targets=lambda batch: None to distil every position that is no padding."
+            )
+        return targets
+    if logits.dim() > 2 and targets.shape == logits.movedim(1, -1).shape[:-1]:
+        raise RuntimeError(
+            f"logits {tuple(logits.shape)} with targets {tuple(targets.shape)} have their classes in dimension 1, "
+            f"but the distillation loss has class_dim={class_dim}: give kd_loss=KDLoss(class_dim=1)."
+        )
+    return None

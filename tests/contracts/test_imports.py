@@ -13,7 +13,7 @@ import kd_lightning
 
 ROOT = Path(kd_lightning.__file__).parent
 LAYERS = [
-    {"functional", "ranking", "schedules"},
+    {"functional", "ranking", "progress", "schedules"},
     {"temperature", "losses", "models"},
     {"teachers"},
     {"layers"},
