@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -171,6 +171,7 @@ class Distiller(nn.Module):
         teacher_logits: TeacherTarget | Sequence[TeacherTarget] | None = None,
         index: Tensor | None = None,
         task_loss: Tensor | None = None,
+        extra: Mapping[Any, Any] | None = None,
     ) -> DistillationOutput:
         """Run the teacher, set the temperature, and weigh both losses.
 
@@ -185,6 +186,7 @@ class Distiller(nn.Module):
             index: The samples' rows in the teacher's cache, as batches of ``teacher.index(dataset)`` carry them.
             task_loss: A task loss that is there already, such as the one that a Hugging Face model returns; the
                 Distiller's own is not computed.
+            extra: The parts of the batch that the temperature reads, by their keys; see :attr:`batch_keys`.
         """
         if not isinstance(student_logits, Tensor):
             raise ValueError(
@@ -198,7 +200,7 @@ class Distiller(nn.Module):
             teacher_logits = self._teaching.logits(inputs, index)
         check_labels(targets, student_logits, self.class_dim, self.task_ignore_index)
         counting = counting_positions(targets, inputs, student_logits.movedim(self.class_dim, -1).shape[:-1])
-        signals, opinions = self._consult(inputs, student_logits, teacher_logits, counting, progress)
+        signals, opinions = self._consult(inputs, student_logits, teacher_logits, counting, progress, extra or {})
         kd_loss, temperature = self._distil(signals, opinions)
         if task_loss is None and targets is not None:
             task_loss = self.task_term(student_logits, targets)
@@ -265,7 +267,8 @@ class Distiller(nn.Module):
         """
         one = self._teaching.members(teacher_logits)[0]
         progress = progress or Progress(max_steps=1, max_epochs=1)
-        return self._consult(inputs, one, teacher_logits, targets, progress)[1].consensus.movedim(-1, self.class_dim)
+        opinions = self._consult(inputs, one, teacher_logits, targets, progress, {})[1]
+        return opinions.consensus.movedim(-1, self.class_dim)
 
     def task_term(self, student_logits: Tensor, targets: Tensor) -> Tensor:
         """Return the task loss, unweighted."""
@@ -281,6 +284,7 @@ class Distiller(nn.Module):
         teacher_logits: TeacherTarget | Sequence[TeacherTarget],
         targets: Tensor | None,
         progress: Progress,
+        extra: Mapping[Any, Any],
     ) -> tuple[Signals, Opinions]:
         """Return the batch as policies see it, and what the teacher's members say of it."""
         class_dim = self.class_dim
@@ -289,16 +293,15 @@ class Distiller(nn.Module):
             for logits in self._teaching.members(teacher_logits)
         ]
         student = student_logits.movedim(class_dim, -1)
-        opinions = self._teaching.weigh(
-            members, Signals(student, student, targets, progress, self.ignore_index), inputs
-        )
+        signals = Signals(student, student, targets, progress, self.ignore_index, extra=extra)
+        opinions = self._teaching.weigh(members, signals, inputs)
         if student.shape != opinions.consensus.shape:  # before a policy stumbles over it with a lesser message
             shapes = student_logits.shape, opinions.consensus.movedim(-1, class_dim).shape
             raise ValueError(
                 f"student and teacher logits must have the same shape, got {tuple(shapes[0])} and {tuple(shapes[1])}: "
                 "give both models the same classes and inputs."
             )
-        return Signals(student, opinions.consensus, targets, progress, self.ignore_index), opinions
+        return signals.replace(teacher_logits=opinions.consensus), opinions
 
     def _distil(self, signals: Signals, opinions: Opinions) -> tuple[Tensor, Temperatures]:
         policy = self.temperature
@@ -368,6 +371,11 @@ class Distiller(nn.Module):
             if term.temperature is not None:
                 named[f"layers.{index}.temperature"] = term.temperature
         return named
+
+    @property
+    def batch_keys(self) -> tuple[str | int, ...]:
+        """The parts of the batch that the temperature reads, for ``extra``: keys of a mapping, or positions."""
+        return tuple(dict.fromkeys(key for policy in self.policies().values() for key in policy.batch_keys))
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:

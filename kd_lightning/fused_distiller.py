@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,7 @@ class FusedDistiller(Distiller):
         teacher_logits: TeacherTarget | Sequence[TeacherTarget] | None = None,
         index: Tensor | None = None,
         task_loss: Tensor | None = None,
+        extra: Mapping[Any, Any] | None = None,
     ) -> DistillationOutput:
         """Weigh both losses, as :meth:`kd_lightning.Distiller.forward`; ``student_logits`` may be hidden states.
 
@@ -85,10 +86,11 @@ class FusedDistiller(Distiller):
             teacher_logits: For logits only.
             index: For logits only.
             task_loss: For logits only.
+            extra: The parts of the batch that the temperature reads.
         """
         if not isinstance(student_logits, HiddenStates):
             given: dict[str, Any] = {"teacher_logits": teacher_logits, "index": index, "task_loss": task_loss}
-            return super().forward(inputs, student_logits, targets, progress, **given)
+            return super().forward(inputs, student_logits, targets, progress, **given, extra=extra)
         if teacher_logits is not None or task_loss is not None:
             raise ValueError("hidden states go with a teacher that is run: leave teacher_logits and task_loss out.")
         self._check()  # the temperature may have been replaced
@@ -99,7 +101,8 @@ class FusedDistiller(Distiller):
         assert isinstance(kd_loss, FusedLinearKDLoss)
         shape = (*student.hidden.shape[:-1], student.weight.shape[0])
         no_logits = student.hidden.new_zeros((), dtype=torch.float32).expand(shape)  # a shape without memory
-        temperature = self.temperature(Signals(no_logits, no_logits, targets, progress, self.ignore_index))
+        signals = Signals(no_logits, no_logits, targets, progress, self.ignore_index, extra=extra or {})
+        temperature = self.temperature(signals)
         if not isinstance(temperature, Temperature):
             raise ValueError(f"FusedLinearKDLoss takes one temperature, but {self.temperature!r} gives several.")
         teacher = self._teaching.hidden_states(inputs)

@@ -28,6 +28,7 @@ from kd_lightning.modules.run import (
 )
 from kd_lightning.teachers import Teacher, extract_logits
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
+from kd_lightning.temperature.extra import take_extra
 
 __all__ = ["DistillationCallback"]
 
@@ -287,6 +288,7 @@ class DistillationCallback(HoldsDistiller, Callback):
             positions = logits.movedim(self.distiller.class_dim, -1).shape[:-1]
             targets = counting_positions(None, call.by_name(self._layer), positions)
         given: dict[str, Any] = {"teacher_logits": teacher_logits, "task_loss": task_loss}
+        given["extra"] = take_extra(batch, self.distiller.batch_keys)[1]
         out = self.distiller(inputs, logits, targets, self.progress, **given)
         check_scalar(out.loss)
         return out, targets

@@ -163,7 +163,7 @@ class _CacheBuilder(LightningModule):
         batch, rows = split_index(batch)
         teacher = self.module.teacher
         assert teacher is not None
-        return teacher.logits(self.module.unpack_batch(batch)[0], rows, self.module.extract_logits)
+        return teacher.logits(self.module.unpack(batch)[0], rows, self.module.extract_logits)
 
 
 def export(
@@ -217,7 +217,7 @@ def export(
     elif datamodule is not None:
         datamodule.prepare_data()
         datamodule.setup("fit")
-        inputs, _ = model.unpack_batch(next(iter(datamodule.train_dataloader())))
+        inputs, _ = model.unpack(next(iter(datamodule.train_dataloader())))
     else:
         recorded = content.get("example_inputs")
         inputs = None if recorded is None else inputs_like(recorded)

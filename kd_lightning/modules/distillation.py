@@ -31,6 +31,7 @@ from kd_lightning.modules.supervised import SupervisedModule, states_of
 from kd_lightning.modules.temperature_state import KeepsTemperatureState
 from kd_lightning.teachers import Teacher, split_index
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
+from kd_lightning.temperature.extra import take_extra
 
 __all__ = ["DistillationModule"]
 
@@ -156,6 +157,10 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
     # ---- steps ----------------------------------------------------------------------------------------------------
 
     @override
+    def unpack(self, batch: Any) -> tuple[Any, Tensor | None]:
+        return self.unpack_batch(take_extra(batch, self.distiller.batch_keys)[0])
+
+    @override
     def network_inputs(self, inputs: Any) -> Any:
         return inputs if self.teacher is None else self.teacher.student_inputs(inputs)
 
@@ -205,7 +210,8 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
         student = self.distiller.run_student(self, self.student, inputs)
         given = batch if self.teacher.reads_batch else inputs
         teacher_logits = self.distiller.teacher_logits(given, rows, self.extract_logits)
-        out = self.distiller(inputs, student, targets, progress, teacher_logits=teacher_logits)
+        extra = take_extra(batch, self.distiller.batch_keys)[1]
+        out = self.distiller(inputs, student, targets, progress, teacher_logits=teacher_logits, extra=extra)
         check_scalar(out.loss)
         return out, targets
 

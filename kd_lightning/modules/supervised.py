@@ -133,6 +133,10 @@ class SupervisedModule(LightningModule):
             "Override unpack_batch(batch) to say what its inputs and targets are."
         )
 
+    def unpack(self, batch: Any) -> tuple[Any, Tensor | None]:
+        """Return what :meth:`unpack_batch` makes of the batch without the parts that no network sees."""
+        return self.unpack_batch(batch)
+
     def extract_logits(self, output: Any) -> Tensor:
         """Return the logits in an output of the student or the teacher. Override for outputs of another kind.
 
@@ -150,7 +154,7 @@ class SupervisedModule(LightningModule):
             ValueError: If the batch has no labels to shift, labels that are not ``(B, L)`` indices, or labels that an
                 encoder–decoder network has shifted.
         """
-        inputs, targets = self.unpack_batch(batch)
+        inputs, targets = self.unpack(batch)
         targets = as_targets(targets, self.device)
         if getattr(getattr(self.network, "config", None), "is_encoder_decoder", False):
             return self._with_decoder_inputs(inputs, targets), targets
@@ -195,7 +199,7 @@ class SupervisedModule(LightningModule):
 
     def _inputs(self, batch: Any) -> Any:
         """Return the inputs of a batch, which need no labels."""
-        return self.unpack_batch(batch)[0] if self.shift_labels else self.inputs_and_targets(batch)[0]
+        return self.unpack(batch)[0] if self.shift_labels else self.inputs_and_targets(batch)[0]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups: by default one, of all parameters that require a gradient."""

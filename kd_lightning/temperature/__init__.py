@@ -18,9 +18,12 @@ from kd_lightning.temperature.class_wise import ClassFrequencyTemperature, Corre
 from kd_lightning.temperature.combined import JoinedTemperature, MultiTemperature, ProductTemperature
 from kd_lightning.temperature.convert import TemperatureLike, as_policy
 from kd_lightning.temperature.dynamic import CapacityTemperature, LossGapTemperature
+from kd_lightning.temperature.energy import EnergyTemperature
+from kd_lightning.temperature.group import GroupTemperature
 from kd_lightning.temperature.layer_wise import DepthTemperature
 from kd_lightning.temperature.learnable import InstanceTemperature, LearnableTemperature
 from kd_lightning.temperature.logit_spread import LogitStandardization, LogitStdTemperature, SharpnessTemperature
+from kd_lightning.temperature.max_logit import MaxLogitTemperature
 from kd_lightning.temperature.sample_wise import (
     ConfidenceTemperature,
     DisagreementTemperature,
@@ -43,8 +46,10 @@ __all__ = [
     "CyclicSchedule",
     "DepthTemperature",
     "DisagreementTemperature",
+    "EnergyTemperature",
     "EntropyTemperature",
     "ExponentialSchedule",
+    "GroupTemperature",
     "InstanceTemperature",
     "JoinedSchedule",
     "JoinedTemperature",
@@ -53,6 +58,7 @@ __all__ = [
     "LogitStandardization",
     "LogitStdTemperature",
     "LossGapTemperature",
+    "MaxLogitTemperature",
     "MultiTemperature",
     "ProductTemperature",
     "Progress",

@@ -127,6 +127,14 @@ class TemperaturePolicy(nn.Module, ABC):
         for policy in self._inner_policies():
             policy.setup_data(datamodule)
 
+    @property
+    def batch_keys(self) -> tuple[str | int, ...]:
+        """The parts of the batch that :meth:`compute` finds in ``signals.extra``: keys of a mapping, or positions.
+
+        Default: those of the policies within this one.
+        """
+        return tuple(dict.fromkeys(key for policy in self._inner_policies() for key in policy.batch_keys))
+
     def param_groups(self) -> list[dict[str, Any]]:
         """Return optimiser groups of the policy's parameters, without weight decay. Empty if it learns nothing.
 

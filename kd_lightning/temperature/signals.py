@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ class Signals:
         ignore_index: Target value of positions that do not count; None where all count.
         depth: Where in the student the logits come from: 0 is its first layer with a loss, 1 the last; 1 for the
             logits themselves.
+        extra: Parts of the batch by their keys, those that the policy's ``batch_keys`` name.
 
     Example:
         >>> import torch
@@ -41,6 +43,7 @@ class Signals:
     progress: Progress = field(default_factory=Progress)
     ignore_index: int | None = -100
     depth: float = 1.0
+    extra: Mapping[Any, Any] = field(default_factory=dict)
 
     @property
     def class_targets(self) -> Tensor | None:

@@ -31,8 +31,10 @@ from kd_lightning.temperature import (
     CyclicSchedule,
     DepthTemperature,
     DisagreementTemperature,
+    EnergyTemperature,
     EntropyTemperature,
     ExponentialSchedule,
+    GroupTemperature,
     InstanceTemperature,
     JoinedSchedule,
     JoinedTemperature,
@@ -41,6 +43,7 @@ from kd_lightning.temperature import (
     LogitStandardization,
     LogitStdTemperature,
     LossGapTemperature,
+    MaxLogitTemperature,
     MultiTemperature,
     ProductTemperature,
     Progress,
@@ -82,7 +85,12 @@ POLICIES: dict[type[TemperaturePolicy], list[Case]] = {
         Case(DisagreementTemperature),
         Case(lambda: DisagreementTemperature(beta=10.0, gamma=0.5, by="confidence")),
     ],
+    EnergyTemperature: [Case(EnergyTemperature), Case(lambda: EnergyTemperature(share=0.3))],
     EntropyTemperature: [Case(EntropyTemperature)],
+    GroupTemperature: [
+        Case(lambda: GroupTemperature("source", {0: 2.0, 1: CosineSchedule(8.0, 2.0)}, default=4.0)),
+        Case(lambda: GroupTemperature("language", {"en": 2.0, "fi": 6.0}), "the column is a list of strings"),
+    ],
     InstanceTemperature: [Case(lambda: InstanceTemperature(CLASSES, hidden_size=4, warmup_epochs=1))],
     JoinedTemperature: [
         Case(lambda: JoinedTemperature([EntropyTemperature(), LearnableTemperature(warmup_epochs=2)], [1]))
@@ -94,6 +102,7 @@ POLICIES: dict[type[TemperaturePolicy], list[Case]] = {
     LogitStandardization: [Case(LogitStandardization)],
     LogitStdTemperature: [Case(LogitStdTemperature), Case(lambda: LogitStdTemperature(detach=True))],
     LossGapTemperature: [Case(LossGapTemperature)],
+    MaxLogitTemperature: [Case(lambda: MaxLogitTemperature(2.0))],
     MultiTemperature: [Case(MultiTemperature), Case(lambda: MultiTemperature([SharpnessTemperature(4.0), 4.0]))],
     ProductTemperature: [Case(lambda: ProductTemperature([LogitStdTemperature(), CosineSchedule(1.0, 0.5)]))],
     ScheduledTemperature: [
@@ -178,7 +187,9 @@ def make(shape=(5, CLASSES), kind="random", seed=0, progress=None) -> Signals:
     student, teacher = draw(kind, shape, generator)
     targets = torch.randint(0, 4, shape[:-1], generator=generator)
     targets.view(-1)[1:2] = -100
-    return Signals(student, teacher, targets, progress or Progress(step=13, max_steps=40, epoch=1, max_epochs=4))
+    extra = {"source": torch.arange(shape[0]) % 3, "language": ["en", "fi"] * (shape[0] // 2) + ["en"] * (shape[0] % 2)}
+    progress = progress or Progress(step=13, max_steps=40, epoch=1, max_epochs=4)
+    return Signals(student, teacher, targets, progress, extra=extra)
 
 
 def terms(policy: TemperaturePolicy, signals: Signals) -> list[Temperature]:
