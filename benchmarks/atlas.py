@@ -39,7 +39,7 @@ SEEDS, EVALUATIONS, BATCH_SIZE = 5, 10, 32
 KD_WEIGHT, TASK_WEIGHT, ANCHOR = 0.9, 0.1, 4.0  # "equal" has kd_weight · T² = KD_WEIGHT · ANCHOR² at every T
 STEPS = {"x1/4": 50, "x1": 200, "x4": 800}
 FEW, TEACHER_STEPS = 100, 600
-RATES = {"adamw": (0.005, 0.02, 0.08, 0.32), "sgd": (0.004, 0.016, 0.06, 0.25, 1.0)}
+RATES: dict[str, tuple[float, ...]] = {"adamw": (0.005, 0.02, 0.08, 0.32), "sgd": (0.004, 0.016, 0.06, 0.25, 1.0)}
 TASKS = ("digits", "mnist5k")
 ARMS = (
     ("none", 0.0),

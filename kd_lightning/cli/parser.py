@@ -184,7 +184,7 @@ class KDLightningCLI(LightningCLI):
             torch.set_num_threads(num_threads)
         command = self.commands.get(str(self.subcommand))
         if command is not None and command.adjust is not None and self.written is not None:
-            command.adjust(self.config[self.subcommand], self.written.tree)
+            command.adjust(self.config[str(self.subcommand)], self.written.tree)
 
     @override
     def instantiate_classes(self) -> None:
@@ -254,7 +254,7 @@ def find_checkpoints(config: Any, files: list[Path]) -> None:
         config: A part of the parsed configuration.
         files: The configuration files, the one that counts last.
     """
-    items = vars(config) if isinstance(config, Namespace) else config
+    items: Any = vars(config) if isinstance(config, Namespace) else config
     for name, value in list(enumerate(items) if isinstance(items, list) else items.items()):
         if name == "checkpoint" and isinstance(value, (str, Path)):
             folders = [folder for file in reversed(files) for folder in (file.parent, file.absolute().parent.parent)]
