@@ -3,6 +3,7 @@
 from kd_lightning.callbacks.adaptive_temperature import AdaptiveTemperature
 from kd_lightning.callbacks.distillation_callback import DistillationCallback
 from kd_lightning.callbacks.early_stop_distillation import EarlyStopDistillation
+from kd_lightning.callbacks.gradient_share import GradientShare
 from kd_lightning.callbacks.replica_consistency import ReplicaConsistency
 from kd_lightning.callbacks.skip_non_finite import SkipNonFinite
 from kd_lightning.callbacks.temperature_finder import TemperatureFinder
@@ -12,6 +13,7 @@ __all__ = [
     "AdaptiveTemperature",
     "DistillationCallback",
     "EarlyStopDistillation",
+    "GradientShare",
     "ReplicaConsistency",
     "SkipNonFinite",
     "TemperatureFinder",

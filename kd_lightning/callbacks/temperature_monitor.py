@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from typing_extensions import override
 
 from kd_lightning._lightning import accumulates, callbacks_of, logged_step, updates_logs
 from kd_lightning.callbacks.common import check_validates, find_holder, is_validation_check, read_metric
+from kd_lightning.callbacks.gradient_share import gradient_share
 from kd_lightning.distiller import DistillationOutput
 from kd_lightning.modules.run import TemperatureLogger
 from kd_lightning.ranking import check_counts
@@ -190,35 +190,6 @@ class TemperatureMonitor(TemperatureLogger):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = state_dict.get("history", [])
         self.metric_history = state_dict.get("metric_history", [])
-
-
-def gradient_share(output: DistillationOutput, parameters: Sequence[Tensor]) -> Tensor:
-    r"""Return the distillation term's share :math:`\|g_{kd}\| / (\|g_{kd}\| + \|g_{task}\|)` in the gradient norm.
-
-    Args:
-        output: Before its loss is differentiated; it can be afterwards.
-        parameters: Those to differentiate by. Their gradients are not touched.
-
-    Returns:
-        A float32 scalar in [0, 1]; NaN where both gradients are 0.
-
-    Example:
-        >>> from kd_lightning import Distiller
-        >>> weight = torch.eye(3, requires_grad=True)
-        >>> distiller = Distiller(None, temperature=1.0, kd_weight=1.0, task_weight=1.0)
-        >>> x, targets = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0])
-        >>> hard = torch.tensor([[99.0, 0.0, 0.0]])  # a teacher that says what the label says
-        >>> gradient_share(distiller(x, x @ weight, targets, teacher_logits=hard), [weight])
-        tensor(0.5000)
-    """
-    norms = []
-    for term in (output.kd_weight * output.kd_loss, output.task_weight * output.task_loss):
-        if not term.requires_grad:
-            norms.append(torch.zeros((), device=term.device))
-            continue
-        grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-        norms.append(torch.stack([grad.float().square().sum() for grad in grads if grad is not None]).sum().sqrt())
-    return norms[0] / (norms[0] + norms[1])
 
 
 def _histogram_writers(trainer: Trainer) -> list[Any]:

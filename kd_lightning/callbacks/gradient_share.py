@@ -1,0 +1,165 @@
+"""The weight that holds distillation's share of the gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
+from typing_extensions import override
+
+from kd_lightning._lightning import accumulates
+from kd_lightning.callbacks.common import find_holder
+from kd_lightning.distiller import DistillationOutput
+from kd_lightning.modules.run import is_logging_step
+from kd_lightning.schedules import ConstantSchedule
+from kd_lightning.temperature.statistics import sum_over_ranks
+
+__all__ = ["GradientShare", "gradient_norms", "gradient_share"]
+
+
+class GradientShare(Callback):
+    r"""Sets ``kd_weight`` so that distillation has a given share of the gradient while the temperature moves.
+
+    .. math::
+        \frac{\|w_{kd} \, g_{kd}\|}{\|w_{kd} \, g_{kd}\| + \|w_{task} \, g_{task}\|} = \rho
+        \quad\Longleftrightarrow\quad
+        w_{kd} = w_{task} \, \frac{\|g_{task}\|}{\|g_{kd}\|} \, \frac{\rho}{1 - \rho}
+
+    with the gradients of the two unweighted terms by the student's parameters, on the batch at hand; terms between
+    layers have no part in it. They are measured in the run's first step and in those whose values the loggers write, by
+    two backward passes more, and the weight holds from the next step on. No other step computes or waits for anything.
+    Over the measurements the weight's logarithm is averaged, :math:`\log w \leftarrow \delta \log w + (1 - \delta) \log
+    w_{kd}`, with the norms' mean square over the ranks, so that the weight is the same on all of them.
+
+    It takes over from ``kd_weight``, whose value is that of the first step. Where a gradient is 0 or not finite, or
+    distillation is off, the weight stays. The share that comes out is ``kd_gradient_share`` of a
+    :class:`~kd_lightning.callbacks.TemperatureMonitor`.
+
+    Args:
+        target: :math:`\rho`, between 0 and 1.
+        decay: :math:`\delta` in [0, 1): 0 follows the last measurement alone, 0.9 the last ten or so.
+
+    Raises:
+        ValueError: If an argument is outside its range; at fit, if ``task_weight`` is 0, or if the strategy shards the
+            parameters.
+        TypeError: At fit, if the run has no Distiller.
+        RuntimeError: In the first step, if the loss does not give its terms apart, as FusedLinearKDLoss does.
+
+    State: the weight.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> callback = GradientShare(target=0.5)
+        >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(self, target: float = 0.5, decay: float = 0.5) -> None:
+        super().__init__()
+        if not 0 < target < 1:
+            raise ValueError(
+                f"target is distillation's share of the gradient, between 0 and 1, got {target}. For the ends set "
+                "kd_weight or task_weight to 0."
+            )
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay}: with 1 the weight would never move.")
+        self.target = target
+        self.decay = decay
+        self.kd_weight: float | None = None
+        """The weight that was set last; None before the first measurement."""
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        distiller = find_holder(trainer, pl_module).distiller
+        if distiller.task_weight == ConstantSchedule(0):
+            raise ValueError(
+                "GradientShare shares the gradient between distillation and the task, but task_weight is 0. Give it a "
+                "weight, or leave GradientShare out."
+            )
+        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+            raise ValueError(
+                f"GradientShare differentiates by whole parameters, which {type(trainer.strategy).__name__} shards. "
+                "Take ddp, or a schedule for kd_weight."
+            )
+        if self.kd_weight is not None:  # resumed
+            distiller.kd_weight = ConstantSchedule(self.kd_weight)
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        due = self.kd_weight is None or is_logging_step(trainer)
+        holder = find_holder(trainer, pl_module)
+        out, distiller = holder.last_output, holder.distiller
+        if not due or accumulates(trainer) or out is None or not (out.kd_weight and out.task_weight):
+            return
+        if not out.kd_loss.requires_grad:
+            raise RuntimeError(
+                f"GradientShare differentiates distillation and task apart, but {type(distiller.kd_loss).__name__} "
+                "gives the gradient of their sum alone. Take KDLoss, or a schedule for kd_weight."
+            )
+        own = {id(parameter) for parameter in distiller.parameters()}
+        parameters = [p for p in pl_module.parameters() if p.requires_grad and id(p) not in own]
+        kd, task = sum_over_ranks(gradient_norms(out, parameters).square()).sqrt().tolist()
+        if not (0 < kd < math.inf and 0 < task < math.inf):
+            return
+        weight = out.kd_weight * (task / kd) * self.target / (1 - self.target)
+        if self.kd_weight is not None:
+            weight = math.exp(self.decay * math.log(self.kd_weight) + (1 - self.decay) * math.log(weight))
+        self.kd_weight = weight
+        distiller.kd_weight = ConstantSchedule(weight)
+
+    def replicated_state(self) -> dict[str, Any]:
+        """Return the state that must be the same on every rank."""
+        return self.state_dict()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"kd_weight": self.kd_weight}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.kd_weight = state_dict["kd_weight"]
+
+
+def gradient_norms(output: DistillationOutput, parameters: Sequence[Tensor]) -> Tensor:
+    """Return the gradient norms of the weighted distillation term and of the weighted task term, ``(2,)`` in float32.
+
+    Args:
+        output: Before its loss is differentiated; it can be afterwards.
+        parameters: Those to differentiate by. Their gradients are not touched.
+    """
+    norms = []
+    for term in (output.kd_weight * output.kd_loss, output.task_weight * output.task_loss):
+        if not term.requires_grad:
+            norms.append(torch.zeros((), device=term.device))
+            continue
+        grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        norms.append(torch.stack([grad.float().square().sum() for grad in grads if grad is not None]).sum().sqrt())
+    return torch.stack(norms)
+
+
+def gradient_share(output: DistillationOutput, parameters: Sequence[Tensor]) -> Tensor:
+    r"""Return the distillation term's share :math:`\|g_{kd}\| / (\|g_{kd}\| + \|g_{task}\|)` in the gradient norm.
+
+    Args:
+        output: Before its loss is differentiated; it can be afterwards.
+        parameters: Those to differentiate by. Their gradients are not touched.
+
+    Returns:
+        A float32 scalar in [0, 1]; NaN where both gradients are 0.
+
+    Example:
+        >>> from kd_lightning import Distiller
+        >>> weight = torch.eye(3, requires_grad=True)
+        >>> distiller = Distiller(None, temperature=1.0, kd_weight=1.0, task_weight=1.0)
+        >>> x, targets = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0])
+        >>> hard = torch.tensor([[99.0, 0.0, 0.0]])  # a teacher that says what the label says
+        >>> gradient_share(distiller(x, x @ weight, targets, teacher_logits=hard), [weight])
+        tensor(0.5000)
+    """
+    norms = gradient_norms(output, parameters)
+    return norms[0] / norms.sum()
