@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal, Protocol, TypeVar
+
+from kd_lightning.functional.temperature import is_number
 
 __all__ = [
     "Lead",
@@ -17,8 +19,8 @@ __all__ = [
     "candidate_name",
     "check_counts",
     "check_monitor",
-    "check_temperatures",
-    "check_weights",
+    "checked_temperatures",
+    "checked_weights",
     "mean_and_std",
     "rank",
     "show",
@@ -161,16 +163,23 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
-def check_monitor(monitor: str, chooser: str) -> None:
-    """Refuse a metric that cannot choose a temperature.
+def check_monitor(monitor: str, mode: Mode, chooser: str) -> None:
+    """Refuse a metric that cannot choose a temperature, and a mode that is neither ``"min"`` nor ``"max"``.
 
     Args:
         monitor: Name of the metric.
+        mode: Whether larger or smaller is better.
         chooser: Subject of the error message.
 
     Raises:
-        ValueError: If the metric is of the test set, or a loss that contains the distillation term.
+        TypeError: If ``monitor`` is no name.
+        ValueError: If the mode is unknown, or if the metric is of the test set or a loss that contains the
+            distillation term.
     """
+    if not isinstance(monitor, str) or not monitor:
+        raise TypeError(f"monitor must be the name of a logged metric, such as 'val_acc', got {monitor!r}.")
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode must be one of 'min', 'max', got {mode!r}.")
     if monitor.startswith("test"):
         raise ValueError(
             f"{chooser} does not choose on the test set, got monitor={monitor!r}: what was chosen on it can no longer "
@@ -182,24 +191,36 @@ def check_monitor(monitor: str, chooser: str) -> None:
         )
 
 
-def check_temperatures(name: str, values: Sequence[float]) -> None:
-    """Refuse an empty sequence, and values that are not positive, finite numbers.
+def checked_temperatures(name: str, values: Iterable[float]) -> list[float]:
+    """Return the values as floats.
 
     Raises:
-        ValueError: If ``values`` is empty or a value is not positive and finite.
+        TypeError: If ``values`` is no sequence of numbers.
+        ValueError: If ``values`` is empty, or a value is repeated, or not positive and finite.
     """
-    if not values or not all(0 < value < math.inf for value in values):
-        raise ValueError(f"{name} must be one or more positive, finite numbers, got {values}.")
+    return _checked(name, values, "positive, finite numbers", lambda value: 0 < value < math.inf)
 
 
-def check_weights(name: str, values: Sequence[float]) -> None:
-    """Refuse an empty sequence, and values that are negative or not finite.
+def checked_weights(name: str, values: Iterable[float]) -> list[float]:
+    """Return the values as floats.
 
     Raises:
-        ValueError: If ``values`` is empty or a value is negative or not finite.
+        TypeError: If ``values`` is no sequence of numbers.
+        ValueError: If ``values`` is empty, or a value is repeated, negative or not finite.
     """
-    if not values or not all(0 <= value < math.inf for value in values):
-        raise ValueError(f"{name} must be one or more finite numbers from 0 up, got {values}.")
+    return _checked(name, values, "finite numbers from 0 up", lambda value: 0 <= value < math.inf)
+
+
+def _checked(name: str, values: Iterable[float], kind: str, allowed: Callable[[float], bool]) -> list[float]:
+    items = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [None]
+    if not all(is_number(item) for item in items):
+        raise TypeError(f"{name} must be one or more {kind}, got {values!r}.")
+    numbers = [float(item) for item in items if item is not None]
+    if not numbers or not all(map(allowed, numbers)):
+        raise ValueError(f"{name} must be one or more {kind}, got {values!r}.")
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{name} must differ from each other, got {values!r}: name each once.")
+    return numbers
 
 
 def check_counts(*, least: int = 1, **counts: int) -> None:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from kd_lightning._lightning import data_sources
-from kd_lightning.callbacks.common import DistillationHolder, find_holder, mean_over_ranks, read_metric
+from kd_lightning.callbacks.common import DistillationHolder, check_validates, find_holder, mean_over_ranks, read_metric
 from kd_lightning.callbacks.snapshot import Snapshot
 from kd_lightning.callbacks.trial import TrialWatch, short_run
 from kd_lightning.modules.replicas import gather
@@ -27,8 +27,8 @@ from kd_lightning.ranking import (
     candidate_name,
     check_counts,
     check_monitor,
-    check_temperatures,
-    check_weights,
+    checked_temperatures,
+    checked_weights,
     rank,
 )
 from kd_lightning.schedules import as_schedule
@@ -98,7 +98,8 @@ class TemperatureFinder(Callback):
         ValueError: If an argument is out of range or the metric cannot choose a temperature; at fit, if a candidate
             lies outside the policy's bounds, or validation uses the test set.
         RuntimeError: If the metric was not logged.
-        TypeError: If the run has no Distiller.
+        TypeError: If an argument is of another type, or if the run has no Distiller.
+        MisconfigurationException: If the run has no validation.
 
     State: the results. A resumed run skips the search and takes the temperature found before.
 
@@ -120,18 +121,15 @@ class TemperatureFinder(Callback):
         find_only: bool = False,
     ) -> None:
         super().__init__()
-        check_temperatures("candidates", tuple(candidates))
-        if kd_weights is not None:
-            check_weights("kd_weights", tuple(kd_weights))
+        self.candidates = checked_temperatures("candidates", candidates)
+        self.kd_weights = None if kd_weights is None else checked_weights("kd_weights", kd_weights)
         check_counts(steps=steps, seeds=seeds)
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode must be one of 'min', 'max', got {mode!r}.")
-        check_monitor(monitor, "TemperatureFinder")
-        self.candidates = [float(candidate) for candidate in candidates]
+        check_monitor(monitor, mode, "TemperatureFinder")
+        if plot_path is not None and not isinstance(plot_path, (str, Path)):
+            raise TypeError(f"plot_path must be the path of a file, or None, got {plot_path!r}.")
         self.steps = steps
         self.monitor = monitor
         self.mode: Mode = mode
-        self.kd_weights = None if kd_weights is None else [float(weight) for weight in kd_weights]
         self.seeds = seeds
         self.plot_path = plot_path
         self.find_only = find_only
@@ -205,6 +203,7 @@ class TemperatureFinder(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         holder = find_holder(trainer, pl_module)
+        check_validates(trainer, self)
         self._check(trainer, holder)
         if trainer.ckpt_path is not None or trainer.global_step > 0:
             if self.best is not None:

@@ -85,7 +85,7 @@ def plot_sweep(
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If there are no scores.
+        ValueError: If there are no scores, ``best`` is no cell, or the mode is unknown.
 
     Example:
         >>> cells = [(t, w, [0.8 + t / 100, 0.8 + w / 100]) for t in (1, 4) for w in (0.5, 0.9)]
@@ -93,6 +93,10 @@ def plot_sweep(
         >>> figure.axes[0].get_title(loc="left")
         'val_acc, mean ± standard deviation of 2 seeds; no teacher (line) 0.7950 ± 0.0071'
     """
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode must be one of 'min', 'max', got {mode!r}.")
+    if best is not None and not any((t, w) == tuple(best) for t, w, _ in cells):
+        raise ValueError(f"best must be the temperature and weight of one of the cells, got {best}.")
     means = [mean_and_std(scores)[0] for _, _, scores in cells if len(scores)]
     if not means and not baseline:
         raise ValueError("there are no scores to draw.")
@@ -158,7 +162,9 @@ def _draw_curves(axes: Axes, trials: _Trials) -> None:
     if len(weights) > 1:
         axes.legend(frameon=False, fontsize=9)
     _temperature_axis(axes, candidates)
-    axes.margins(x=0.06, y=0.15)
+    margin = (candidates[-1] / candidates[0]) ** 0.06 if len(candidates) > 1 else 2.0
+    axes.set_xlim(candidates[0] / margin, candidates[-1] * margin)  # candidates without a score have their place too
+    axes.margins(y=0.15)
     tidy(axes)
 
 

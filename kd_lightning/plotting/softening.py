@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.plotting.style import log_axis, mark, pyplot, subplots, tidy
+from kd_lightning.ranking import check_counts, checked_temperatures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,6 +43,7 @@ def plot_softening(
 
     Raises:
         ImportError: If matplotlib is not installed.
+        TypeError: If an argument is of another type.
         ValueError: If there are fewer than two classes, a logit is NaN or +inf, the temperatures are not one or more
             positive, finite numbers, or the number of names is not C.
 
@@ -50,17 +52,20 @@ def plot_softening(
         >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
         ['T = 1', 'T = 4', 'T = 16']
     """
-    logits = torch.as_tensor(teacher_logits).detach().cpu().double()
+    try:
+        given = torch.as_tensor(teacher_logits)
+    except (RuntimeError, TypeError, ValueError):
+        raise TypeError(f"teacher_logits must be a tensor, or a sequence of numbers, got {teacher_logits!r}.") from None
+    logits = given.detach().cpu().double()
     logits = logits.reshape(-1, logits.shape[-1]) if logits.dim() else logits.reshape(1, 1)
     num_classes = logits.shape[-1]
     if num_classes < 2 or not len(logits) or logits.isnan().any() or (logits == math.inf).any():
         raise ValueError(
             "teacher_logits must be one or more rows of two or more numbers (−inf for a masked class), got shape "
-            f"{tuple(torch.as_tensor(teacher_logits).shape)}."
+            f"{tuple(given.shape)}."
         )
-    values = [float(t) for t in temperatures]
-    if not values or not all(0 < t < math.inf for t in values):
-        raise ValueError(f"temperatures must be one or more positive, finite numbers, got {list(temperatures)}.")
+    values = checked_temperatures("temperatures", temperatures)
+    check_counts(max_classes=max_classes)
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(f"class_names must name all {num_classes} classes, got {len(class_names)} names.")
     plt = pyplot()

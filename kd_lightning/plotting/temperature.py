@@ -6,11 +6,13 @@ import bisect
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kd_lightning.plotting.style import STUDENT, TEACHER, Curve, Spread, draw_curve, draw_terms, pyplot, subplots, tidy
+from kd_lightning.ranking import check_counts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,7 +60,7 @@ def plot_schedule(
 
     Raises:
         ImportError: If matplotlib is not installed.
-        TypeError: If the subject is no number, schedule or policy.
+        TypeError: If the subject is no number, schedule or policy, or if a count is no whole number.
         ValueError: If there is less than one epoch or step, or the policy does not fit ``num_classes``.
 
     Example:
@@ -67,6 +69,10 @@ def plot_schedule(
         >>> figure.axes[0].get_xlabel()
         'epoch'
     """
+    for name, count in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
+        if not isinstance(count, Integral):
+            raise TypeError(f"{name} must be a whole number, got {count!r}.")
+    check_counts(least=2, num_classes=num_classes)
     if epochs < 1 or steps_per_epoch < 1:
         raise ValueError(
             f"a run has at least one epoch and one step, got epochs={epochs}, steps_per_epoch={steps_per_epoch}."
@@ -208,6 +214,7 @@ def plot_temperature_grid(histories: Mapping[str, Sequence[Curve]], *, columns: 
         >>> [axes.get_title(loc="left") for axes in figure.axes]
         ['asymmetric', 'constant']
     """
+    check_counts(columns=columns)
     lengths = {name: {len(side) for term in terms for side in term} for name, terms in histories.items()}
     counts = set().union(*lengths.values())
     if len(counts) != 1 or 0 in counts or not all(lengths.values()):

@@ -92,12 +92,20 @@ def _open_storage(storage: str) -> Any:
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
     from sqlalchemy import event
+    from sqlalchemy.exc import ArgumentError
 
     if "://" not in storage:
         Path(storage).parent.mkdir(parents=True, exist_ok=True)
         return JournalStorage(JournalFileBackend(storage))
     if not storage.startswith("sqlite"):
-        return RDBStorage(storage)
+        try:
+            return RDBStorage(storage)
+        except (ArgumentError, ImportError) as error:  # because the kind of database, or its driver, is unknown
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ValueError(
+                f"storage must be a database URL, such as postgresql://user:password@host/name, or the path of a "
+                f"journal file, got {storage!r}: {reason}."
+            ) from error
     opened = RDBStorage(storage, engine_kwargs={"connect_args": {"timeout": 60}})
     event.listen(opened.engine, "connect", lambda connection, _: _set_up(connection))
     event.listen(opened.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))

@@ -83,13 +83,21 @@ def resolve(config: str | Path | Sequence[str | Path] | Mapping[str, Any]) -> tu
     """Resolve a configuration to primitives with all defaults, and build its parts.
 
     Raises:
-        TypeError: If the model is not a DistillationModule.
-        ValueError: If the configuration asks for several devices.
+        TypeError: If ``config`` is of another type, or if the model is not a DistillationModule.
+        FileNotFoundError: If a file is missing.
+        ValueError: If the configuration has no model, or if it asks for several devices.
     """
     if isinstance(config, Mapping):
+        if "model" not in config:
+            raise ValueError(f"a sweep's configuration has a model, got the sections {', '.join(config) or 'none'}.")
         parts = Parts({name: config[name] for name in PARTS if name in config})
     else:
         files = [config] if isinstance(config, (str, Path)) else config
+        if not isinstance(files, Sequence) or not files or not all(isinstance(file, (str, Path)) for file in files):
+            raise TypeError(f"config must be the path of a YAML file, several of them, or a mapping, got {config!r}.")
+        for file in files:
+            if not Path(file).is_file():
+                raise FileNotFoundError(f"there is no configuration at {str(file)!r} (from the folder {Path.cwd()}).")
         parts = Parts([part for file in files for part in ("--config", str(file))])
     if not isinstance(parts.model, DistillationModule):
         raise TypeError(f"a sweep needs the configuration of a DistillationModule, got {type(parts.model).__name__}.")

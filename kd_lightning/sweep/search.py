@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import signal
 import threading
 import time
@@ -17,7 +18,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from tqdm.auto import tqdm
 
 from kd_lightning.callbacks.trial import quiet
-from kd_lightning.ranking import check_counts, check_monitor, check_temperatures, check_weights
+from kd_lightning.functional.temperature import check_number
+from kd_lightning.ranking import check_counts, check_monitor, checked_temperatures, checked_weights
 from kd_lightning.sweep.plan import BASELINE, Plan, comparable, refuse_changes
 from kd_lightning.sweep.queue import RunQueue, open_queue
 from kd_lightning.sweep.report import write_report
@@ -95,6 +97,7 @@ def sweep(
 
     Raises:
         ImportError: If Optuna or matplotlib is not installed.
+        TypeError: If an argument is of another type.
         ValueError: If an argument is out of range, the metric cannot choose a temperature, or the configuration differs
             from the one the sweep was started with.
         LookupError: If validation does not log the metric.
@@ -103,7 +106,11 @@ def sweep(
     Example:
         >>> sweep("configs/digits.yaml", temperatures=[1, 4], kd_weights=[0.5, 0.9], seeds=3)  # doctest: +SKIP
     """
-    _check(temperatures, kd_weights, monitor, task_weight, seeds=seeds, trials=trials)
+    temperatures = checked_temperatures("temperatures", temperatures)
+    kd_weights = checked_weights("kd_weights", kd_weights)
+    check_counts(seeds=seeds, trials=trials)
+    check_monitor(monitor, mode, "a sweep")
+    _check_task_weight(task_weight, kd_weights)
     try:
         import matplotlib  # noqa: F401
         import optuna
@@ -116,6 +123,8 @@ def sweep(
     pruning = _optuna_object("pruner", pruner, pruners, optuna.pruners.BasePruner)
     sampler_name = sampler if isinstance(sampler, str) else type(sampling).__name__
     folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output must be a folder, which is made if it is not there, but {output} is a file.")
     with quiet(), isolate_rng():
         resolved, parts = resolve(config)
         teacher = parts.model.teacher
@@ -129,9 +138,8 @@ def sweep(
     first_seed = resolved["seed_everything"]
     first_seed = first_seed if isinstance(first_seed, int) and not isinstance(first_seed, bool) else 0
     plan = Plan(
-        resolved, folder, monitor, mode, task_weight, multiply, [float(t) for t in temperatures],
-        [float(w) for w in kd_weights], range(first_seed, first_seed + seeds), baseline,
-        None if sampler == "grid" else trials,
+        resolved, folder, monitor, mode, task_weight, multiply, temperatures, kd_weights,
+        range(first_seed, first_seed + seeds), baseline, None if sampler == "grid" else trials,
     )  # fmt: skip
     direction = "maximize" if mode == "max" else "minimize"
     verbosity = optuna.logging.get_verbosity()
@@ -349,25 +357,26 @@ def _optuna_object(name: str, value: Any, named: Mapping[str, Callable[[], Any]]
     """
     if isinstance(value, str) and value in named:
         return named[value]()
-    made = instantiate_class((), value) if isinstance(value, dict) else value
+    try:
+        made = instantiate_class((), value) if isinstance(value, dict) else value
+    except (ImportError, AttributeError, KeyError, ValueError):
+        made = None  # a class that is not there
     if not isinstance(made, kind):
         choices = ", ".join(map(repr, named))
         raise ValueError(f"{name} must be one of {choices}, or an Optuna {kind.__name__}, got {value!r}.")
     return made
 
 
-def _check(
-    temperatures: Sequence[float], kd_weights: Sequence[float], monitor: str, task_weight: float | None, **counts: int
-) -> None:
-    check_counts(**counts)
-    check_temperatures("temperatures", list(temperatures))
-    check_weights("kd_weights", list(kd_weights))
+def _check_task_weight(task_weight: float | None, kd_weights: Sequence[float]) -> None:
     if task_weight is None and max(kd_weights) > 1:
         raise ValueError(
             f"task_weight is 1 − kd_weight by default, which is negative for kd_weight={max(kd_weights):g}: give "
             "task_weight a number, the same in every cell."
         )
-    check_monitor(monitor, "a sweep")
+    if task_weight is not None:
+        check_number("task_weight", task_weight)
+        if not 0 <= task_weight < math.inf:
+            raise ValueError(f"task_weight must be finite and not negative, got {task_weight}.")
 
 
 def _failed(error: Exception, folder: Path) -> str:

@@ -43,6 +43,13 @@ def test_a_cache_is_made_ahead_and_used(monkeypatch: pytest.MonkeyPatch, capsys:
     assert path.read_bytes() == content
 
 
+def test_a_progress_bar_counts_the_batches(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = "--trainer.callbacks+=lightning.pytorch.callbacks.TQDMProgressBar"
+    build("--trainer.enable_progress_bar=true", bar, OUTPUT)
+    printed = capsys.readouterr()
+    assert "12/12" in printed.out + printed.err
+
+
 def test_an_interrupted_build_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = FrozenTeacher.logits
     calls: list[int] = []

@@ -256,6 +256,13 @@ def test_sweep_with_one_weight_is_a_curve() -> None:
     plot_sweep([(1.0, 0.9, [])], "val_acc", baseline=[0.5])  # nothing but the baseline
 
 
+def test_a_curve_has_a_place_for_the_temperatures_without_a_score(tmp_path) -> None:
+    figure = plot_sweep([(2.0, 0.9, [0.8]), (200.0, 0.9, [])], "val_acc", best=(2.0, 0.9))
+    low, high = figure.axes[0].get_xlim()
+    assert low < 2 < 200 < high
+    figure.savefig(tmp_path / "curve.png")  # warns where a text lies far outside
+
+
 def test_sweep_heat_map_shows_every_cell() -> None:
     cells = [(1.0, 0.5, [0.8, 0.9]), (4.0, 0.5, []), (1.0, 0.9, [0.7]), (4.0, 0.9, [0.6, 0.62])]
     figure = plot_sweep(cells, "val_acc", baseline=[0.5, 0.6], best=(1.0, 0.5))
