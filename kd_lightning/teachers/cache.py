@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,12 +13,11 @@ import torch
 from torch import Tensor
 
 from kd_lightning.teachers.cache_file import Bytes, CacheFile, RowNumbers
+from kd_lightning.teachers.cache_rows import DTYPES, RowCodec
 from kd_lightning.teachers.indexed import IndexedDataset, input_fingerprints
 
 __all__ = ["TeacherCache"]
 
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_LEAST_CLASSES_FOR_TOP_K = 1000
 _SAME_TEACHER = 0.1  # relative error of a row, because bfloat16 gives 0.01 and another input or teacher about 1
 
 
@@ -46,12 +44,17 @@ class TeacherCache:
         dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``. A logit that is too large for the type is an error.
         top_k: Store the k largest logits and spread the remaining mass (at T = 1) evenly over the other classes. Meant
             for large vocabularies and refused below 1,000 classes, because a temperature brings the tail back. A
-            warning reports the error on the first rows. None stores all logits.
+            warning reports the error on the first rows. None stores all logits. Of tokens ``(B, L, V)`` store k
+            log-probabilities and that of the rest, made at ``temperature``: 4k + 2 bytes a token in float16 (6k + 2
+            above 65,536 classes). They are read as :class:`~kd_lightning.functional.Sparse` targets with
+            ``tail="bucket"``, without a ``(B, L, V)`` tensor, and another temperature in the loss is an error.
         augmentation: How to treat a dataset whose samples differ from fetch to fetch. None refuses the dataset.
             ``"fixed"`` draws each sample once, the same in every epoch. ``"replay"`` draws each sample ``slots`` times;
             epoch e takes slot e mod ``slots``; see :class:`~kd_lightning.teachers.IndexedDataset`.
         slots: Draws per sample, at least 2 for ``"replay"``, else 1. The file grows in proportion.
         seed: Seed of the draws.
+        temperature: The teacher's temperature in the loss, for the ``top_k`` of tokens; other logits are stored before
+            any temperature.
 
     Raises:
         ValueError: If an argument is outside its range; later, if the file is damaged or belongs to another run, if
@@ -80,11 +83,17 @@ class TeacherCache:
         augmentation: Literal["fixed", "replay"] | None = None,
         slots: int = 1,
         seed: int = 0,
+        temperature: float = 1.0,
     ) -> None:
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}. None stores all logits.")
+        if not 0 < temperature < float("inf") or (top_k is None and temperature != 1):
+            raise ValueError(
+                f"temperature is that of the top_k of tokens, positive and finite, got {temperature!r} with "
+                f"top_k={top_k}. All logits are stored before any temperature."
+            )
         if augmentation not in (None, "fixed", "replay"):
             raise ValueError(f"augmentation must be None, 'fixed' or 'replay', got {augmentation!r}.")
         if not (slots >= 2 if augmentation == "replay" else slots == 1):
@@ -95,6 +104,7 @@ class TeacherCache:
         self.path = Path(path)
         self.dtype = dtype
         self.top_k = top_k
+        self._codec = RowCodec(dtype, top_k, temperature)
         self.augmentation = augmentation
         self.slots = slots
         self.seed = seed
@@ -136,7 +146,7 @@ class TeacherCache:
             "slots": self.slots,
             "seed": self.seed,
             "dtype": self.dtype,
-            "top_k": self.top_k,
+            "top_k": self.top_k if self._codec.temperature == 1 else f"{self.top_k} at T = {self._codec.temperature:g}",
             "byteorder": sys.byteorder,
         }
         if self._identity not in (None, identity):
@@ -173,8 +183,10 @@ class TeacherCache:
             for rows in np.array_split(np.flatnonzero(self._file.flags), max(len(self._file.flags) // 4096, 1)):
                 self._file.read(rows)
 
-    def logits(self, rows: Tensor, compute: Callable[[], Tensor], device: torch.device | None = None) -> Tensor:
+    def logits(self, rows: Tensor, compute: Callable[[], Tensor], device: torch.device | None = None) -> Any:
         """Return the logits of these rows as float32; compute and store the rows that are missing.
+
+        Of tokens and with ``top_k``, :class:`~kd_lightning.functional.Sparse` targets.
 
         Args:
             rows: Row numbers ``(B,)``, best on the CPU: on another device they cost a host sync.
@@ -196,7 +208,7 @@ class TeacherCache:
         new = np.ones(len(numbers), bool) if self._file is None else self._file.are_missing(numbers)
         if new.any() or not self._compared:
             computed = compute()
-            encoded = self._encode(computed)
+            encoded = self._codec.encode(computed)
             shape = list(computed.shape[1:])
             if self._file is None:
                 self._warn_of_top_k(computed, encoded)
@@ -213,7 +225,7 @@ class TeacherCache:
                 self._compared = True
             self._file.write(numbers[new], encoded[new])
         assert self._file is not None
-        return self._decode(self._file.read(numbers), self._file.shape, device)
+        return self._codec.decode(self._file.read(numbers), self._file.shape, device)
 
     def _in_use(self) -> dict[str, Any]:
         if self._identity is None:
@@ -232,9 +244,10 @@ class TeacherCache:
             ValueError: If a row's relative error exceeds 0.1.
         """
         assert self._file is not None
-        shape = self._file.shape
-        have, want = (self._decode(part, shape).flatten(1) for part in (self._file.read(rows), computed))
-        error = (have - want).norm(dim=1) / (want - want.mean(1, keepdim=True)).norm(dim=1).clamp(min=1e-6)
+        shape, stored = self._file.shape, self._file.read(rows)
+        error = torch.cat(
+            [self._error(have[None], want[None], shape) for have, want in zip(stored, computed, strict=True)]
+        )
         worst = int(error.argmax())
         if error[worst] > _SAME_TEACHER:
             raise ValueError(
@@ -243,62 +256,24 @@ class TeacherCache:
                 "or are its indices of another dataset? Make such changes in the dataset, or train without a cache."
             )
 
-    # ---- encoding of rows ------------------------------------------------------------------------------------------
-
-    def _encode(self, logits: Tensor) -> Bytes:
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"a TeacherCache keeps logits, got {type(logits).__name__}: leave the cache out.")
-        logits = logits.detach().float().cpu()
-        if self.top_k is not None:
-            values, classes = self._top_k(logits)
-            parts = [values.to(_DTYPES[self.dtype]), classes.to(torch.int32)]
-        else:
-            values = logits.flatten(1)
-            parts = [values.to(_DTYPES[self.dtype])]
-        if not bool(parts[0].isfinite().all()):
-            if not bool(values.isfinite().all()):
-                raise ValueError("the teacher's logits are not finite: they cannot be cached, nor learnt from.")
-            raise ValueError(
-                f"the teacher has a logit of {float(values.abs().max()):.4g}, too large for {self.dtype} "
-                f"(at most {torch.finfo(_DTYPES[self.dtype]).max:g}): TeacherCache(..., dtype='float32')."
-            )
-        return torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1).numpy()
-
-    def _decode(self, rows: Bytes, shape: list[int], device: torch.device | None = None) -> Tensor:
-        encoded = torch.from_numpy(rows)
-        if device is not None and device.type == "cuda":
-            encoded = encoded.pin_memory()
-        encoded = encoded.to(device, non_blocking=True)
-        if self.top_k is None:
-            return encoded.view(_DTYPES[self.dtype]).float().reshape(-1, *shape)
-        split = (self.top_k + 1) * _DTYPES[self.dtype].itemsize
-        values = encoded[:, :split].contiguous().view(_DTYPES[self.dtype]).float()
-        classes = encoded[:, split:].contiguous().view(torch.int32).long()
-        return values[:, -1:].repeat(1, *shape).scatter(1, classes, values[:, :-1])
-
-    def _top_k(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the k largest logits followed by the logit shared by all other classes, and the k classes."""
-        assert self.top_k is not None
-        if logits.dim() != 2 or not _LEAST_CLASSES_FOR_TOP_K <= logits.shape[1] > self.top_k:
-            raise ValueError(
-                f"top_k={self.top_k} is for logits (N, C) of at least {_LEAST_CLASSES_FOR_TOP_K} classes, and of more "
-                f"than k, got {tuple(logits.shape)}: a temperature brings the tail back, and the gradient would be "
-                "wrong. Store all logits, top_k=None."
-            )
-        values, classes = logits.topk(self.top_k)
-        tail = logits.scatter(1, classes, -math.inf).logsumexp(1, keepdim=True)
-        return torch.cat([values, tail - math.log(logits.shape[1] - self.top_k)], 1), classes
+    def _error(self, have: Bytes, want: Bytes, shape: list[int]) -> Tensor:
+        stored, logits = (self._codec.dense(part, shape).flatten(1) for part in (have, want))
+        return (stored - logits).norm(dim=1) / (logits - logits.mean(1, keepdim=True)).norm(dim=1).clamp(min=1e-6)
 
     def _warn_of_top_k(self, logits: Tensor, encoded: Bytes) -> None:
         if self.top_k is None:
             return
-        exact, kept = logits.detach().float().cpu(), self._decode(encoded, list(logits.shape[1:]))
+        first = slice(None) if logits.dim() == 2 else slice(1)  # of tokens one sample has enough
+        shape, classes = list(logits.shape[1:]), logits.shape[-1]
+        exact = logits[first].detach().float().cpu().reshape(-1, classes)
+        kept = self._codec.dense(encoded[first], shape).reshape(-1, classes)
         errors = []
-        for t in (1, 2, 4):
-            p, q = (exact / t).softmax(1), (kept / t).softmax(1)
-            errors.append(f"{float((q - p).norm() / (p - 1 / p.shape[1]).norm()):.2g} at T = {t}")
+        made_at = self._codec.temperature
+        for t in (1, 2, 4) if len(shape) == 1 else (made_at,):
+            p, q = (exact / t).softmax(1), (kept * (made_at / t)).softmax(1)
+            errors.append(f"{float((q - p).norm() / (p - 1 / classes).norm()):.2g} at T = {t:g}")
         warnings.warn(
-            f"top_k={self.top_k} of {logits.shape[1]} classes: on the first rows the gradient of an untrained student "
+            f"top_k={self.top_k} of {classes} classes: on the first rows the gradient of an untrained student "
             f"is wrong by a factor of {', '.join(errors)}.",
             stacklevel=4,
         )

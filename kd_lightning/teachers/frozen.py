@@ -215,7 +215,11 @@ class FrozenTeacher(Teacher):
     def _cached_logits(self, cache: TeacherCache, index: Tensor, compute: Callable[[], Tensor]) -> Tensor:
         weight = self._a_weight
         logits = cache.logits(index, compute, None if weight is None else weight.device)
-        return logits if weight is None else logits.to(torch.promote_types(logits.dtype, weight.dtype))
+        return (
+            logits
+            if weight is None or not isinstance(logits, Tensor)
+            else logits.to(torch.promote_types(logits.dtype, weight.dtype))
+        )
 
     @property
     def _a_weight(self) -> Tensor | None:

@@ -168,6 +168,16 @@ def test_top_k_keeps_the_large_and_the_mass_of_the_rest(path: Path) -> None:
     assert path.stat().st_size == 4096 + 4 * (51 * 4 + 50 * 4 + 5)
 
 
+@pytest.mark.filterwarnings("ignore:top_k=")
+def test_top_k_of_one_sample(path: Path) -> None:
+    """Its class numbers begin at a byte that is no multiple of four."""
+    logits, cache = torch.randn(1, 2000), TeacherCache(path, top_k=50)
+    cache.index(TensorDataset(torch.randn(1, 1)), "teacher")
+    top = logits.topk(50).indices
+    found = cache.logits(torch.tensor([0]), lambda: logits)
+    torch.testing.assert_close(found.gather(1, top), logits.gather(1, top), rtol=1e-3, atol=1e-3)
+
+
 def test_top_k_is_refused_for_few_classes(teacher: nn.Module, path: Path) -> None:
     with pytest.raises(ValueError, match="at least 1000 classes"):
         fill(cached(teacher, path, top_k=3))

@@ -1,0 +1,137 @@
+"""The bytes of a row of a teacher cache: all logits, or the k largest of many."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_lightning.functional import Sparse
+from kd_lightning.teachers.cache_file import Bytes
+
+__all__ = ["DTYPES", "RowCodec"]
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_LEAST_CLASSES_FOR_TOP_K = 1000
+
+
+class RowCodec:
+    """Encodes the logits of a batch as bytes, one row per sample, and decodes them.
+
+    Args:
+        dtype: Name of the type that the values are rounded to.
+        top_k: Number of the classes to keep; None keeps all. Of logits ``(N, C)`` a row has k logits, the logit shared
+            by all other classes and k numbers of 4 bytes; of tokens ``(B, L, V)`` k + 1 log-probabilities for each
+            position, the last of all other classes together, and k numbers of 2 bytes (4 above 65,536 classes).
+        temperature: The temperature at which the log-probabilities of tokens are made.
+    """
+
+    def __init__(self, dtype: str, top_k: int | None, temperature: float) -> None:
+        self.name = dtype
+        self.dtype = DTYPES[dtype]
+        self.top_k = top_k
+        self.temperature = temperature
+
+    def encode(self, logits: Tensor) -> Bytes:
+        """Return one row of bytes for each sample.
+
+        Raises:
+            TypeError: If a teacher gives something else than logits.
+            ValueError: If the logits are not finite, too large for the type, or too few for a top-k.
+        """
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"a TeacherCache keeps logits, got {type(logits).__name__}: leave the cache out.")
+        if self.top_k is not None:
+            self._check_classes(logits, self.top_k)
+        if self.top_k is not None and logits.dim() > 2:
+            parts = self._tokens(logits.detach(), self.top_k)
+        else:
+            logits = logits.detach().float().cpu()
+            values, *classes = (logits.flatten(1),) if self.top_k is None else _largest(logits, self.top_k)
+            parts = [values.to(self.dtype), *classes]
+            self._check_finite(values, parts[0])
+        return torch.cat([part.flatten(1).contiguous().view(torch.uint8) for part in parts], 1).numpy()
+
+    def decode(self, rows: Bytes, shape: list[int], device: torch.device | None = None) -> Any:
+        """Return the logits of these rows in float32, or :class:`~kd_lightning.functional.Sparse` targets of tokens.
+
+        Args:
+            rows: What :meth:`encode` returned.
+            shape: Shape of a sample's logits.
+            device: Device of the result, by default the CPU.
+        """
+        encoded = torch.from_numpy(rows)
+        if device is not None and device.type == "cuda":
+            encoded = encoded.pin_memory()
+        encoded = encoded.to(device, non_blocking=True)
+        if self.top_k is None:
+            return encoded.view(self.dtype).float().reshape(-1, *shape)
+        *positions, classes = shape
+        split = math.prod(positions) * (self.top_k + 1) * self.dtype.itemsize
+        values = _copy(encoded[:, :split]).view(self.dtype).float().view(-1, *positions, self.top_k + 1)
+        numbers = _copy(encoded[:, split:]).view(_number_type(shape)).view(-1, *positions, self.top_k)
+        if not positions:
+            return values[:, -1:].repeat(1, classes).scatter(1, numbers.long(), values[:, :-1])
+        values = values - values.logsumexp(-1, keepdim=True)  # because rounded probabilities do not sum to 1
+        return Sparse(numbers, values[..., :-1], self.temperature, "bucket", values[..., -1:])
+
+    def dense(self, rows: Bytes, shape: list[int]) -> Tensor:
+        """Return logits of all classes, of tokens over the temperature and up to a shift, to compare with others."""
+        decoded = self.decode(rows, shape)
+        if isinstance(decoded, Tensor):
+            return decoded
+        assert decoded.log_rest is not None
+        rest = decoded.log_rest - math.log(shape[-1] - decoded.indices.shape[-1])
+        return rest.repeat(*[1] * len(shape), shape[-1]).scatter(-1, decoded.indices.long(), decoded.log_probs)
+
+    def _tokens(self, logits: Tensor, k: int) -> list[Tensor]:
+        targets = [Sparse.top_k(sample.float(), k, self.temperature) for sample in logits]  # one softmax at a time
+        values = torch.stack([torch.cat([t.log_probs, t.log_rest], -1) for t in targets if t.log_rest is not None])
+        if bool(values.isnan().any()):
+            raise ValueError("the teacher's logits are not finite: they cannot be cached, nor learnt from.")
+        numbers = torch.stack([target.indices for target in targets])
+        return [values.to(self.dtype).cpu(), numbers.cpu().to(_number_type(logits.shape))]
+
+    def _check_classes(self, logits: Tensor, k: int) -> None:
+        if logits.dim() == 2 and self.temperature != 1:
+            raise ValueError(
+                f"temperature={self.temperature:g} is for the top_k of tokens (B, L, V), got logits of shape "
+                f"{tuple(logits.shape)}, which are stored at temperature 1: leave temperature out."
+            )
+        if logits.dim() not in (2, 3) or not _LEAST_CLASSES_FOR_TOP_K <= logits.shape[-1] > k:
+            raise ValueError(
+                f"top_k={k} is for logits (N, C) or (B, L, V) of at least {_LEAST_CLASSES_FOR_TOP_K} classes, and of "
+                f"more than k, got {tuple(logits.shape)}: a temperature brings the tail back, and the gradient would "
+                "be wrong. Store all logits, top_k=None."
+            )
+
+    def _check_finite(self, values: Tensor, rounded: Tensor) -> None:
+        if bool(rounded.isfinite().all()):
+            return
+        if not bool(values.isfinite().all()):
+            raise ValueError("the teacher's logits are not finite: they cannot be cached, nor learnt from.")
+        raise ValueError(
+            f"the teacher has a logit of {float(values.abs().max()):.4g}, too large for {self.name} "
+            f"(at most {torch.finfo(self.dtype).max:g}): TeacherCache(..., dtype='float32')."
+        )
+
+
+def _copy(part: Tensor) -> Tensor:
+    """Return the part at an address of its own, because numbers begin at multiples of their size."""
+    return part.clone(memory_format=torch.contiguous_format)
+
+
+def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest logits followed by the logit shared by all other classes, and the k classes."""
+    values, classes = logits.topk(k)
+    tail = logits.scatter(1, classes, -math.inf).logsumexp(1, keepdim=True)
+    return torch.cat([values, tail - math.log(logits.shape[1] - k)], 1), classes.to(torch.int32)
+
+
+def _number_type(shape: list[int] | torch.Size) -> torch.dtype:
+    """Return the type of class numbers: of a sample's shape (C,) int32, of positions with classes the smallest."""
+    if len(shape) == 1:
+        return torch.int32
+    return torch.uint16 if shape[-1] <= 2**16 else torch.uint32
