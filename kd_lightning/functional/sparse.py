@@ -144,6 +144,44 @@ class Sparse:
         rest = log_probs.scatter(-1, indices, -torch.inf).logsumexp(-1, keepdim=True)
         return cls(indices, values, temperature, tail, rest)
 
+    @classmethod
+    def sampled(
+        cls, logits: Tensor, count: int, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Self:
+        r"""Draw classes from :math:`q = \mathrm{softmax}(z / T_0)`, each with its share of the draws as probability.
+
+        The shares :math:`\hat q` are right on average, :math:`\mathrm{E}[\hat q] = q`, and so is the gradient of
+        :func:`kd_loss`, :math:`p - \hat q`, where a top-k forgets the rest in every step. The loss itself lies above
+        that of q, by the entropy that few draws lack. No power of :math:`\hat q` is right on average, so that other
+        losses and other temperatures than :math:`T_0` are errors, as of every ``tail="drop"``.
+
+        Args:
+            logits: ``(…, V)``.
+            count: Number of draws, with replacement, from 1 to V − 1.
+            temperature: :math:`T_0`, that of the loss.
+            generator: On the device of the logits. None: torch's own.
+
+        Raises:
+            ValueError: If ``count`` or another argument is outside its range.
+
+        Source: Anshumann et al., "Sparse Logit Sampling", ACL 2025, arXiv 2503.16870.
+
+        Example:
+            >>> Sparse.sampled(torch.tensor([[0.0, 50.0, 0.0, 0.0]]), 2).log_probs  # the second class, twice
+            tensor([[0., -inf]])
+        """
+        if not 1 <= count < logits.shape[-1]:
+            raise ValueError(f"count must be from 1 to {logits.shape[-1] - 1}, one less than the classes, got {count}.")
+        q = (logits.detach().to(compute_dtype(logits)) / temperature).softmax(-1)
+        draws = torch.multinomial(q.flatten(0, -2), count, replacement=True, generator=generator).sort(-1).values
+        is_new = torch.cat([torch.ones_like(draws[:, :1]), draws.diff(dim=-1).ne(0).long()], -1)
+        place = is_new.cumsum(-1) - 1  # of the class of each draw, among those of its row
+        ones = torch.ones_like(draws, dtype=q.dtype)
+        times = torch.zeros_like(ones).scatter_add(-1, place, ones)
+        shape = (*logits.shape[:-1], count)
+        indices = torch.zeros_like(draws).scatter(-1, place, draws)
+        return cls(indices.view(shape), (times / count).log().view(shape), temperature, "drop")
+
 
 TeacherTarget: TypeAlias = Tensor | Sparse
 """What a loss between logits takes of the teacher."""

@@ -289,6 +289,46 @@ def test_a_rest_below_the_last_digit_counts():
     assert (kd_loss(s, forgot, 4.0) - kd_loss(s, t, 4.0)).abs() > 1
 
 
+# ---- random samples ----
+
+
+def test_samples_are_distinct_and_of_the_distribution():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3000, 12, dtype=torch.float64)
+    logits[:] = logits[:1, :1]
+    target = Sparse.sampled(logits, 8, temperature=2.0)
+    named = target.log_probs > -math.inf
+    assert target.indices.shape == (2, 3000, 8)
+    assert_close(target.log_probs.exp().sum(-1), torch.ones(2, 3000, dtype=torch.float64))
+    shares = torch.zeros_like(logits).scatter_add(-1, target.indices, target.log_probs.exp())
+    q = (logits[0, 0] / 2).softmax(-1)
+    error = ((q * (1 - q)) / (8 * 6000)).sqrt()
+    assert ((shares.mean((0, 1)) - q).abs() < 4 * error).all()
+    for row, mask in zip(target.indices[0, :50], named[0, :50], strict=True):
+        assert len(set(row[mask].tolist())) == mask.sum()
+
+
+def test_the_gradient_of_samples_is_unbiased_and_that_of_a_top_k_is_not():
+    torch.manual_seed(0)
+    logits, count = torch.randn(12, dtype=torch.float64), 20_000
+    s = torch.randn(12, dtype=torch.float64).expand(count, 12).clone().requires_grad_()
+    for t in (1.0, 2.0):
+        exact = t * ((s[0].detach() / t).softmax(-1) - (logits / t).softmax(-1))
+        drawn = kd_loss(s, Sparse.sampled(logits.expand(count, 12), 4, t), t, reduction="sum")
+        (gradient,) = torch.autograd.grad(drawn, s)
+        error = gradient.std(0) / math.sqrt(count)
+        assert ((gradient.mean(0) - exact).abs() < 4 * error).all()
+        (biased,) = torch.autograd.grad(kd_loss(s[:1], Sparse.top_k(logits[None], 4, t, "renormalize"), t), s)
+        assert ((biased[0] - exact).abs() > 4 * error).any()
+
+
+def test_samples_follow_their_generator():
+    logits = torch.randn(4, 9)
+    one, two = (Sparse.sampled(logits, 5, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(one.indices, two.indices)
+    assert torch.equal(one.log_probs, two.log_probs)
+
+
 # ---- layouts, masks, chunks, types ----
 
 
