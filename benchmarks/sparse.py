@@ -5,9 +5,10 @@
 The teacher is a trigram model of words, with absolute discounting, of the sources of Python's standard library on this
 machine; the student is the bigram model of the same text, or knows nothing (equal logits). Distributions of positions
 that neither was counted on are compared: the error is ‖g − g_all‖ / ‖g_all‖ of the gradients of ``kd_loss`` with
-respect to the student's logits, each averaged over the tokens of a batch as training does ("batch"), or per token
-("token", the mean over them). "cache" is what ``TeacherCache(top_k=k)`` stores: float16 at T = 1, the rest even.
-"bucket" and "sampled" are made at T itself. Prints a table; writes ``out/sparse.csv`` beside this file.
+respect to the student's logits, over all tokens and classes ("token"), or of their sums over the tokens, in which
+errors of both signs cancel ("batch"). "cache" is what ``TeacherCache(top_k=k, temperature=T)`` stores, in float16;
+"sampled" is made at T too; "uniform" and "renormalize" are made at 1 and brought to T. Prints a table; writes
+``out/sparse.csv`` beside this file.
 """
 
 from __future__ import annotations
@@ -78,24 +79,24 @@ class Trigrams:
         return (lower * DISCOUNT * len(found)).index_add(0, places, of_counts) / total
 
 
-def cached(logits: Tensor, k: int) -> tuple[Sparse, int]:
+def cached(logits: Tensor, k: int, t: float) -> tuple[Sparse, int]:
     """Return the targets through the file of a cache, and its bytes per token."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cache = TeacherCache(Path(folder) / "teacher.cache", top_k=k)
+        cache = TeacherCache(Path(folder) / "teacher.cache", top_k=k, temperature=t)
         cache.index(TensorDataset(torch.zeros(1)), "trigrams")
         target = cache.logits(torch.tensor([0]), lambda: logits[None])
         size = cache.path.stat().st_size - 4096 - 5
-    return Sparse(target.indices[0], target.log_probs[0], 1.0, "uniform", target.log_rest[0]), size // len(logits)
+    return Sparse(target.indices[0], target.log_probs[0], t, "bucket", target.log_rest[0]), size // len(logits)
 
 
 def targets_of(logits: Tensor, k: int, t: float) -> Iterator[tuple[str, Sparse, int]]:
     """Yield every kind of targets with their bytes per token."""
     few = 4 * k  # an id of two bytes and a float16
-    yield "cache", *cached(logits, k)
-    yield "bucket at T", Sparse.top_k(logits, k, t), few + 2
+    yield "cache", *cached(logits, k, t)
+    yield "uniform", Sparse.top_k(logits, k, 1.0, "uniform"), few + 2
     yield "renormalize", Sparse.top_k(logits, k, 1.0, "renormalize"), few
-    yield "sampled at T", Sparse.sampled(logits, k, t, torch.Generator().manual_seed(0)), few
+    yield "sampled", Sparse.sampled(logits, k, t, torch.Generator().manual_seed(0)), few
 
 
 def gradient(student: Tensor, teacher: Tensor | Sparse, t: float) -> Tensor:
@@ -120,7 +121,7 @@ def measure(ks: list[int], temperatures: list[float]) -> Iterator[Row]:
             for k in ks:
                 for kind, target, size in targets_of(teacher, k, t):
                     error = gradient(student, target, t) - exact
-                    per_token = (error.norm(dim=-1) / exact.norm(dim=-1)).mean()
+                    per_token = error.norm() / exact.norm()
                     batch = error.sum(0).norm() / exact.sum(0).norm()
                     yield Row(name, kind, k, t, size, round(per_token.item(), 4), round(batch.item(), 4))
 
@@ -134,7 +135,7 @@ def main() -> None:
     rows = []
     for row in measure(options.k, options.temperatures):
         rows.append(row)
-        print("{:10} {:13} k={:<4} T={:<4} {:5} bytes  token {:8.4f}  batch {:8.4f}".format(*row))
+        print("{:10} {:11} k={:<4} T={:<4} {:5} bytes  token {:8.4f}  batch {:8.4f}".format(*row))
     OUT.mkdir(exist_ok=True)
     with (OUT / "sparse.csv").open("w", newline="") as file:
         writer = csv.writer(file)

@@ -47,7 +47,8 @@ class Sparse:
     Losses that compare distributions take such targets: :func:`kd_loss` and :func:`multi_temperature_kd_loss` with
     every tail, :func:`jsd_loss`, :func:`total_variation_loss` and :func:`soft_cross_entropy_loss` all but ``"drop"``,
     :func:`reverse_kd_loss` ``"bucket"`` and ``"uniform"`` (it is infinite where the teacher has a 0). A loss raises
-    where a tail does not define it.
+    where a tail does not define it. A run on such targets has no entropy, accuracy or perplexity of the teacher and no
+    agreement with it, which need all classes.
 
     Attributes:
         indices: ``(…, k)`` class numbers, each named once, ``k < V``. The classes are last whatever ``class_dim`` is.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kd_lightning import Distiller, TeacherEnsemble, functional, losses
 from kd_lightning.functional import Sparse, Temperature
-from kd_lightning.teachers import BatchTeacher, FunctionTeacher, MappedClasses
+from kd_lightning.teachers import BatchTeacher, FunctionTeacher, MappedClasses, TeacherCache
 from kd_lightning.temperature import EntropyTemperature
 from tests.unit.bad_input.case import Case
 
@@ -180,6 +180,10 @@ CASES = [
          ValueError,
          "BatchTeacher reads 'z' and 'ids' of the batch, got the keys z, x. Have the dataset and its collate function "
          "put it there: a key of a mapping, or a position in a tuple."),
+    *(Case(f"a cache at {t!r}", lambda t=t, k=k: TeacherCache("x", top_k=k, temperature=t), ValueError,
+           f"temperature is that of the top_k of tokens, positive and finite, got {t!r} with top_k={k}. All logits "
+           "are stored before any temperature.")
+      for t, k in ((2.0, None), (0.0, 8), (-1.0, 8), (float("inf"), 8), (float("nan"), 8))),
     Case("a consensus", lambda: Distiller(None).consensus(None, TARGET), ValueError,
          "Sparse targets name a few classes only, so that there are no logits to show."),
 ]  # fmt: skip
