@@ -8,10 +8,12 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.parsing import collect_init_args
 from typing_extensions import override
 
@@ -28,8 +30,10 @@ __all__ = [
     "is_compiled",
     "is_given_by_cli",
     "is_sequential",
+    "load_file",
     "log_interval",
     "logged_step",
+    "restricted_classmethod",
     "train_loader",
     "updates_logs",
 ]
@@ -154,6 +158,15 @@ def init_arguments(module: LightningModule) -> dict[str, list[Any]]:
         for name, value in arguments.items():
             values.setdefault(name, []).append(value)
     return values
+
+
+def load_file(path: Any, weights_only: bool) -> Any:
+    """Return the content of a checkpoint that may be a URL or an open file, as ``load_from_checkpoint`` reads it."""
+    return _load(path, map_location="cpu", weights_only=weights_only)
+
+
+restricted_classmethod = _restricted_classmethod
+"""A class method that raises where it is called on an instance, as ``load_from_checkpoint`` is one."""
 
 
 class FirstLookModule(LightningModule):

@@ -27,6 +27,7 @@ import kd_lightning.modules
 import kd_lightning.temperature  # noqa: F401
 from kd_lightning.cli.diagnosis import diagnose, first_error
 from kd_lightning.cli.written import CommandLineError, Written, guess
+from kd_lightning.modules.checkpoint_settings import check_settings, read_checkpoint
 
 __all__ = ["Command", "KDLightningCLI", "SaveRunConfig", "find_checkpoints"]
 
@@ -274,7 +275,7 @@ def _with_model_of_checkpoint(args: list[str], folder: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: If there is no file at ``--ckpt_path``.
-        ValueError: If the checkpoint does not record its model's class.
+        ValueError: If the checkpoint does not record its model's class, or names what is no part of a model.
     """
     options = [arg.partition("=")[0] for arg in args]
     if any(option in ("-c", "--config", "--model") for option in options) or "--ckpt_path" not in options:
@@ -283,12 +284,14 @@ def _with_model_of_checkpoint(args: list[str], folder: Path) -> list[str]:
     path = Path(args[position].partition("=")[2] or "".join(args[position + 1 : position + 2]))
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {str(path)!r} (from the folder {str(Path.cwd())!r}).")
-    hparams = dict(torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {}))
+    content = read_checkpoint(path)
+    hparams = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
     if "_class_path" not in hparams:
         raise ValueError(
             f"{path} was not made by this command, so it does not say which model it is of. Name a configuration as "
             "well: --config …"
         )
+    check_settings(hparams, path)
     config = folder / "model.yaml"
     arguments = {name: value for name, value in hparams.items() if not name.startswith("_")}
     config.write_text(yaml.safe_dump({"model": {"class_path": hparams["_class_path"], "init_args": arguments}}))

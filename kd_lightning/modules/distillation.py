@@ -24,10 +24,11 @@ from kd_lightning.export import ExportFormat, ExportReport, export_student
 from kd_lightning.fused_distiller import make_distiller
 from kd_lightning.layers import LayerTerm
 from kd_lightning.losses.task import check_scalar
+from kd_lightning.modules.checkpoints import states_of
 from kd_lightning.modules.first_samples import first_samples
 from kd_lightning.modules.optimization import LRSchedulerConfig
 from kd_lightning.modules.run import DistillationRun, HoldsDistiller, is_logging_step, step_readings
-from kd_lightning.modules.supervised import SupervisedModule, states_of
+from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.modules.temperature_state import KeepsTemperatureState
 from kd_lightning.teachers import Teacher, split_index
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypeGuard
 
@@ -17,11 +18,12 @@ from torch.optim.optimizer import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
 
-from kd_lightning._lightning import accumulates, attached_trainer, batches_done, init_arguments, is_given_by_cli
+from kd_lightning._lightning import accumulates, attached_trainer, batches_done
 from kd_lightning.export import describe_inputs, inputs_like
 from kd_lightning.functional import next_token_targets
 from kd_lightning.losses.task import as_targets
 from kd_lightning.metrics import ClassificationMetrics, Task, task_of
+from kd_lightning.modules.checkpoints import CheckpointedModule, as_code
 from kd_lightning.modules.optimization import (
     LRSchedulerConfig,
     check_optimization,
@@ -34,10 +36,8 @@ from kd_lightning.teachers import call_model, extract_logits
 
 __all__ = ["SupervisedModule"]
 
-_PLAIN = (int, float, str, bool, type(None))
 
-
-class SupervisedModule(LightningModule):
+class SupervisedModule(CheckpointedModule):
     r"""What :class:`~kd_lightning.ClassificationModule` and :class:`~kd_lightning.DistillationModule` share.
 
     Batches, logits, optimisers, metrics and hyper-parameters. Two methods adapt it to other data and models:
@@ -244,10 +244,12 @@ class SupervisedModule(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["example_inputs"] = self._input_description
         trainer = attached_trainer(self)
         if _counts_alone(trainer) and not trainer.is_last_batch:
             checkpoint["train_metrics"] = {key: metrics.sums() for key, metrics in self._metrics_of("train")}
+        checkpoint["task_loss"] = as_code(self._task_loss)
 
     @override
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -368,54 +370,17 @@ class SupervisedModule(LightningModule):
         # times the ranks: Lightning takes the weights' mean over them in integers, and cuts what is left over
         return int((targets != self.ignore_index).sum()) * self.trainer.world_size
 
-    def _save_plain_hyperparameters(self) -> None:
-        """Save the arguments of the ``__init__`` that calls this, so that checkpoints load with ``weights_only=True``.
-
-        From the command line that is the whole configuration, as Lightning gives it. In Python it is the arguments that
-        are primitives: networks and functions are given again to ``load_from_checkpoint``.
-        """
-        if is_given_by_cli():
-            self.save_hyperparameters()
-            return
-        arguments = init_arguments(self).items()
-        self.save_hyperparameters(
-            ignore=[name for name, values in arguments if not all(isinstance(value, _PLAIN) for value in values)]
-        )
-
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for state in states_of(checkpoint):
-            self._keep_class_weights(state)
+        super().on_load_checkpoint(checkpoint)
         self._input_description = checkpoint.get("example_inputs")
         trainer = attached_trainer(self)
         self._earlier_in_epoch = checkpoint.get("train_metrics") if _counts_alone(trainer) else None
-        hparams = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
-        if hparams and "_instantiator" in hparams and trainer is None:
-            # load_from_checkpoint of a file from the command line: keep its plain configuration rather than the objects
-            # that were made of it, or the next checkpoint could not be loaded
-            self.hparams.update(hparams)
-
-    def _keep_class_weights(self, state: dict[str, Any]) -> None:
-        """Put the class weights of the losses in place of the checkpoint's: they are settings, not what was trained."""
-        ours = {
-            f"{prefix}.{name}": value
-            for prefix, module in self.named_modules()
-            if isinstance(module, (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCEWithLogitsLoss))
-            for name, value in module.named_buffers(recurse=False)
-        }
-        losses = [prefix for prefix, _ in self.named_modules() if prefix.endswith(("task_loss", "kd_loss"))]
-        names = ours.keys() | {f"{prefix}.{name}" for prefix in losses for name in ("weight", "pos_weight")}
-        theirs = {name: state.pop(name) for name in names & state.keys() if name not in dict(self.named_parameters())}
-        state.update(ours)
-        changed = [
-            name
-            for name in sorted(theirs.keys() | ours.keys())
-            if name not in ours or name not in theirs or not torch.equal(ours[name].cpu(), theirs[name].cpu())
-        ]
-        if changed:
+        before, now = checkpoint.get("task_loss"), as_code(self._task_loss)
+        if before is not None and _plain_parts(before) != _plain_parts(now):
             rank_zero_warn(
-                f"the checkpoint was trained with other class weights ({', '.join(changed)}); those given now are used "
-                "from here on. To go on as before, give the loss the same weights."
+                f"the checkpoint was trained with task_loss={before}, but now task_loss={now}, which is used from here "
+                f"on. To go on as before, give {type(self).__name__} the same task_loss."
             )
 
 
@@ -424,6 +389,6 @@ def _counts_alone(trainer: Trainer | None) -> TypeGuard[Trainer]:
     return trainer is not None and trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1
 
 
-def states_of(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the state dicts of the module in a checkpoint: a second one where ``WeightAveraging`` wrote it."""
-    return [checkpoint[name] for name in ("state_dict", "current_model_state") if name in checkpoint]
+def _plain_parts(code: str) -> list[str]:
+    """Return the name and the plain arguments of a loss; class weights are compared by their values."""
+    return [part for part in re.split(r"[(), ]+", code) if not part.endswith("=...")]

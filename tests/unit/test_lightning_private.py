@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -253,3 +254,26 @@ def test_the_first_look_comes_before_the_hooks() -> None:
 
     make_trainer().fit(Module(), make_loader(1))
     assert seen == ["first", "before", "transfer", "after"] * 2
+
+
+def test_load_file_reads_paths_and_open_files(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.ckpt")
+    assert torch.equal(_lightning.load_file(tmp_path / "a.ckpt", True)["a"], torch.ones(2))
+    with open(tmp_path / "a.ckpt", "rb") as file:
+        assert torch.equal(_lightning.load_file(file, True)["a"], torch.ones(2))
+
+
+def test_a_restricted_classmethod_is_one_of_the_class() -> None:
+    class Base:
+        @_lightning.restricted_classmethod
+        def name(cls) -> str:
+            return cls.__name__
+
+    class Derived(Base):
+        @_lightning.restricted_classmethod
+        def name(cls) -> str:
+            return super().name()
+
+    assert Derived.name() == "Derived"
+    with pytest.raises(TypeError, match="cannot be called on an instance"):
+        Derived().name()
