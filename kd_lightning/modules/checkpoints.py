@@ -106,8 +106,8 @@ class CheckpointedModule(LightningModule):
         hparams = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
         if hparams and "_instantiator" in hparams and attached_trainer(self) is None:
             # load_from_checkpoint of a file from the command line: keep its plain configuration rather than the objects
-            # that were made of it, or the next checkpoint could not be loaded
-            self.hparams.update(hparams)
+            # that were made of it, or that the caller gave, or the next checkpoint could not be loaded
+            self.hparams.update({name: value for name, value in hparams.items() if _is_data(value)})
 
     def _keep_class_weights(self, state: dict[str, Any]) -> None:
         """Put the class weights of the losses in place of the checkpoint's: they are settings, not what was trained."""
@@ -136,6 +136,12 @@ class CheckpointedModule(LightningModule):
 def states_of(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the state dicts of the module in a checkpoint: a second one where ``WeightAveraging`` wrote it."""
     return [checkpoint[name] for name in ("state_dict", "current_model_state") if name in checkpoint]
+
+
+def _is_data(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_data, value.values()))
+    return all(map(_is_data, value)) if isinstance(value, (list, tuple)) else isinstance(value, _PLAIN)
 
 
 def _is_imported(class_path: object) -> bool:

@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from lightning.pytorch import Trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 from kd_lightning import ClassificationModule, DistillationModule
 from kd_lightning.cli import main
@@ -271,6 +274,20 @@ def test_a_checkpoint_of_a_fixed_class(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"names os\.system as model, and"):
         ClassificationModule.load_from_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_a_network_that_the_caller_gave_is_no_setting_of_the_next_checkpoint(
+    make_trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.ckpt", {"student": NETWORK, "kd_weight": 0.5})
+    for generation in range(2):
+        module = DistillationModule.load_from_checkpoint(path, student=nn.Linear(4, 3))
+        assert module.hparams["kd_weight"] == 0.5
+        trainer = make_trainer()
+        trainer.predict(module, DataLoader(torch.ones(2, 4), batch_size=2))  # pyright: ignore[reportArgumentType]
+        path = tmp_path / f"{generation}.ckpt"
+        trainer.save_checkpoint(path)
+    assert "student" not in torch.load(path, weights_only=True)["hyper_parameters"]
 
 
 def test_a_module_that_is_not_imported_is_lightnings_to_refuse(tmp_path: Path) -> None:
