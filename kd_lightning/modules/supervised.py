@@ -156,7 +156,7 @@ class SupervisedModule(CheckpointedModule):
         """
         inputs, targets = self.unpack(batch)
         targets = as_targets(targets, self.device)
-        if getattr(getattr(self.network, "config", None), "is_encoder_decoder", False):
+        if self._is_encoder_decoder:
             return self._with_decoder_inputs(inputs, targets), targets
         if not self.shift_labels:
             return inputs, targets
@@ -167,6 +167,10 @@ class SupervisedModule(CheckpointedModule):
             )
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
         return inputs, next_token_targets(targets, mask, self.ignore_index)
+
+    @property
+    def _is_encoder_decoder(self) -> bool:
+        return getattr(getattr(self.network, "config", None), "is_encoder_decoder", False)
 
     def _with_decoder_inputs(self, inputs: Any, labels: Tensor | None) -> Any:
         if self.shift_labels:
@@ -198,8 +202,8 @@ class SupervisedModule(CheckpointedModule):
         return self(self._inputs(batch))
 
     def _inputs(self, batch: Any) -> Any:
-        """Return the inputs of a batch, which need no labels."""
-        return self.unpack(batch)[0] if self.shift_labels else self.inputs_and_targets(batch)[0]
+        """Return the inputs of a batch, whose targets may be anything unless a decoder's inputs are made of them."""
+        return self.inputs_and_targets(batch)[0] if self._is_encoder_decoder else self.unpack(batch)[0]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups: by default one, of all parameters that require a gradient."""

@@ -161,6 +161,12 @@ def test_numpy_and_lists_through_a_fit(make_trainer: Callable[..., Trainer]) -> 
         assert torch.equal(value, states[1][name]), name
 
 
+def test_prediction_does_not_look_at_targets(make_trainer: Callable[..., Trainer]) -> None:
+    data = torch.utils.data.DataLoader([(torch.ones(8), f"{i}.png") for i in range(4)], batch_size=2)  # pyright: ignore
+    for module in (DistillationModule(student=make_network()), ClassificationModule(make_network())):
+        assert len(make_trainer().predict(module, data) or ()) == 2
+
+
 # ---- a network on its own --------------------------------------------------------------------------------------------
 
 
