@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from kd_lightning._lightning import accumulates
 from kd_lightning.callbacks.common import find_holder
 from kd_lightning.distiller import DistillationOutput
 from kd_lightning.modules.run import is_logging_step
-from kd_lightning.schedules import ConstantSchedule
+from kd_lightning.schedules import ConstantSchedule, Progress
 from kd_lightning.temperature.statistics import sum_over_ranks
 
 __all__ = ["GradientShare", "gradient_norms", "gradient_share"]
@@ -37,9 +37,9 @@ class GradientShare(Callback):
     Over the measurements the weight's logarithm is averaged, :math:`\log w \leftarrow \delta \log w + (1 - \delta) \log
     w_{kd}`, with the norms' mean square over the ranks, so that the weight is the same on all of them.
 
-    It takes over from ``kd_weight``, whose value is that of the first step. Where a gradient is 0 or not finite, or
-    distillation is off, the weight stays. The share that comes out is ``kd_gradient_share`` of a
-    :class:`~kd_lightning.callbacks.TemperatureMonitor`.
+    It takes over from ``kd_weight``, whose value is that of the first step, and is its schedule from then on. Where a
+    gradient is 0 or not finite, or distillation is off, the weight stays. The share that comes out is
+    ``kd_gradient_share`` of a :class:`~kd_lightning.callbacks.TemperatureMonitor`.
 
     Args:
         target: :math:`\rho`, between 0 and 1.
@@ -74,6 +74,14 @@ class GradientShare(Callback):
         """The weight that was set last; None before the first measurement."""
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # in every stage, because a checkpoint is compared with the settings as it is loaded
+        distiller = find_holder(trainer, pl_module).distiller
+        before = distiller.kd_weight
+        if not (isinstance(before, _Weight) and before.share is self):
+            distiller.kd_weight = _Weight(self, before)
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         distiller = find_holder(trainer, pl_module).distiller
         if distiller.task_weight == ConstantSchedule(0):
@@ -86,8 +94,6 @@ class GradientShare(Callback):
                 f"GradientShare differentiates by whole parameters, which {type(trainer.strategy).__name__} shards. "
                 "Take ddp, or a schedule for kd_weight."
             )
-        if self.kd_weight is not None:  # resumed
-            distiller.kd_weight = ConstantSchedule(self.kd_weight)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -110,7 +116,6 @@ class GradientShare(Callback):
         if self.kd_weight is not None:
             weight = math.exp(self.decay * math.log(self.kd_weight) + (1 - self.decay) * math.log(weight))
         self.kd_weight = weight
-        distiller.kd_weight = ConstantSchedule(weight)
 
     def replicated_state(self) -> dict[str, Any]:
         """Return the state that must be the same on every rank."""
@@ -123,6 +128,23 @@ class GradientShare(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.kd_weight = state_dict["kd_weight"]
+
+
+class _Weight:
+    """The schedule of a :class:`GradientShare`: its weight, and before the first measurement that of the run.
+
+    Checkpoints compare its text, which says who sets the weight and not what it is.
+    """
+
+    def __init__(self, share: GradientShare, before: Callable[[Progress], float]) -> None:
+        self.share = share
+        self.before = before
+
+    def __call__(self, progress: Progress) -> float:
+        return self.before(progress) if self.share.kd_weight is None else self.share.kd_weight
+
+    def __repr__(self) -> str:
+        return f"GradientShare(target={self.share.target}, decay={self.share.decay})"
 
 
 def gradient_norms(output: DistillationOutput, parameters: Sequence[Tensor]) -> Tensor:

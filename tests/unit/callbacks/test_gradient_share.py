@@ -16,8 +16,7 @@ from kd_lightning.callbacks.gradient_share import gradient_share
 from kd_lightning.functional import kd_loss
 from kd_lightning.losses import FusedLinearKDLoss, KDLoss
 from kd_lightning.models import CausalTransformer
-from kd_lightning.schedules import ConstantSchedule
-from kd_lightning.temperature import CosineSchedule
+from kd_lightning.temperature import CosineSchedule, Progress
 from tests.helpers import assert_same, make_loader, make_network, make_teacher
 
 
@@ -87,7 +86,7 @@ def test_weight_by_the_formula():
     trainer(callback, max_epochs=1, limit_train_batches=1).fit(plain, loader)
     assert callback.kd_weight is not None
     assert callback.kd_weight == pytest.approx((0.3 * norms[1] / norms[0] / 3).item(), rel=1e-3)
-    assert plain.kd_weight == ConstantSchedule(callback.kd_weight)
+    assert plain.kd_weight(Progress()) == callback.kd_weight
 
 
 def test_averages_the_logarithm():
@@ -127,6 +126,22 @@ def test_in_someone_elses_module():
     distil = DistillationCallback(make_teacher(), "net", **options)
     trainer(distil, record, GradientShare(0.4, decay=0.0), max_epochs=100).fit(Theirs(), make_loader(batch_size=64))
     assert (torch.tensor(record.shares[1:]) - 0.4).abs().max() < 0.03
+
+
+def test_a_checkpoint_with_another_weight_is_no_change_of_settings(tmp_path: Path):
+    """Whose warning would be an error here; in the process that trained, and in another one."""
+    share, model = GradientShare(), module()
+    fitter = trainer(share, StopAfter(1))
+    fitter.fit(model, make_loader())
+    fitter.save_checkpoint(tmp_path / "early.ckpt")
+    trained = share.kd_weight
+    fitter.fit_loop.max_epochs = 2
+    fitter.fit(model, make_loader())
+    assert share.kd_weight != trained
+    other = GradientShare()
+    for tester, tested in ((fitter, model), (trainer(other), module())):
+        tester.validate(tested, make_loader(), ckpt_path=tmp_path / "early.ckpt", verbose=False)
+    assert other.kd_weight == trained
 
 
 class StopAfter(Callback):
@@ -198,10 +213,10 @@ def test_without_a_gradient_the_weight_stays(off):
         model.distiller.kd_enabled = False
     else:
         model.kd_loss = _Constant()
-    before = model.kd_weight
+    before = model.kd_weight(Progress())
     trainer(share, max_epochs=1).fit(model, make_loader())
     assert share.kd_weight is None
-    assert model.kd_weight == before
+    assert model.kd_weight(Progress()) == before
 
 
 class _Constant(KDLoss):
