@@ -7,6 +7,8 @@ import re
 import textwrap
 from pathlib import Path
 
+from kd_lightning.cli.project import KINDS
+
 __all__ = ["HELP", "describe_command", "describe_commands"]
 
 _PACKAGE = Path(__file__).parents[1]
@@ -32,7 +34,7 @@ _OWN = {
     "export": ("", _COMMANDS, "export"),
     "sweep": ("", "sweep/search.py", "sweep"),
 }
-HELP = (*_LIGHTNING, *_OWN)
+HELP = (*_LIGHTNING, *_OWN, "init")
 _INIT = "Write a project that runs: configurations, a module of one's own and a README."
 _GIVEN = ("trainer", "model", "datamodule", "config", "finder")
 
@@ -71,6 +73,8 @@ def describe_command(command: str) -> str:
     Args:
         command: One of Lightning's commands or of ours.
     """
+    if command == "init":
+        return f"usage: kd-lightning init [{'|'.join(KINDS)}] DIR\n\n{_INIT}"
     if command in _LIGHTNING:
         summary, options = _LIGHTNING[command], {f"--{name}": text for name, text in _CHECKPOINT.items()}
     else:

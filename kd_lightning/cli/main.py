@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kd_lightning import __version__
 from kd_lightning.cli.errors import paragraph
 from kd_lightning.cli.help import HELP, describe_command, describe_commands
+from kd_lightning.cli.project import write_project
 from kd_lightning.cli.written import CommandLineError
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ def _answer(args: list[str]) -> bool:
         print(f"kd-lightning {__version__}")
     elif first in ("-h", "--help"):
         print(describe_commands())
+    elif first == "init" and {"-h", "--help"}.isdisjoint(args):
+        folder = write_project(args[1:])
+        print((folder / "README.md").read_text(encoding="utf-8"), end="")
+        print(f"\nThe project is in {folder}: cd {folder}")
     elif first in HELP and not {"-h", "--help"}.isdisjoint(args):
         print(describe_command(first))
     else:

@@ -28,7 +28,8 @@ MODULE = (
     "task_loss, task_weight, teacher, temperature."
 )
 COMMANDS = (
-    "The commands are fit, validate, test, predict, plot-temperature, find-temperature, cache-teacher, export, sweep; "
+    "The commands are fit, validate, test, predict, plot-temperature, find-temperature, cache-teacher, export, sweep, "
+    "init; "
     "kd-lightning COMMAND --help describes one."
 )
 FIT = "It has ckpt_path, data, model, num_threads, print_config, seed_everything, trainer, weights_only."
@@ -220,6 +221,12 @@ TYPED = [
           "there is no configuration at 'digitz.yaml' (from the folder '{cwd}'). Did you mean digits.yaml?"),
     Typed("a configuration that is no YAML", "fit --config open.yaml",
           "open.yaml:2 is not readable as YAML: expected ',' or ']', but got ':'."),
+    Typed("a project without a folder", "init cifar",
+          "init takes a folder: kd-lightning init [digits|cifar|text|drop-in] DIR, got 'cifar'."),
+    Typed("a project of an unknown kind", "init cifr project",
+          "there is no template 'cifr'. Did you mean cifar? There are digits, cifar, text, drop-in."),
+    Typed("a project in a folder in use", "init {cwd}",
+          "init writes to a new or an empty folder, and '{cwd}' is not empty."),
     Typed("a configuration that is a list", "fit --config list.yaml",
           "list.yaml must be a mapping with keys such as trainer, model and data, got a list."),
     Typed("a checkpoint that is not there", "validate --ckpt_path=none.ckpt",
