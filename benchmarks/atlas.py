@@ -103,7 +103,8 @@ Rows = dict[Key, Scores]
 def plan() -> Iterator[Key]:
     """Yield the trainings, those of a setting together, short trainings first."""
     for task, length, images, optimizer in itertools.product(TASKS, STEPS, ("few", "many"), RATES):
-        for (weighting, temperature), seed, rate in itertools.product(ARMS, range(SEEDS), RATES[optimizer]):
+        rates: tuple[float, ...] = RATES[optimizer]
+        for (weighting, temperature), seed, rate in itertools.product(ARMS, range(SEEDS), rates):
             yield Key(task, images, optimizer, length, weighting, temperature, rate, seed)
 
 
