@@ -30,7 +30,7 @@ li.warning { font-weight: 600; color: #a03a0a; }
 table { border-collapse: collapse; font-size: .9375rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th { background: #f4f4f4; } tr.best td { background: #fdeee6; font-weight: 600; }
-td.text { text-align: left; white-space: normal; min-width: 30rem; }
+td.text { text-align: left; white-space: normal; min-width: 24rem; }
 tr.baseline td { border-top: 2px solid #888; } td a { display: inline-block; padding: 0 .5rem; }
 pre { background: #f6f6f6; padding: .8rem; overflow: auto; font-size: .875rem; } summary { cursor: pointer; }
 @media (max-width: 40rem) { th, td { padding: .4rem; } }
@@ -126,7 +126,7 @@ def _table(rows: Sequence[Sequence[str]], marks: Sequence[str] = (), links: Sequ
         cells = [escape(cell) for cell in row]
         if link:
             cells[0] = f'<a href="{escape(link)}">{cells[0]}</a>'
-        tags = ['<td class="text">' if len(cell) > 40 else "<td>" for cell in row]
+        tags = ['<td class="text">' if len(cell) > 60 else "<td>" for cell in row]
         start = f'<tr class="{mark}">' if mark else "<tr>"
         lines.append(start + "".join(f"{tag}{cell}</td>" for tag, cell in zip(tags, cells, strict=True)) + "</tr>")
     return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"
