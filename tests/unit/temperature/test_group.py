@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader
 from kd_lightning import DistillationModule, Distiller, TeacherEnsemble
 from kd_lightning.callbacks import DistillationCallback
 from kd_lightning.functional import kd_loss
+from kd_lightning.losses import FusedLinearKDLoss, KDLoss
+from kd_lightning.models import CausalTransformer
 from kd_lightning.temperature import (
     GroupTemperature,
     LinearSchedule,
@@ -106,6 +108,24 @@ def test_the_column_reaches_the_loss_and_not_the_networks(way, strings):
         train(Theirs(student), data, DistillationCallback(teacher, "net", policy(strings), targets="label"))
     for parameter, was, gradient in zip(student.parameters(), before, gradients, strict=True):
         torch.testing.assert_close(parameter.detach(), was - 0.1 * gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_column_reaches_the_fused_loss():
+    """Which has no logits to show a policy, and needs none for a group."""
+    tokens = torch.randint(0, 32, (6, 5), generator=torch.Generator().manual_seed(0))
+    data: Any = [{"input_ids": row, "labels": row, "language": i % 3} for i, row in enumerate(tokens)]
+    weights = []
+    for loss in (KDLoss(), FusedLinearKDLoss(chunk_size=4)):
+        torch.manual_seed(0)
+        student, teacher = (CausalTransformer(vocab_size=32, dim=8, depth=1) for _ in range(2))
+        for parameter in teacher.parameters():
+            parameter.data.mul_(3.0)  # stands for training
+        module = DistillationModule(
+            student, teacher, policy(False), loss, optimizer=lambda p: torch.optim.SGD(p, lr=1.0), shift_labels=True
+        )
+        train(module, data)
+        weights.append({name: value.clone() for name, value in student.state_dict().items()})
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_position_of_a_tuple_in_validation_and_prediction_too():
