@@ -82,7 +82,9 @@ def test_interval_and_frequency(kind: type[SupervisedModule], make_trainer: Make
 
 @both
 @pytest.mark.parametrize(
-    "optimizer", [sgd, torch.optim.SGD, lambda parameters: torch.optim.SGD(parameters, lr=0.1)], ids=str
+    "optimizer",
+    [sgd, torch.optim.SGD, lambda parameters: torch.optim.SGD(parameters, lr=0.1)],
+    ids=["partial", "class", "function"],
 )
 def test_partial_class_and_function(kind: type[SupervisedModule], optimizer: Any, make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(max_epochs=1)
