@@ -25,6 +25,7 @@ from kd_lightning.functional.rows import (
     valid_positions,
 )
 from kd_lightning.functional.rows_fast import known_to_be_one
+from kd_lightning.functional.sparse import Sparse
 from kd_lightning.functional.temperature import Temperature, as_temperature, compute_dtype, in_transform
 
 __all__ = ["FusedTerms", "fused_linear_kd_loss", "fused_linear_kd_terms"]
@@ -167,6 +168,8 @@ def fused_linear_kd_terms(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     check_fusible(divergence)
+    if isinstance(teacher_logits, Sparse):
+        raise TypeError("the fused loss takes the logits of all classes, got Sparse targets: take kd_loss for them.")
     heads = _Heads(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, teacher_logits
     )

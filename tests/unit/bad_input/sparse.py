@@ -1,7 +1,7 @@
 """Bad targets of a few classes."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -184,6 +184,10 @@ CASES = [
            f"temperature is that of the top_k of tokens, positive and finite, got {t!r} with top_k={k}. All logits "
            "are stored before any temperature.")
       for t, k in ((2.0, None), (0.0, 8), (-1.0, 8), (float("inf"), 8), (float("nan"), 8))),
+    Case("the fused loss",
+         lambda: functional.fused_linear_kd_loss(torch.ones(1, 2), torch.ones(5, 2), None, None, 1.0,
+                                                 teacher_logits=cast(Any, TARGET)), TypeError,
+         "the fused loss takes the logits of all classes, got Sparse targets: take kd_loss for them."),
     Case("a consensus", lambda: Distiller(None).consensus(None, TARGET), ValueError,
          "Sparse targets name a few classes only, so that there are no logits to show."),
 ]  # fmt: skip
