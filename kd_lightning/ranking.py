@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -180,15 +181,25 @@ def check_monitor(monitor: str, mode: Mode, chooser: str) -> None:
         raise TypeError(f"monitor must be the name of a logged metric, such as 'val_acc', got {monitor!r}.")
     if mode not in ("min", "max"):
         raise ValueError(f"mode must be one of 'min', 'max', got {mode!r}.")
-    if monitor.startswith("test"):
+    if re.search(r"\btest", monitor):
         raise ValueError(
             f"{chooser} does not choose on the test set, got monitor={monitor!r}: what was chosen on it can no longer "
             "be measured on it. Take the metric's validation twin."
         )
-    if monitor in ("val_loss", "val_kd_loss"):
+    if moves_with_temperature(monitor):
         raise ValueError(
             f"{monitor} changes with the temperature itself, so it cannot choose one. Take val_acc or val_task_loss."
         )
+
+
+def moves_with_temperature(monitor: str) -> bool:
+    """Return True if a metric contains the distillation term, by its name under any :class:`MetricNames`.
+
+    Example:
+        >>> [name for name in ("val_loss", "val/kd_loss", "val/task_loss") if moves_with_temperature(name)]
+        ['val_loss', 'val/kd_loss']
+    """
+    return re.search(r"\bval[_\W](kd_)?loss$", monitor) is not None
 
 
 def checked_temperatures(name: str, values: Iterable[float]) -> list[float]:

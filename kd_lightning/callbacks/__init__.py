@@ -4,6 +4,7 @@ from kd_lightning.callbacks.adaptive_temperature import AdaptiveTemperature
 from kd_lightning.callbacks.distillation_callback import DistillationCallback
 from kd_lightning.callbacks.early_stop_distillation import EarlyStopDistillation
 from kd_lightning.callbacks.gradient_share import GradientShare
+from kd_lightning.callbacks.metric_names import MetricNames
 from kd_lightning.callbacks.replica_consistency import ReplicaConsistency
 from kd_lightning.callbacks.skip_non_finite import SkipNonFinite
 from kd_lightning.callbacks.temperature_finder import TemperatureFinder
@@ -14,6 +15,7 @@ __all__ = [
     "DistillationCallback",
     "EarlyStopDistillation",
     "GradientShare",
+    "MetricNames",
     "ReplicaConsistency",
     "SkipNonFinite",
     "TemperatureFinder",

@@ -32,7 +32,7 @@ from kd_lightning.callbacks.common import (
 )
 from kd_lightning.functional.temperature import check_number
 from kd_lightning.modules.replicas import gather
-from kd_lightning.ranking import check_counts
+from kd_lightning.ranking import check_counts, moves_with_temperature
 from kd_lightning.temperature import TemperaturePolicy
 
 __all__ = ["AdaptiveTemperature"]
@@ -191,7 +191,7 @@ class AdaptiveTemperature(Callback):
                 f"min_temperature={self.min_temperature} and max_temperature={self.max_temperature} leave no room "
                 f"within the policy's own bounds, [{policy.min_temperature:g}, {policy.max_temperature:g}]."
             )
-        if self.monitor in ("val_loss", "val_kd_loss"):
+        if moves_with_temperature(self.monitor):
             rank_zero_warn(
                 f"AdaptiveTemperature follows {self.monitor}, which moves with the temperature: each move looks like a "
                 "change of the student. Follow val_acc or val_task_loss."

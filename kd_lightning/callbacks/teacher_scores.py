@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kd_lightning.distiller import DistillationOutput
 from kd_lightning.metrics import agreement, task_loss_among
+from kd_lightning.modules.metric_names import metric_name
 from kd_lightning.temperature import Signals
 
 __all__ = ["TeacherScores"]
@@ -47,7 +48,6 @@ class TeacherScores:
             sums = self._sums.pop(loader, torch.zeros(4, device=trainer.strategy.root_device, dtype=torch.float64))
             kd_loss, positions, same, predicted = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
             suffix = f"/dataloader_idx_{loader}" if loaders > 1 else ""
-            if positions:
-                module.log(f"val_kd_loss{suffix}", kd_loss / positions, add_dataloader_idx=False)
-            if predicted:
-                module.log(f"val_agreement{suffix}", same / predicted, add_dataloader_idx=False)
+            for name, total, count in (("kd_loss", kd_loss, positions), ("agreement", same, predicted)):
+                if count:
+                    module.log(metric_name(trainer, "val", name) + suffix, total / count, add_dataloader_idx=False)

@@ -18,6 +18,7 @@ from kd_lightning._lightning import data_sources
 from kd_lightning.callbacks.common import DistillationHolder, check_validates, find_holder, mean_over_ranks, read_metric
 from kd_lightning.callbacks.snapshot import Snapshot
 from kd_lightning.callbacks.trial import TrialWatch, short_run
+from kd_lightning.modules.metric_names import naming_callbacks
 from kd_lightning.modules.replicas import gather
 from kd_lightning.ranking import (
     Lead,
@@ -251,7 +252,7 @@ class TemperatureFinder(Callback):
                     bar.set_postfix_str(f"{trial.name(self._unit)}, seed {seed}")
                     watch = TrialWatch(self.steps, bar.update)
                     try:
-                        with short_run(trainer, [*callbacks, watch], seed):
+                        with short_run(trainer, [*naming_callbacks(trainer), *callbacks, watch], seed):
                             self._set(trial, holder)
                             trainer.fit_loop.run()
                             score = read_metric(trainer, self.monitor, self)

@@ -16,6 +16,7 @@ from kd_lightning._lightning import accumulates, callbacks_of, logged_step, upda
 from kd_lightning.callbacks.common import check_validates, find_holder, is_validation_check, read_metric
 from kd_lightning.callbacks.gradient_share import gradient_share
 from kd_lightning.distiller import DistillationOutput
+from kd_lightning.modules.metric_names import metric_name
 from kd_lightning.modules.run import TemperatureLogger
 from kd_lightning.ranking import check_counts
 from kd_lightning.temperature import ConstantTemperature
@@ -50,6 +51,7 @@ class TemperatureMonitor(TemperatureLogger):
         plot: Whether to write ``temperature.png`` into the log folder when training ends: T over the steps, with the
             monitored metric beneath, and the moves of AdaptiveTemperature with their reasons.
         monitor: The metric to draw, only with ``plot``. None: ``val_acc``, where it is logged.
+        prog_bar: Whether to show ``temperature_student`` on the progress bar, as of the last logged step.
 
     Raises:
         ValueError: If an argument is outside its range, or if there is a ``monitor`` without ``plot``.
@@ -73,6 +75,7 @@ class TemperatureMonitor(TemperatureLogger):
         gradient_share_every_n_steps: int | None = None,
         plot: bool = False,
         monitor: str | None = None,
+        prog_bar: bool = False,
     ) -> None:
         super().__init__()
         if logging_interval not in ("step", "epoch", None):
@@ -86,6 +89,7 @@ class TemperatureMonitor(TemperatureLogger):
         self.gradient_share_every_n_steps = gradient_share_every_n_steps
         self.plot = plot
         self.monitor = monitor
+        self.prog_bar = prog_bar
         self.history: list[list[float]] = []
         """Rows of step, and the student's and the teacher's mean, smallest and largest temperature."""
         self.metric_history: list[list[float]] = []
@@ -105,7 +109,7 @@ class TemperatureMonitor(TemperatureLogger):
             check_validates(trainer, self)
         if self.plot:
             import matplotlib  # noqa: F401  (its absence is to be known now, and not after training)
-        elif not trainer.loggers:
+        elif not trainer.loggers and not self.prog_bar:
             raise MisconfigurationException(
                 "TemperatureMonitor has nowhere to log to: the Trainer has no logger. Give it one, or set plot=True."
             )
@@ -135,6 +139,9 @@ class TemperatureMonitor(TemperatureLogger):
         values = dict(zip(readings, torch.stack(list(readings.values())).tolist(), strict=True))
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
+        if self.prog_bar:
+            shown = readings["temperature_student"]
+            pl_module.log("temperature_student", shown, prog_bar=True, logger=False, batch_size=1)
         if self.histogram:
             self._log_histograms(trainer, holder.last_output, step)
         if self.plot:
@@ -155,12 +162,12 @@ class TemperatureMonitor(TemperatureLogger):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.plot or not is_validation_check(trainer):
             return
-        if self.monitor is not None or self._drawn in trainer.callback_metrics:
-            self.metric_history.append([float(trainer.global_step), read_metric(trainer, self._drawn, self)])
+        name = self._drawn(trainer)
+        if self.monitor is not None or name in trainer.callback_metrics:
+            self.metric_history.append([float(trainer.global_step), read_metric(trainer, name, self)])
 
-    @property
-    def _drawn(self) -> str:
-        return "val_acc" if self.monitor is None else self.monitor
+    def _drawn(self, trainer: Trainer) -> str:
+        return metric_name(trainer, "val", "acc") if self.monitor is None else self.monitor
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -176,7 +183,7 @@ class TemperatureMonitor(TemperatureLogger):
                 [(row[1], row[2], row[3]) for row in self.history],
                 [(row[4], row[5], row[6]) for row in self.history],
                 metric=[(step, value) for step, value in self.metric_history],
-                metric_name=self._drawn,
+                metric_name=self._drawn(trainer),
                 moves=sorted(move for callback in callbacks_of(trainer) for move in getattr(callback, "moves", ())),
             )
             figure.savefig(folder / "temperature.png", dpi=150)

@@ -11,6 +11,7 @@ from typing_extensions import override
 from kd_lightning.functional.rows import check_labels, check_layout
 from kd_lightning.losses import CrossEntropyLoss
 from kd_lightning.losses.task import as_loss, check_scalar, task_term
+from kd_lightning.modules.metric_names import metric_name
 from kd_lightning.modules.optimization import LRSchedulerConfig
 from kd_lightning.modules.run import check_network, is_logging_step
 from kd_lightning.modules.supervised import SupervisedModule
@@ -94,7 +95,7 @@ class ClassificationModule(SupervisedModule):
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         loss, logits, self._last_targets = self._loss(batch)
         if is_logging_step(self.trainer):
-            self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(logits))
+            self.log(metric_name(self.trainer, "train", "loss"), loss.detach(), prog_bar=True, batch_size=len(logits))
         self._update_metrics("train", logits, self._last_targets)
         return loss
 
@@ -108,7 +109,8 @@ class ClassificationModule(SupervisedModule):
 
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:
         loss, logits, targets = self._loss(batch)
-        self.log(f"{stage}_loss", loss, sync_dist=True, batch_size=self._weight(logits, targets))
+        name = metric_name(self.trainer, stage, "loss")
+        self.log(name, loss, sync_dist=True, batch_size=self._weight(logits, targets))
         self._update_metrics(stage, logits, targets, dataloader_idx=dataloader_idx)
 
     def _loss(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:

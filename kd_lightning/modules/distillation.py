@@ -26,6 +26,7 @@ from kd_lightning.layers import LayerTerm
 from kd_lightning.losses.task import check_scalar
 from kd_lightning.modules.checkpoints import states_of
 from kd_lightning.modules.first_samples import first_samples
+from kd_lightning.modules.metric_names import metric_name
 from kd_lightning.modules.optimization import LRSchedulerConfig
 from kd_lightning.modules.run import DistillationRun, HoldsDistiller, is_logging_step, step_readings
 from kd_lightning.modules.supervised import SupervisedModule
@@ -98,7 +99,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
         ['distiller.temperature.multiplier', 'student.bias', 'student.weight']
     """
 
-    _plateau_monitor = "val_task_loss"  # because val_loss moves with the temperature
+    _plateau_loss = "task_loss"  # because val_loss moves with the temperature
 
     def __init__(
         self,
@@ -226,12 +227,13 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
             logits, teacher_logits = self(inputs), None
             losses = {} if targets is None else {"task_loss": self.distiller.task_term(logits, targets)}
         weight = len(logits) if self.distiller.ignore_index is None else self._weight(logits, targets)
-        self.log_dict({f"{stage}_{name}": value for name, value in losses.items()}, sync_dist=True, batch_size=weight)
+        named = {metric_name(self.trainer, stage, name): value for name, value in losses.items()}
+        self.log_dict(named, sync_dist=True, batch_size=weight)
         self._update_metrics(stage, logits, targets, teacher_logits, dataloader_idx)
 
     def _log_step(self, out: DistillationOutput) -> None:
         size = max(len(out.student_logits), 1)
-        self.log("train_loss", out.loss.detach(), prog_bar=True, batch_size=size)
+        self.log(metric_name(self.trainer, "train", "loss"), out.loss.detach(), prog_bar=True, batch_size=size)
         self.log_dict(step_readings(self.trainer, out), batch_size=size)
 
     # ---- the teacher ----------------------------------------------------------------------------------------------
@@ -308,15 +310,15 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
 
     @override
     def on_fit_end(self) -> None:
-        values = self.trainer.callback_metrics
-        if "val_perplexity" in values and "val_teacher_perplexity" in values:
-            perplexities = values["val_perplexity"], values["val_teacher_perplexity"]
-            rank_zero_info("val_perplexity: student {:.3f}, teacher {:.3f}".format(*perplexities))
-        elif "val_acc" in values and "val_teacher_acc" in values:
-            rank_zero_info(
-                f"val_acc: student {values['val_acc']:.4f}, teacher {values['val_teacher_acc']:.4f} "
-                f"(agreement {values['val_agreement']:.4f})"
-            )
+        logged = self.trainer.callback_metrics
+        names = {key: metric_name(self.trainer, "val", key) for key in ("acc", "agreement", "perplexity")}
+        for key, digits in (("perplexity", 3), ("acc", 4)):
+            teacher = metric_name(self.trainer, "val", f"teacher_{key}")
+            if names[key] in logged and teacher in logged:
+                agreement = f" (agreement {logged[names['agreement']]:.4f})" if key == "acc" else ""
+                values = f"student {logged[names[key]]:.{digits}f}, teacher {logged[teacher]:.{digits}f}"
+                rank_zero_info(f"{names[key]}: {values}{agreement}")
+                return
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -17,6 +17,7 @@ from typing_extensions import override
 from kd_lightning._lightning import accumulates, callbacks_of, datamodule_of, log_interval
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.modules.changed_policies import fit_optimizer, fit_policies
+from kd_lightning.modules.metric_names import metric_name
 from kd_lightning.modules.non_finite import NonFiniteHandler, NonFiniteWatch
 from kd_lightning.modules.replicas import check_replicas, distiller_state, gather, is_distributed
 from kd_lightning.modules.run_length import RunLength
@@ -315,8 +316,9 @@ def is_logging_step(trainer: Trainer) -> bool:
 
 def step_readings(trainer: Trainer, out: DistillationOutput) -> dict[str, Tensor]:
     """Return what a training step logs: the losses, and the temperature unless a :class:`TemperatureLogger` runs."""
-    values = {"train_kd_loss": out.kd_loss.detach(), "train_task_loss": out.task_loss.detach()}
-    values |= {f"train_layer_loss/{name}": loss.detach() for name, loss in out.layer_losses.items()}
+    losses = {"kd_loss": out.kd_loss, "task_loss": out.task_loss}
+    losses |= {f"layer_loss/{name}": loss for name, loss in out.layer_losses.items()}
+    values = {metric_name(trainer, "train", name): loss.detach() for name, loss in losses.items()}
     if not any(isinstance(callback, TemperatureLogger) for callback in callbacks_of(trainer)):
         values |= out.readings()
     return {name: value.float() for name, value in values.items()}

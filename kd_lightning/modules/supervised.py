@@ -24,6 +24,7 @@ from kd_lightning.functional import next_token_targets
 from kd_lightning.losses.task import as_targets
 from kd_lightning.metrics import ClassificationMetrics, Task, task_of
 from kd_lightning.modules.checkpoints import CheckpointedModule, as_code
+from kd_lightning.modules.metric_names import metric_name
 from kd_lightning.modules.optimization import (
     LRSchedulerConfig,
     check_optimization,
@@ -50,8 +51,8 @@ class SupervisedModule(CheckpointedModule):
     differ. Exact for losses that are a mean over labelled positions, given their temperatures.
     """
 
-    _plateau_monitor = "val_loss"
-    """The metric that ``ReduceLROnPlateau`` follows where no other is named."""
+    _plateau_loss = "loss"
+    """The loss of validation that ``ReduceLROnPlateau`` follows where no other metric is named."""
 
     def __init__(
         self,
@@ -232,7 +233,8 @@ class SupervisedModule(CheckpointedModule):
             if self.lr is not None:
                 pass_lr_on(network, self.lr)
             return configure_with_groups(network.configure_optimizers, groups[1:])
-        return configure(self.optimizer, self.lr_scheduler, groups, self.lr, self._plateau_monitor)
+        monitor = metric_name(attached_trainer(self), "val", self._plateau_loss)
+        return configure(self.optimizer, self.lr_scheduler, groups, self.lr, monitor)
 
     # ---- what the network is called with, for an export of it -----------------------------------------------------
 
@@ -360,7 +362,7 @@ class SupervisedModule(CheckpointedModule):
                 if not metric.update_called:
                     continue  # an epoch without optimisation, such as StochasticWeightAveraging adds
                 self.log(
-                    f"{stage}_{name}{suffix}",
+                    metric_name(self.trainer, stage, name) + suffix,
                     metric,
                     metric_attribute=f"metrics.{key}.{name}",  # made after Lightning listed the metrics there are
                     add_dataloader_idx=False,

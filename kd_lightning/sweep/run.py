@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from kd_lightning.cli.parser import KDLightningCLI, find_checkpoints
 from kd_lightning.modules.distillation import DistillationModule
+from kd_lightning.modules.metric_names import metric_name, naming_callbacks
 
 __all__ = ["Parts", "Setting", "Validations", "build", "measure", "resolve", "train"]
 
@@ -144,7 +145,7 @@ class Validations(Callback):
         Raises:
             ArithmeticError: If the metric or the training loss is not finite.
         """
-        for name in (self.monitor, "train_loss"):
+        for name in (self.monitor, metric_name(trainer, "train", "loss")):
             value = trainer.callback_metrics.get(name)
             if value is not None and not math.isfinite(float(value)):
                 raise ArithmeticError(f"{name} is {float(value)} after epoch {trainer.current_epoch}")
@@ -192,7 +193,7 @@ def measure(config: dict[str, Any], setting: Setting, folder: Path) -> dict[str,
     config["trainer"]["logger"] = False
     parts = build(config, setting)
     trainer: Any = parts.trainer
-    trainer.callbacks = []
+    trainer.callbacks = naming_callbacks(trainer)
     results = trainer.test(
         parts.model, datamodule=parts.datamodule, ckpt_path=str(folder / "checkpoints" / "best.ckpt"), verbose=False
     )

@@ -1,0 +1,28 @@
+"""The names under which modules and callbacks log what belongs to a stage."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+
+from kd_lightning._lightning import callbacks_of
+
+__all__ = ["NamesMetrics", "metric_name", "naming_callbacks"]
+
+
+class NamesMetrics(Callback):
+    """A callback whose ``pattern`` names the metrics of a run."""
+
+    pattern: str
+
+
+def naming_callbacks(trainer: Trainer) -> list[NamesMetrics]:
+    """Return the callbacks of the run that name metrics: a run within the run needs them too."""
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, NamesMetrics)]
+
+
+def metric_name(trainer: Trainer | None, stage: str, name: str) -> str:
+    """Return the name of a stage's metric, ``val_acc`` unless a callback of the run names metrics otherwise."""
+    for callback in naming_callbacks(trainer) if trainer is not None else []:
+        return callback.pattern.format(stage=stage, name=name)
+    return f"{stage}_{name}"
