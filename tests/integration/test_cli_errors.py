@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from kd_lightning import DistillationModule
 from kd_lightning.cli import main
 
 pytestmark = pytest.mark.slow
@@ -22,11 +26,13 @@ TEACHER = ROOT / "configs" / "digits_teacher.safetensors"
 DIGITS["model"]["init_args"]["teacher"]["init_args"]["checkpoint"] = str(TEACHER)
 DIGITS["trainer"]["logger"] = False
 SHORT = ["--trainer.fast_dev_run=true", "--trainer.enable_progress_bar=false"]
-MODULE = (
-    "It has kd_loss, kd_weight, layers, lr_scheduler, lr_scheduler_interval, mean_over, optimizer, shift_labels, "
-    "student, "
-    "task_loss, task_weight, teacher, temperature."
-)
+
+
+def has(owner: Callable[..., object], *without: str) -> str:
+    return f"It has {', '.join(sorted(set(inspect.signature(owner).parameters).difference(without)))}."
+
+
+MODULE = has(DistillationModule)
 COMMANDS = (
     "The commands are fit, validate, test, predict, plot-temperature, find-temperature, cache-teacher, export, sweep, "
     "init; "
@@ -81,15 +87,10 @@ WRONG = [
           "channels, hidden, num_classes."),
     Wrong("a key of the optimizer", "model.init_args.optimizer.init_args.weight_decy", 0.1,
           "model.init_args.optimizer.init_args.weight_decy (@): AdamW has no argument 'weight_decy'. Did you mean "
-          "weight_decay? It has amsgrad, betas, capturable, differentiable, eps, foreach, fused, lr, maximize, "
-          "weight_decay."),
+          "weight_decay? " + has(torch.optim.AdamW, "params")),
     Wrong("a key of a callback", "trainer.callbacks.0.init_args.monitr", "val_acc",
           "trainer.callbacks[0].init_args.monitr (@): ModelCheckpoint has no argument 'monitr'. Did you mean monitor? "
-          "It "
-          "has auto_insert_metric_name, dirpath, enable_version_counter, every_n_epochs, every_n_train_steps, "
-          "filename, "
-          "mode, monitor, save_last, save_on_exception, save_on_train_epoch_end, save_top_k, save_weights_only, "
-          "train_time_interval, verbose."),
+          + has(ModelCheckpoint)),
     Wrong("init_args misspelt", "model.init_args.temperature.init_arg", {},
           "model.init_args.temperature.init_arg (@): a class has class_path and init_args, not 'init_arg'. Did you "
           "mean "
