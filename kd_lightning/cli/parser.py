@@ -16,6 +16,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 # YAML accepts the short name of a class only once its module is imported
@@ -207,6 +208,8 @@ class KDLightningCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         command = self.commands.get(subcommand)
         if command is None:
+            if subcommand != "fit" and not self.config[subcommand].get("ckpt_path"):
+                rank_zero_info(f"{subcommand} without --ckpt_path: the network has the weights that it was built with.")
             super()._run_subcommand(subcommand)
         elif command.builds:
             command.function(trainer=self.trainer, **self._prepare_subcommand_kwargs(subcommand))

@@ -55,7 +55,8 @@ def kd_loss(
     The logits are widened to float32 before the division by T (float64 stays), half-precision logits a chunk at a time.
     Value and gradient are computed in one pass that keeps a single buffer of the logits' size. Gradients of the teacher
     or of a class-wise temperature, second derivatives, ``torch.func`` and ``torch.compile`` run the same equation in
-    plain differentiable torch. Equal logits have loss 0 and gradient 0 exactly.
+    plain differentiable torch. Equal logits have loss 0 and gradient 0 exactly. Far above T = 100 the value drowns in
+    float32 rounding, which T² magnifies: give float64 logits there.
 
     Args:
         student_logits: ``(N, C)``, ``(B, L, C)``, … or ``(N, C, H, W)`` with ``class_dim=1``.

@@ -201,10 +201,15 @@ def valid_positions(targets: Tensor | None, logits: Tensor, class_dim: int, igno
         raise ValueError(
             f"targets must have the logits' shape without the class dimension, {tuple(positions)}, got "
             f"{tuple(targets.shape)} for logits of shape {tuple(logits.shape)} with class_dim={class_dim}."
+            + (" Give the loss class_dim=1." if logits.dim() > 2 and targets.shape == _without_dim_1(logits) else "")
         )
     if targets.dtype == torch.bool:
         return targets
     return None if ignore_index is None else targets != ignore_index
+
+
+def _without_dim_1(logits: Tensor) -> torch.Size:
+    return logits.shape[:1] + logits.shape[2:]
 
 
 def _count_word(number: int) -> str:
