@@ -38,16 +38,22 @@ class TeacherScores:
         positions = student.new_tensor(student[..., 0].numel()) if valid is None else valid.sum()
         task_loss = task_loss_among([*module.modules(), kd_loss])
         same, predicted = agreement(student, teacher, counting, task_loss, ignore_index) or (positions * 0,) * 2
-        row = torch.stack([x.detach().float() for x in (out.kd_loss * positions, positions, same, predicted)])
-        self._sums[loader] = self._sums.get(loader, 0) + (row if row.device.type == "mps" else row.double())
+        dtype = _sum_dtype(student.device)
+        row = torch.stack([x.detach().to(dtype) for x in (out.kd_loss * positions, positions, same, predicted)])
+        self._sums[loader] = self._sums.get(loader, 0) + row
 
     def log(self, trainer: Trainer, module: LightningModule) -> None:
         """Log the scores, and start anew. A collective: every rank must call it."""
-        loaders = len(trainer.num_val_batches)
+        loaders, device = len(trainer.num_val_batches), trainer.strategy.root_device
         for loader in range(loaders):
-            sums = self._sums.pop(loader, torch.zeros(4, device=trainer.strategy.root_device, dtype=torch.float64))
+            sums = self._sums.pop(loader, torch.zeros(4, device=device, dtype=_sum_dtype(device)))
             kd_loss, positions, same, predicted = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
             suffix = f"/dataloader_idx_{loader}" if loaders > 1 else ""
             for name, total, count in (("kd_loss", kd_loss, positions), ("agreement", same, predicted)):
                 if count:
                     module.log(metric_name(trainer, "val", name) + suffix, total / count, add_dataloader_idx=False)
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on the one device that has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -54,7 +54,8 @@ def distiller_state(distiller: Distiller, progress: Progress | None) -> dict[str
             state[f"distiller.{name}"] = weight_at(getattr(distiller, name), progress, name)
     networks = () if distiller.teacher is None else distiller.teacher.modules()
     tensors = (tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
-    sums = [_checksum(tensor.detach()) for tensor in tensors if tensor.is_floating_point() and not tensor.is_meta]
+    counted = (x for x in tensors if x.is_floating_point() and x.numel() and not x.is_meta)
+    sums = [_checksum(x.detach()) for x in counted]
     if sums:
         state["a checksum of the teacher's weights"] = torch.stack(sums).sum()
     return state

@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from kd_lightning import ClassificationModule, DistillationModule
+from kd_lightning import ClassificationModule, DistillationModule, Distiller
 from kd_lightning.callbacks import AdaptiveTemperature, DistillationCallback, EarlyStopDistillation, ReplicaConsistency
-from kd_lightning.modules.replicas import _difference
+from kd_lightning.modules.replicas import _difference, distiller_state
 from kd_lightning.temperature import Signals, Temperature, TemperaturePolicy
 from tests.helpers import make_loader, make_network, make_teacher
 from tests.unit.callbacks.helpers import digits, distiller_of
@@ -93,6 +93,12 @@ def test_many_ranks_in_the_message() -> None:
 
 
 CHECKSUM = r"a checksum of the teacher's weights: rank 0 has .*, rank 1 has "
+
+
+def test_a_teacher_may_have_an_empty_buffer() -> None:
+    teacher = make_teacher()
+    teacher.register_buffer("empty", torch.zeros(0))
+    assert "a checksum of the teacher's weights" in distiller_state(Distiller(teacher), None)
 
 
 class Drift(Callback):
