@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kd_lightning.teachers import Call, call_model, extract_logits
-from kd_lightning.teachers.calls import in_micro_batches
+from kd_lightning.teachers.calls import in_micro_batches, padding_mask
 
 
 def test_call_model() -> None:
@@ -80,3 +80,14 @@ def test_call_by_position_and_keyword() -> None:
     call = Call((torch.ones(3),), {"by": 3.0})
     assert torch.equal(call_model(Scaled(), call), torch.full((3,), 3.0))
     assert torch.equal(in_micro_batches(Scaled(), call, 2), torch.full((3,), 3.0))
+
+
+def test_the_mask_of_a_decoder_is_its_own() -> None:
+    """Source and target may be of one length: the source's padding says nothing of the target's positions."""
+    source, target = torch.tensor([[1, 1, 0]]), torch.tensor([[1, 0, 0]])
+    inputs = {"attention_mask": source, "decoder_input_ids": torch.zeros(1, 3, dtype=torch.long)}
+    assert padding_mask(inputs) is None
+    for given in (inputs | {"decoder_attention_mask": target}, Call((), inputs | {"decoder_attention_mask": target})):
+        mask = padding_mask(given)
+        assert mask is not None
+        assert mask.tolist() == [[True, False, False]]
