@@ -2,6 +2,7 @@
 
 - :mod:`~kd_lightning.functional.temperature`: the :class:`Temperature` of a loss term; tempered distributions.
 - :mod:`~kd_lightning.functional.logit_losses`: the losses between logits, :func:`kd_loss` first.
+- :mod:`~kd_lightning.functional.class_losses`: those that single out one class.
 - :mod:`~kd_lightning.functional.mixed_losses`: those between forward and reverse KL.
 - :mod:`~kd_lightning.functional.correlation_losses`: the one between logits that is no sum over rows.
 - :mod:`~kd_lightning.functional.conventions`: what other libraries compute under the name of :func:`kd_loss`.
@@ -21,6 +22,7 @@ Notation used in all docstrings: ``s`` and ``t`` are student and teacher logits,
 temperatures, ``p_s = softmax(s / T_s)``, ``p_t = softmax(t / T_t)``, ``C`` the number of classes.
 """
 
+from kd_lightning.functional.class_losses import dkd_loss, hard_label_loss, nkd_loss
 from kd_lightning.functional.correlation_losses import dist_loss
 from kd_lightning.functional.ensemble import (
     confidence_weights,
@@ -39,12 +41,10 @@ from kd_lightning.functional.feature_losses import (
 from kd_lightning.functional.fused_linear import FusedTerms, fused_linear_kd_loss, fused_linear_kd_terms
 from kd_lightning.functional.logit_losses import (
     bernoulli_kd_loss,
-    dkd_loss,
     jsd_loss,
     kd_loss,
     mse_logits_loss,
     multi_temperature_kd_loss,
-    nkd_loss,
     reverse_kd_loss,
     soft_cross_entropy_loss,
     total_variation_loss,
@@ -94,6 +94,7 @@ __all__ = [
     "entropy_weights",
     "fused_linear_kd_loss",
     "fused_linear_kd_terms",
+    "hard_label_loss",
     "hint_loss",
     "info_nce_logits",
     "info_nce_loss",

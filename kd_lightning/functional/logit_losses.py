@@ -21,12 +21,10 @@ from kd_lightning.functional.temperature import Temperature, as_temperature
 
 __all__ = [
     "bernoulli_kd_loss",
-    "dkd_loss",
     "jsd_loss",
     "kd_loss",
     "mse_logits_loss",
     "multi_temperature_kd_loss",
-    "nkd_loss",
     "reverse_kd_loss",
     "soft_cross_entropy_loss",
     "total_variation_loss",
@@ -277,90 +275,6 @@ def bernoulli_kd_loss(
             teacher_logits = without_padding(student_logits, teacher_logits, options.get("class_dim", CLASS_DIM))
             teacher_logits = teacher_logits.masked_fill(left_out, 0.0)
     return row_loss(divergences.BernoulliKL(), student_logits, teacher_logits, temperature, **options)
-
-
-def dkd_loss(
-    student_logits: Tensor,
-    teacher_logits: TeacherTarget,
-    temperature: float | Tensor | Temperature,
-    *,
-    alpha: float = 1.0,
-    beta: float = 8.0,
-    **options: Unpack[LossOptions],
-) -> Tensor:
-    r"""Decoupled distillation: the target against the rest, and the rest among themselves, each with its own weight.
-
-    .. math::
-        L = \frac{1}{|V|} \sum_{i \in V} c_i [\alpha \mathrm{KL}(b_t \| b_s) + \beta \mathrm{KL}(\hat p_t \| \hat p_s)]
-
-    with the two-point distribution :math:`b = (p_y, 1 - p_y)` of the target :math:`y`, and the distribution
-    :math:`\hat p` over the other classes. The target's column is dropped, not overwritten by a large negative number,
-    whose underflow gives a NaN temperature gradient. Arguments and errors: :func:`kd_loss`; targets are needed.
-
-    Its own arguments:
-
-    - ``alpha``: Weight of the target's term.
-    - ``beta``: Weight of the others' term. The publication uses 8, or 2 to 6 for close pairs, and 0.5 to 2 on ImageNet.
-
-    Raises:
-        ValueError: If the targets are no class indices, or if two classes leave the second term empty.
-
-    Source: B. Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, arXiv 2203.08679.
-
-    Example:
-        >>> import torch
-        >>> student, teacher = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[1.0, 0.0, 5.0]])
-        >>> dkd_loss(student, teacher, 4.0, targets=torch.tensor([2]))
-        tensor(4.4695)
-    """
-    _check_class_targets("dkd_loss", options.get("targets"))
-    return row_loss(divergences.DecoupledKL(alpha, beta), student_logits, teacher_logits, temperature, **options)
-
-
-def _check_class_targets(name: str, targets: Tensor | None) -> None:
-    if targets is None or targets.is_floating_point() or targets.dtype == torch.bool:
-        received = "none" if targets is None else f"{targets.dtype} ones"
-        raise ValueError(
-            f"{name} splits off the target class: it needs targets that are class indices, got {received}."
-        )
-
-
-def nkd_loss(
-    student_logits: Tensor,
-    teacher_logits: TeacherTarget,
-    temperature: float | Tensor | Temperature,
-    *,
-    gamma: float = 1.5,
-    **options: Unpack[LossOptions],
-) -> Tensor:
-    r"""Normalised distillation: the target at T = 1, and the other classes, normalised among themselves, at T.
-
-    .. math::
-        L = -\frac{1}{|V|} \sum_{i \in V} \Bigl[ \mathrm{softmax}(t_i)_y \log \mathrm{softmax}(s_i)_y
-            + \gamma \, c_i \sum_{k \ne y} \hat p_{t,ik} \log \hat p_{s,ik} \Bigr]
-
-    Temperature and ``scale`` act on the second term alone. Arguments and errors: :func:`kd_loss`; targets are needed.
-
-    Its own arguments:
-
-    - ``gamma``: Weight of the second term. The publication uses 1.5 at T = 1 on ImageNet, 3.5 at T = 3 on CIFAR-100.
-
-    Raises:
-        ValueError: If the targets are no class indices, or if two classes leave the second term empty.
-
-    Source: Z. Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation", ICCV 2023, arXiv 2303.13005.
-
-    Example:
-        >>> import torch
-        >>> student, teacher = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[1.0, 0.0, 5.0]])
-        >>> nkd_loss(student, teacher, 1.0, targets=torch.tensor([2]))
-        tensor(1.7322)
-    """
-    _check_class_targets("nkd_loss", options.get("targets"))
-    others = row_loss(divergences.NonTargetCrossEntropy(), student_logits, teacher_logits, temperature, **options)
-    options["scale"] = "none"
-    target = row_loss(divergences.TargetCrossEntropy(), student_logits, teacher_logits, 1.0, **options)
-    return target + gamma * others
 
 
 def multi_temperature_kd_loss(

@@ -25,6 +25,7 @@ __all__ = [
     "DISTLoss",
     "DKDLoss",
     "FusedLinearKDLoss",
+    "HardLabelLoss",
     "JSDLoss",
     "KDLoss",
     "LogitLoss",
@@ -349,6 +350,19 @@ class BernoulliKDLoss(LogitLoss):
 
     function = staticmethod(functional.bernoulli_kd_loss)
     compares_distributions = False
+
+
+class HardLabelLoss(LogitLoss):
+    """Cross-entropy with the teacher's decision: :func:`~kd_lightning.functional.hard_label_loss`.
+
+    Neither temperature nor ``scale`` has an effect.
+
+    Args:
+        **options: Those of :class:`LogitLoss`.
+    """
+
+    function = staticmethod(functional.hard_label_loss)
+    own_scale = "none"
 
 
 class DKDLoss(LogitLoss):

@@ -142,6 +142,13 @@ SETTINGS: dict[str, Setting] = {
         lambda s, t, ts, tt, y: -(softmax(t, tt) * np.log(softmax(s, ts))).sum(),
         vanishes=False,
     ),
+    "HardLabelLoss": Setting(
+        losses.HardLabelLoss(),
+        lambda *row: 0.0,
+        lambda s, t, ts, tt, y: -np.log(softmax(s, 1.0)[t.argmax()]),
+        vanishes=False,
+        own_scale="none",
+    ),
     "MSELogitsLoss": Setting(
         losses.MSELogitsLoss(), lambda s, t, ts, tt, y: ((s / ts - t / tt) ** 2).mean(), shift_invariant=False
     ),
