@@ -4,40 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from kd_lightning.distiller_parts import DistillerParts
 from kd_lightning.functional import Temperature
-from kd_lightning.functional.rows import check_labels, without_padding
+from kd_lightning.functional.rows import check_labels
 from kd_lightning.functional.sparse import TeacherTarget
-from kd_lightning.layers import LayerResult, LayerTerm, LayerTerms
+from kd_lightning.layers import LayerTerm, LayerTerms
 from kd_lightning.losses import CrossEntropyLoss, KDLoss
-from kd_lightning.losses.task import as_loss, as_targets, task_term
+from kd_lightning.losses.task import as_targets, check_targets, task_term
 from kd_lightning.output import DistillationOutput, as_terms
 from kd_lightning.schedules import ConstantSchedule, Progress, Schedule, as_schedule, weight_at
-from kd_lightning.teachers import GivenLogits, Opinions, Teacher, as_teacher, extract_logits
-from kd_lightning.teachers.calls import padding_mask
+from kd_lightning.teachers import HiddenStates, Opinions, Teacher, as_teacher, extract_logits
+from kd_lightning.teachers.calls import counting_positions
 from kd_lightning.temperature import Signals, TemperaturePolicy, as_policy
 from kd_lightning.temperature.base import Temperatures
 
 __all__ = ["DistillationOutput", "Distiller"]
 
-_NO_TEACHER = GivenLogits()
-_CONVERTERS: dict[str, Callable[[Any], Any]] = {
-    "teacher": as_teacher,
-    "temperature": as_policy,
-    "kd_weight": partial(as_schedule, name="kd_weight"),
-    "task_weight": partial(as_schedule, name="task_weight"),
-    "kd_loss": partial(as_loss, name="kd_loss"),
-    "task_loss": partial(as_loss, name="task_loss"),
-}
 
-
-class Distiller(nn.Module):
+class Distiller(DistillerParts):
     r"""The distillation part of a training step: :math:`L = w_{kd} L_{kd} + w_{task} L_{task}`.
 
     .. code-block:: python
@@ -114,57 +104,10 @@ class Distiller(nn.Module):
             raise ValueError("kd_weight and task_weight are both 0, which trains nothing. Give one of them a weight.")
 
     @override
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; arguments of the constructor may be set anew, and are converted and checked as there."""
-        value = _CONVERTERS[name](value) if name in _CONVERTERS else value
-        device = self.temperature.multiplier.device if "temperature" in self._modules else None
-        super().__setattr__(name, value)
-        if name in ("kd_loss", "task_loss"):
-            self._check_ignore_index()
-        if name == "teacher":
-            self.teacher_temperatures = nn.ModuleList(self._teaching.temperatures)
-            self._teaching.check_loss(self.kd_loss)
-            if len(self.layers) and self.teacher is not None:
-                self.teacher.network()  # raises where there is none
-        if device is not None and name in ("teacher", "temperature"):  # set after a move
-            self.temperature.to(device)
-            self._teaching.to(device)
-
-    @property
-    def class_dim(self) -> int:
-        """The class dimension of the logits, as the distillation loss has it."""
-        return getattr(self.kd_loss, "class_dim", -1)
-
-    @property
-    def ignore_index(self) -> int | None:
-        """The target value of positions that do not count, as the distillation loss has it."""
-        return getattr(self.kd_loss, "ignore_index", -100)
-
-    @property
-    def task_ignore_index(self) -> int:
-        """The target value of positions without a label: ``ignore_index``, or −100 where distillation ignores none."""
-        return -100 if self.ignore_index is None else self.ignore_index
-
-    def _check_ignore_index(self) -> None:
-        """Raise if the losses leave out different target values."""
-        ours, theirs = self.ignore_index, getattr(getattr(self, "task_loss", None), "ignore_index", None)
-        if ours is not None and theirs is not None and ours != theirs:
-            raise ValueError(
-                f"kd_loss has ignore_index={ours}, task_loss has ignore_index={theirs}, but a position counts for both "
-                "or for neither. Give both losses the same ignore_index."
-            )
-
-    @property
-    def _teaching(self) -> Teacher:
-        return _NO_TEACHER if self.teacher is None else self.teacher
-
-    # ---- the call -------------------------------------------------------------------------------------------------
-
-    @override
     def forward(
         self,
         inputs: Any,
-        student_logits: Tensor,
+        student_logits: Tensor | HiddenStates,
         targets: Tensor | None = None,
         progress: Progress | None = None,
         *,
@@ -177,7 +120,8 @@ class Distiller(nn.Module):
 
         Args:
             inputs: What the teacher is called with: a tensor, a tuple, or a mapping of keywords.
-            student_logits: ``(N, C)`` or any shape with a class dimension.
+            student_logits: ``(N, C)`` or any shape with a class dimension; a
+                :class:`~kd_lightning.fused_distiller.FusedDistiller` takes hidden states too.
             targets: What the task loss takes. None: no task loss, which asks for ``task_weight=0`` or ``task_loss``;
                 the ``attention_mask`` of the inputs, if any, then says which positions count.
             progress: Where training stands, for schedules.
@@ -188,26 +132,26 @@ class Distiller(nn.Module):
                 Distiller's own is not computed.
             extra: The parts of the batch that the temperature reads, by their keys; see :attr:`batch_keys`.
         """
-        if not isinstance(student_logits, Tensor):
-            raise ValueError(
-                f"the student's logits must be a tensor, got {type(student_logits).__name__}: hidden states are for "
-                "FusedLinearKDLoss in a FusedDistiller. Give logits."
-            )
         progress = progress or Progress()
+        if not isinstance(student_logits, Tensor):
+            given = {"teacher_logits": teacher_logits, "index": index, "task_loss": task_loss}
+            return self._from_hidden(inputs, student_logits, targets, progress, extra or {}, given)
         targets = as_targets(targets, student_logits.device)
         kd_weight, task_weight = self._weights(progress)
         if teacher_logits is None:
             teacher_logits = self._teaching.logits(inputs, index)
         check_labels(targets, student_logits, self.class_dim, self.task_ignore_index)
-        counting = counting_positions(targets, inputs, student_logits.movedim(self.class_dim, -1).shape[:-1])
-        signals, opinions = self._consult(inputs, student_logits, teacher_logits, counting, progress, extra or {})
-        kd_loss, temperature = self._distil(signals, opinions)
+        student = student_logits.movedim(self.class_dim, -1)
+        counting = counting_positions(targets, inputs, student.shape[:-1])
+        signals = Signals(student, student, counting, progress, self.ignore_index, extra=extra or {})
+        opinions = self._teaching.opinions(teacher_logits, signals, self.class_dim, inputs)
+        kd_loss, temperature = self._distil(signals.replace(teacher_logits=opinions.consensus), opinions)
         if task_loss is None and targets is not None:
             task_loss = self.task_term(student_logits, targets)
         elif task_loss is None:
             check_targets(targets, task_weight)
             task_loss = kd_loss.new_zeros(())
-        layers = self._layer_terms(progress, inputs)
+        layers = self.layers(progress, self.kd_enabled, inputs)
         loss = kd_weight * kd_loss + task_weight * task_loss
         for term in layers.values():
             loss = loss + term.weight * term.loss
@@ -223,6 +167,21 @@ class Distiller(nn.Module):
             scale_rule=getattr(self.kd_loss, "scale", "student_teacher"),
             class_dim=self.class_dim,
             layers=layers,
+        )
+
+    def _from_hidden(
+        self,
+        inputs: Any,
+        student: HiddenStates,
+        targets: Tensor | None,
+        progress: Progress,
+        extra: Mapping[Any, Any],
+        given: Mapping[str, Tensor | Sequence[TeacherTarget] | None],
+    ) -> DistillationOutput:
+        """Raise, since this Distiller computes both losses from logits; ``given`` is what goes with logits only."""
+        raise ValueError(
+            f"the student's logits must be a tensor, got {type(student).__name__}: hidden states are for "
+            "FusedLinearKDLoss in a FusedDistiller. Give logits."
         )
 
     def run_student(self, logits: Callable[[Any], Tensor], network: nn.Module, inputs: Any) -> Any:
@@ -265,9 +224,10 @@ class Distiller(nn.Module):
             targets: Of the batch, for weights and routing by label.
             progress: Where training stands; at its start by default.
         """
-        one = self._teaching.members(teacher_logits)[0]
+        member = self._teaching.members(teacher_logits)[0].movedim(self.class_dim, -1)
         progress = progress or Progress(max_steps=1, max_epochs=1)
-        opinions = self._consult(inputs, one, teacher_logits, targets, progress, {})[1]
+        signals = Signals(member, member, targets, progress, self.ignore_index)
+        opinions = self._teaching.opinions(teacher_logits, signals, self.class_dim, inputs)
         return opinions.consensus.movedim(-1, self.class_dim)
 
     def task_term(self, student_logits: Tensor, targets: Tensor) -> Tensor:
@@ -275,35 +235,8 @@ class Distiller(nn.Module):
         logits = student_logits.movedim(self.class_dim, 1) if student_logits.dim() > 2 else student_logits
         return task_term(self.task_loss, logits, targets)
 
-    # ---- its parts: from here on the class dimension is last ------------------------------------------------------
-
-    def _consult(
-        self,
-        inputs: Any,
-        student_logits: Tensor,
-        teacher_logits: TeacherTarget | Sequence[TeacherTarget],
-        targets: Tensor | None,
-        progress: Progress,
-        extra: Mapping[Any, Any],
-    ) -> tuple[Signals, Opinions]:
-        """Return the batch as policies see it, and what the teacher's members say of it."""
-        class_dim = self.class_dim
-        members = [
-            without_padding(student_logits, logits, class_dim).movedim(class_dim, -1)
-            for logits in self._teaching.members(teacher_logits)
-        ]
-        student = student_logits.movedim(class_dim, -1)
-        signals = Signals(student, student, targets, progress, self.ignore_index, extra=extra)
-        opinions = self._teaching.weigh(members, signals, inputs)
-        if student.shape != opinions.consensus.shape:  # before a policy stumbles over it with a lesser message
-            shapes = student_logits.shape, opinions.consensus.movedim(-1, class_dim).shape
-            raise ValueError(
-                f"student and teacher logits must have the same shape, got {tuple(shapes[0])} and {tuple(shapes[1])}: "
-                "give both models the same classes and inputs."
-            )
-        return signals.replace(teacher_logits=opinions.consensus), opinions
-
     def _distil(self, signals: Signals, opinions: Opinions) -> tuple[Tensor, Temperatures]:
+        """Return the distillation loss, and the temperatures of its terms, class dimension last."""
         policy = self.temperature
         temperature = policy(signals)
         own: Any = [*self.teacher_temperatures]
@@ -319,13 +252,7 @@ class Distiller(nn.Module):
         kd_weight = weight_at(self.kd_weight, progress, "kd_weight") if self.kd_enabled else 0.0
         return kd_weight, weight_at(self.task_weight, progress, "task_weight")
 
-    # ---- layers and policies ---------------------------------------------------------------------------------------
-
-    def _layer_terms(self, progress: Progress, inputs: Any) -> dict[str, LayerResult]:
-        if self.training and len(self.layers):
-            return self.layers(progress, self.kd_enabled, padding_mask(inputs))
-        self.layers.clear()
-        return {}
+    # ---- layers ---------------------------------------------------------------------------------------------------
 
     def attach(self, student: nn.Module) -> ExitStack:
         """Put hooks on the layers of student and teacher; the ``with`` statement, or :meth:`detach`, takes them off.
@@ -333,8 +260,7 @@ class Distiller(nn.Module):
         Raises:
             ValueError: If there is no teacher, or no layer of that name.
         """
-        if len(self.layers):
-            self.layers.attach(student, self._teaching)
+        self.layers.attach(student, self._teaching)
         stack = ExitStack()
         stack.callback(self.detach)
         return stack
@@ -356,51 +282,4 @@ class Distiller(nn.Module):
         Raises:
             ValueError: If there is no teacher, no layer of that name, or no projector that joins the features.
         """
-        if not self.layers.built:
-            self.layers.build(student, self._teaching, inputs)
-
-    def policies(self) -> dict[str, TemperaturePolicy]:
-        """All temperature policies by their names as submodules: that of the logits, those of an
-        ensemble's teachers that have one of their own, and those of the layers.
-        """
-        named = {"temperature": self.temperature}
-        for index, policy in enumerate(self.teacher_temperatures):
-            assert isinstance(policy, TemperaturePolicy)
-            named[f"teacher_temperatures.{index}"] = policy
-        for index, term in enumerate(self.layers):
-            if term.temperature is not None:
-                named[f"layers.{index}.temperature"] = term.temperature
-        return named
-
-    @property
-    def batch_keys(self) -> tuple[str | int, ...]:
-        """The parts of the batch that the temperature reads, for ``extra``: keys of a mapping, or positions."""
-        return tuple(dict.fromkeys(key for policy in self.policies().values() for key in policy.batch_keys))
-
-    @override
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
-        super()._apply(fn, recurse)
-        self._teaching._apply(fn)
-        return self
-
-    @override
-    def extra_repr(self) -> str:
-        off = "" if self.kd_enabled else " (off)"
-        return f"teacher={self.teacher!r}, kd_weight={self.kd_weight}{off}, task_weight={self.task_weight}"
-
-
-def check_targets(targets: Tensor | None, task_weight: float) -> None:
-    """Raise if a task term is weighted but the batch has no targets for it."""
-    if targets is None and task_weight:
-        raise ValueError(
-            f"task_weight is {task_weight:g} but the batch has no targets. Give targets or a task_loss, or set "
-            "task_weight=0 to learn from the teacher alone."
-        )
-
-
-def counting_positions(targets: Tensor | None, inputs: Any, positions: Sequence[int]) -> Tensor | None:
-    """Return the targets, or without them the padding mask of the inputs where it has the logits' positions."""
-    if targets is not None:
-        return targets
-    mask = padding_mask(inputs)
-    return mask if mask is not None and mask.shape == torch.Size(positions) else None
+        self.layers.build(student, self._teaching, inputs)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from kd_lightning.distiller import Distiller, check_targets, counting_positions
+from kd_lightning.distiller import Distiller
 from kd_lightning.functional import Temperature
-from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.losses import CrossEntropyLoss, FusedLinearKDLoss
+from kd_lightning.losses.task import check_targets
 from kd_lightning.output import DistillationOutput
 from kd_lightning.schedules import Progress
 from kd_lightning.teachers import HiddenStates, check_hidden_states, extract_logits, hidden_states
+from kd_lightning.teachers.calls import counting_positions
 from kd_lightning.temperature import Signals
 
 __all__ = ["FusedDistiller", "make_distiller"]
@@ -64,44 +65,25 @@ class FusedDistiller(Distiller):
         return None if self.training else super().teacher_logits(inputs, index, extract)
 
     @override
-    def forward(
+    def _from_hidden(
         self,
         inputs: Any,
-        student_logits: Tensor | HiddenStates,
-        targets: Tensor | None = None,
-        progress: Progress | None = None,
-        *,
-        teacher_logits: TeacherTarget | Sequence[TeacherTarget] | None = None,
-        index: Tensor | None = None,
-        task_loss: Tensor | None = None,
-        extra: Mapping[Any, Any] | None = None,
+        student: HiddenStates,
+        targets: Tensor | None,
+        progress: Progress,
+        extra: Mapping[Any, Any],
+        given: Mapping[str, Any],
     ) -> DistillationOutput:
-        """Weigh both losses, as :meth:`kd_lightning.Distiller.forward`; ``student_logits`` may be hidden states.
-
-        Args:
-            inputs: What the teacher is called with.
-            student_logits: What :func:`~kd_lightning.teachers.hidden_states` returned, or logits.
-            targets: Of the task, ``(B, L)``.
-            progress: Where training stands, for schedules.
-            teacher_logits: For logits only.
-            index: For logits only.
-            task_loss: For logits only.
-            extra: The parts of the batch that the temperature reads.
-        """
-        if not isinstance(student_logits, HiddenStates):
-            given: dict[str, Any] = {"teacher_logits": teacher_logits, "index": index, "task_loss": task_loss}
-            return super().forward(inputs, student_logits, targets, progress, **given, extra=extra)
-        if teacher_logits is not None or task_loss is not None:
-            raise ValueError("hidden states go with a teacher that is run: leave teacher_logits and task_loss out.")
+        if surplus := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"hidden states go with a teacher that is run: leave {' and '.join(surplus)} out.")
         self._check()  # the temperature may have been replaced
-        progress = progress or Progress()
         kd_weight, task_weight = self._weights(progress)
         check_targets(targets, task_weight)
-        student, kd_loss = student_logits, self.kd_loss
+        kd_loss = self.kd_loss
         assert isinstance(kd_loss, FusedLinearKDLoss)
         shape = (*student.hidden.shape[:-1], student.weight.shape[0])
         no_logits = student.hidden.new_zeros((), dtype=torch.float32).expand(shape)  # a shape without memory
-        signals = Signals(no_logits, no_logits, targets, progress, self.ignore_index, extra=extra or {})
+        signals = Signals(no_logits, no_logits, targets, progress, self.ignore_index, extra=extra)
         temperature = self.temperature(signals)
         if not isinstance(temperature, Temperature):
             raise ValueError(f"FusedLinearKDLoss takes one temperature, but {self.temperature!r} gives several.")

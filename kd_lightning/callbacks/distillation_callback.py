@@ -17,7 +17,7 @@ from typing_extensions import override
 from kd_lightning._lightning import is_compiled
 from kd_lightning.callbacks.student_call import StudentCall, changed, find_targets, select, tensors, versions
 from kd_lightning.callbacks.teacher_scores import TeacherScores
-from kd_lightning.distiller import DistillationOutput, Distiller, counting_positions
+from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.losses.task import as_targets, check_scalar
 from kd_lightning.modules.optimization import configure_with_groups
 from kd_lightning.modules.run import (
@@ -27,6 +27,7 @@ from kd_lightning.modules.run import (
     step_readings,
 )
 from kd_lightning.teachers import Teacher, extract_logits
+from kd_lightning.teachers.calls import counting_positions
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 from kd_lightning.temperature.extra import take_extra
 

@@ -20,6 +20,7 @@ from kd_lightning.layers.extractor import FeatureExtractor, find_layers, layer_d
 from kd_lightning.losses import FeatureLoss, SoftFeatureLoss
 from kd_lightning.schedules import as_schedule, weight_at
 from kd_lightning.teachers import Teacher, call_model
+from kd_lightning.teachers.calls import padding_mask
 from kd_lightning.temperature import Progress, Schedule, Signals, TemperaturePolicy, as_policy
 from kd_lightning.temperature.base import Temperatures
 
@@ -271,8 +272,10 @@ class LayerTerms(nn.ModuleList):
         return [name if layers.count(name) == 1 else f"{name}_{index}" for index, name in enumerate(layers)]
 
     def attach(self, student: nn.Module, teacher: Teacher) -> None:
-        """Put hooks on both networks, and tell the terms how deep their layers lie."""
+        """Put hooks on both networks, if there are terms, and tell the terms how deep their layers lie."""
         self.detach()
+        if not len(self):
+            return
         network = teacher.network()
         self._layers = [
             (_one_layer(student, term.student_layer), _one_layer(network, term.teacher_layer)) for term in self
@@ -298,7 +301,9 @@ class LayerTerms(nn.ModuleList):
             extractor.clear()
 
     def build(self, student: nn.Module, teacher: Teacher, inputs: Any) -> None:
-        """Make the projectors, from one forward of each network in eval mode that leaves no trace."""
+        """Make the projectors that are needed, from one forward of each network in eval mode that leaves no trace."""
+        if self.built:
+            return
         attached = self._extractors is not None
         if not attached:
             self.attach(student, teacher)
@@ -331,8 +336,18 @@ class LayerTerms(nn.ModuleList):
                 term.build(*built_for)
 
     @override
-    def forward(self, progress: Progress, enabled: bool = True, mask: Tensor | None = None) -> dict[str, LayerResult]:
-        """All terms, from the last forward of each network; arguments are those of :class:`LayerTerm`."""
+    def forward(self, progress: Progress, enabled: bool = True, inputs: Any = None) -> dict[str, LayerResult]:
+        """Return all terms, from the last forward of each network; none in eval mode.
+
+        Args:
+            progress: Where training stands.
+            enabled: Whether the terms count.
+            inputs: Of the batch, for the mask of its padding.
+        """
+        if not (self.training and len(self)):
+            self.clear()
+            return {}
+        mask = padding_mask(inputs)
         return {
             name: term(*features, progress, enabled, mask)
             for name, term, features in zip(self.names, self, self._features(), strict=True)

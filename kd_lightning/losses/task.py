@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-__all__ = ["CrossEntropyLoss", "as_loss", "as_targets", "check_scalar", "task_term"]
+__all__ = [
+    "CrossEntropyLoss",
+    "as_loss",
+    "as_targets",
+    "check_ignore_index",
+    "check_scalar",
+    "check_targets",
+    "task_term",
+]
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -78,6 +86,33 @@ def task_term(task_loss: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
             f"logits of shape {tuple(logits.shape)}: {' '.join(str(error).split()).rstrip('.')}. Return other targets "
             "from unpack_batch(batch), class indices from 0 to C - 1 for cross-entropy, or give another task_loss."
         ) from error
+
+
+def check_targets(targets: Tensor | None, task_weight: float) -> None:
+    """Raise if a task term is weighted but the batch has no targets for it.
+
+    Raises:
+        ValueError: If the weight is not 0 and the targets are None.
+    """
+    if targets is None and task_weight:
+        raise ValueError(
+            f"task_weight is {task_weight:g} but the batch has no targets. Give targets or a task_loss, or set "
+            "task_weight=0 to learn from the teacher alone."
+        )
+
+
+def check_ignore_index(kd_loss: Any, task_loss: Any) -> None:
+    """Raise if the losses leave out different target values; a loss without ``ignore_index`` leaves out any.
+
+    Raises:
+        ValueError: If both losses have an ``ignore_index``, and those differ.
+    """
+    ours, theirs = getattr(kd_loss, "ignore_index", -100), getattr(task_loss, "ignore_index", None)
+    if ours is not None and theirs is not None and ours != theirs:
+        raise ValueError(
+            f"kd_loss has ignore_index={ours}, task_loss has ignore_index={theirs}, but a position counts for both "
+            "or for neither. Give both losses the same ignore_index."
+        )
 
 
 def check_scalar(loss: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ __all__ = [
     "HiddenStates",
     "call_model",
     "check_hidden_states",
+    "counting_positions",
     "extract_logits",
     "hidden_states",
     "in_micro_batches",
@@ -48,6 +49,14 @@ def padding_mask(inputs: Any) -> Tensor | None:
     decoder = any(str(name).startswith("decoder_") for name in keywords)
     mask = keywords.get("decoder_attention_mask" if decoder else "attention_mask")
     return mask != 0 if isinstance(mask, Tensor) else None
+
+
+def counting_positions(targets: Tensor | None, inputs: Any, positions: Sequence[int]) -> Tensor | None:
+    """Return the targets, or without them the padding mask of the inputs where it has the logits' positions."""
+    if targets is not None:
+        return targets
+    mask = padding_mask(inputs)
+    return mask if mask is not None and mask.shape == torch.Size(positions) else None
 
 
 def call_model(module: Callable[..., Any], inputs: Any) -> Any:

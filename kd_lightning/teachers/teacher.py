@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from kd_lightning.functional import Temperature
-from kd_lightning.functional.rows import valid_positions
+from kd_lightning.functional.rows import valid_positions, without_padding
 from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import HiddenStates, extract_logits
@@ -143,6 +143,29 @@ class Teacher(ABC):
     def members(self, logits: Any) -> Sequence[Any]:
         """Return what each member gives of what :meth:`logits` returned: logits, or Sparse targets."""
         return logits if isinstance(logits, (tuple, list)) else (logits,)
+
+    def opinions(self, logits: Any, signals: Signals, class_dim: int, inputs: Any) -> Opinions:
+        """Return the opinions on a batch, in the student's classes.
+
+        Args:
+            logits: What :meth:`logits` returned.
+            signals: Of the batch; its ``teacher_logits`` are not read.
+            class_dim: The class dimension of ``logits``.
+            inputs: Of the batch.
+
+        Raises:
+            ValueError: If student and teacher have different classes or positions.
+        """
+        student = signals.student_logits
+        members = [without_padding(student, member.movedim(class_dim, -1)) for member in self.members(logits)]
+        opinions = self.weigh(members, signals, inputs)
+        if student.shape != opinions.consensus.shape:  # here, because a policy's error would say less
+            shapes = [tuple(x.movedim(-1, class_dim).shape) for x in (student, opinions.consensus)]
+            raise ValueError(
+                f"student and teacher logits must have the same shape, got {shapes[0]} and {shapes[1]}: give both "
+                "models the same classes and inputs."
+            )
+        return opinions
 
     def weigh(self, logits: Sequence[Any], signals: Signals, inputs: Any = None) -> Opinions:
         """Return the opinions and their consensus: by default those of a single member.

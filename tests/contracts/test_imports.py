@@ -17,7 +17,7 @@ LAYERS = [
     {"temperature", "losses", "models"},
     {"teachers"},
     {"layers"},
-    {"output", "distiller", "fused_distiller", "plotting", "export"},
+    {"output", "distiller_parts", "distiller", "fused_distiller", "plotting", "export"},
     {"metrics", "modules", "_lightning"},
     {"callbacks"},
     {"sweep", "cli", "__main__"},
