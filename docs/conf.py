@@ -1,6 +1,11 @@
 """Sphinx's settings: the guides are Markdown, the notebooks are pages, the reference is made of the docstrings."""
 
+import shutil
 from importlib.metadata import version as version_of
+from pathlib import Path
+
+# Sphinx reads pages below its own folder only, and resolves links
+shutil.copytree(Path(__file__).parents[1] / "notebooks", Path(__file__).parent / "notebooks", dirs_exist_ok=True)
 
 project = "kd_lightning"
 copyright = "the authors of kd_lightning"
@@ -9,7 +14,9 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 html_theme = "furo"
 html_title = project
 exclude_patterns = ["_build"]
-nb_execution_mode = "off"  # the tests run the notebooks
+nb_execution_mode = "auto"  # notebooks are committed without outputs; `.ci/run` leaves this out, its tests run them
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 napoleon_use_ivar = True

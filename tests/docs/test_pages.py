@@ -77,12 +77,13 @@ def shortened(code: str) -> str:
 @pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX`:UserWarning")  # its default logger is meant
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")  # Hugging Face's Trainer, without a GPU
 @pytest.mark.parametrize("page", with_blocks("python"), ids=name_of)
 def test_python(page: Path) -> None:
     """The blocks of a page in their order, as in one notebook."""
     names = {"__name__": page.stem}
     for code in blocks(page, "python"):
-        exec(compile(shortened(code), page.name, "exec"), names)
+        exec(compile(shortened(code), page.name, "exec", dont_inherit=True), names)
 
 
 @pytest.mark.slow
