@@ -17,6 +17,7 @@
 - :mod:`~kd_lightning.functional.ensemble`: the mixture and the weights of several teachers.
 - :mod:`~kd_lightning.functional.fused_linear`: the loss from hidden states and heads, without the logits.
 - :mod:`~kd_lightning.functional.tokens`: the targets of a causal language model.
+- :mod:`~kd_lightning.functional.suggest`: a temperature to start from.
 
 Notation used in all docstrings: ``s`` and ``t`` are student and teacher logits, ``T_s`` and ``T_t`` their
 temperatures, ``p_s = softmax(s / T_s)``, ``p_t = softmax(t / T_t)``, ``C`` the number of classes.
@@ -66,6 +67,7 @@ from kd_lightning.functional.similarity_losses import (
     similarity_preserving_loss,
 )
 from kd_lightning.functional.sparse import Sparse
+from kd_lightning.functional.suggest import suggest_temperature
 from kd_lightning.functional.temperature import (
     Temperature,
     predictive_entropy,
@@ -114,6 +116,7 @@ __all__ = [
     "similarity_preserving_loss",
     "skew_kd_loss",
     "soft_cross_entropy_loss",
+    "suggest_temperature",
     "symmetric_kd_loss",
     "tempered_log_softmax",
     "tempered_softmax",
