@@ -19,7 +19,9 @@ __all__ = [
     "align",
     "candidate_name",
     "check_counts",
+    "check_mode",
     "check_monitor",
+    "check_name",
     "checked_temperatures",
     "checked_weights",
     "mean_and_std",
@@ -177,10 +179,7 @@ def check_monitor(monitor: str, mode: Mode, chooser: str) -> None:
         ValueError: If the mode is unknown, or if the metric is of the test set or a loss that contains the
             distillation term.
     """
-    if not isinstance(monitor, str) or not monitor:
-        raise TypeError(f"monitor must be the name of a logged metric, such as 'val_acc', got {monitor!r}.")
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode must be one of 'min', 'max', got {mode!r}.")
+    check_name(monitor, mode)
     if re.search(r"\btest", monitor):
         raise ValueError(
             f"{chooser} does not choose on the test set, got monitor={monitor!r}: what was chosen on it can no longer "
@@ -189,6 +188,32 @@ def check_monitor(monitor: str, mode: Mode, chooser: str) -> None:
     if moves_with_temperature(monitor):
         raise ValueError(
             f"{monitor} changes with the temperature itself, so it cannot choose one. Take val_acc or val_task_loss."
+        )
+    check_mode(monitor, mode)
+
+
+def check_name(monitor: str, mode: Mode) -> None:
+    """Raise if a metric has no name, or a mode is neither ``"min"`` nor ``"max"``.
+
+    Raises:
+        TypeError: If ``monitor`` is no name.
+        ValueError: If the mode is unknown.
+    """
+    if not isinstance(monitor, str) or not monitor:
+        raise TypeError(f"monitor must be the name of a logged metric, such as 'val_acc', got {monitor!r}.")
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode must be one of 'min', 'max', got {mode!r}.")
+
+
+def check_mode(monitor: str, mode: Mode) -> None:
+    """Raise if a metric that is better the smaller it is, by its name, is maximised.
+
+    Raises:
+        ValueError: If the metric is a loss, an error or a perplexity and the mode ``"max"``.
+    """
+    if mode == "max" and re.search("loss|error|perplexity", monitor.lower()):
+        raise ValueError(
+            f"a smaller {monitor} is better, but mode='max' takes its worst value for the best. Set mode='min'."
         )
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from kd_lightning._lightning import callbacks_of
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.functional.temperature import check_number
-from kd_lightning.ranking import Mode, check_counts
+from kd_lightning.ranking import Mode, check_counts, check_mode, check_name
 
 __all__ = [
     "DistillationHolder",
@@ -78,12 +78,11 @@ def check_following(monitor: str, mode: Mode, patience: int, min_delta: float) -
 
     Raises:
         TypeError: If the metric is no name, or if a number is of another type.
-        ValueError: If the mode is unknown, ``patience`` below 1, or ``min_delta`` negative or not finite.
+        ValueError: If the mode is unknown or not the metric's, ``patience`` below 1, or ``min_delta`` negative or not
+            finite.
     """
-    if not isinstance(monitor, str) or not monitor:
-        raise TypeError(f"monitor must be the name of a logged metric, such as 'val_acc', got {monitor!r}.")
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode must be one of 'min', 'max', got {mode!r}.")
+    check_name(monitor, mode)
+    check_mode(monitor, mode)
     check_counts(patience=patience)
     check_number("min_delta", min_delta)
     if not 0 <= min_delta < math.inf:

@@ -15,7 +15,7 @@ from kd_lightning.functional import divergences
 from kd_lightning.functional.row_loss import CLASS_DIM, LossOptions, row_loss
 from kd_lightning.functional.rows import check_layout, without_padding
 from kd_lightning.functional.sparse import TeacherTarget
-from kd_lightning.functional.temperature import Temperature, as_temperature, check_values
+from kd_lightning.functional.temperature import Temperature, as_temperature, check_values, check_weights
 
 __all__ = ["dkd_loss", "hard_label_loss", "nkd_loss"]
 
@@ -86,8 +86,8 @@ def dkd_loss(
     Targets that are probabilities in the logits' shape, as mixup and CutMix make them, stand for their likeliest class.
 
     Raises:
-        ValueError: If the targets are neither class indices nor probabilities, or if two classes leave the second term
-            empty.
+        ValueError: If the targets are neither class indices nor probabilities, if two classes leave the second term
+            empty, or if a weight is negative or not finite, or both are 0.
 
     Source: B. Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, arXiv 2203.08679.
 
@@ -97,6 +97,7 @@ def dkd_loss(
         >>> dkd_loss(student, teacher, 4.0, targets=torch.tensor([2]))
         tensor(4.4695)
     """
+    check_weights(alpha=alpha, beta=beta)
     options["targets"] = _class_targets("dkd_loss", student_logits, options)
     return row_loss(divergences.DecoupledKL(alpha, beta), student_logits, teacher_logits, temperature, **options)
 
@@ -143,8 +144,8 @@ def nkd_loss(
     Targets that are probabilities in the logits' shape, as mixup and CutMix make them, stand for their likeliest class.
 
     Raises:
-        ValueError: If the targets are neither class indices nor probabilities, or if two classes leave the second term
-            empty.
+        ValueError: If the targets are neither class indices nor probabilities, if two classes leave the second term
+            empty, or if ``gamma`` is negative or not finite.
 
     Source: Z. Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation", ICCV 2023, arXiv 2303.13005.
 
@@ -154,6 +155,7 @@ def nkd_loss(
         >>> nkd_loss(student, teacher, 1.0, targets=torch.tensor([2]))
         tensor(1.7322)
     """
+    check_weights(gamma=gamma)
     options["targets"] = _class_targets("nkd_loss", student_logits, options)
     others = row_loss(divergences.NonTargetCrossEntropy(), student_logits, teacher_logits, temperature, **options)
     options["scale"] = "none"

@@ -18,7 +18,7 @@ from kd_lightning.functional.logit_losses import kd_loss, soft_cross_entropy_los
 from kd_lightning.functional.row_loss import CLASS_DIM, IGNORE_INDEX, UnscaledOptions
 from kd_lightning.functional.rows import Scale, check_option
 from kd_lightning.functional.sparse import TeacherTarget
-from kd_lightning.functional.temperature import Temperature
+from kd_lightning.functional.temperature import Temperature, check_weights
 
 __all__ = [
     "CONVENTIONS",
@@ -149,3 +149,6 @@ def check_convention(convention: Convention | None, scale: Scale, alpha: float |
             f"alpha and beta belong to convention='torchdistill', got convention={convention!r}. Weigh the loss where "
             "it is added to the task's: kd_weight and task_weight of the Distiller."
         )
+    check_weights(**{name: weight for name, weight in (("alpha", alpha), ("beta", beta)) if weight is not None})
+    if alpha is not None and beta is None and alpha > 1:
+        raise ValueError(f"alpha must be at most 1 where beta is left to be 1 − alpha, got alpha={alpha}. Give both.")

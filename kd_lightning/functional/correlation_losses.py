@@ -12,6 +12,7 @@ from kd_lightning.functional.rows import (
     SCALES,
     Reduction,
     Scale,
+    check_labels,
     check_logits,
     check_num_items,
     check_option,
@@ -20,7 +21,7 @@ from kd_lightning.functional.rows import (
     valid_positions,
     without_padding,
 )
-from kd_lightning.functional.temperature import Temperature, as_temperature, widened_over
+from kd_lightning.functional.temperature import Temperature, as_temperature, check_weights, widened_over
 
 __all__ = ["dist_loss"]
 
@@ -56,7 +57,8 @@ def dist_loss(
     - ``gamma``: Weight of the correlation within a class, over the batch; it needs two valid positions or more.
 
     Raises:
-        ValueError: If there are fewer than three classes, because the correlation of two is always ±1.
+        ValueError: If there are fewer than three classes, because the correlation of two is always ±1, or if a weight
+            is negative or not finite, or both are 0.
 
     Source: T. Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, arXiv 2205.10536.
 
@@ -66,12 +68,15 @@ def dist_loss(
         >>> dist_loss(student, teacher, 1.0, gamma=0.0)
         tensor(0.0042)
     """
+    check_weights(beta=beta, gamma=gamma)
     check_option("scale", scale, SCALES)
     check_option("reduction", reduction, REDUCTIONS)
     check_num_items(num_items, reduction)
     teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
     check_logits(student_logits, teacher_logits, class_dim, min_classes=3, targets=targets)
     temp = in_compute_dtype(as_temperature(temperature, student_logits), student_logits)
+    if ignore_index is not None:
+        check_labels(targets, student_logits, class_dim, ignore_index)
     valid = valid_positions(targets, student_logits, class_dim, ignore_index)
     kept = None if valid is None else valid.unsqueeze(class_dim)
     factor = loss_factor(temp, student_logits, scale, class_dim, kept, reduction, num_items)

@@ -83,8 +83,8 @@ def kd_loss(
 
     Raises:
         ValueError: If the logits differ in shape, lack ``class_dim`` or have fewer than two classes, if the
-            temperature is not positive and finite or does not fit their shape, if the targets have another shape, or
-            if an option has an unknown value.
+            temperature is not positive and finite or does not fit their shape, if the targets have another shape or
+            (looked at on the CPU) are no class indices, or if an option has an unknown value.
         TypeError: If an option has an unknown name.
 
     Source: G. Hinton, O. Vinyals, J. Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531.

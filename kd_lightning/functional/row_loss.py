@@ -78,8 +78,19 @@ def row_loss(
     ignore_index: int | None = IGNORE_INDEX,
     reduction: Reduction = "mean",
     num_items: float | Tensor | None = None,
+    **unknown: Any,
 ) -> Tensor:
-    """Apply a divergence to every row and reduce. The options are those of :func:`kd_loss`."""
+    """Apply a divergence to every row and reduce. The options are those of :func:`kd_loss`.
+
+    Raises:
+        TypeError: If an option has an unknown name.
+    """
+    if unknown:
+        raise TypeError(
+            f"a loss between logits got an unexpected keyword argument {next(iter(unknown))!r}: its options are "
+            f"{', '.join(sorted(LossOptions.__optional_keys__))}. A mask of the positions that count goes to targets, "
+            "as a boolean tensor."
+        )
     check_option("scale", scale, SCALES)
     check_option("reduction", reduction, REDUCTIONS)
     check_num_items(num_items, reduction)
@@ -101,6 +112,8 @@ def row_loss(
             student_logits, teacher_logits = student_logits.double(), teacher_logits.double()
     class_dim %= student_logits.dim()
     temp = _with_plain_numbers(temperature, student_logits, traced)
+    if divergence.needs_labels or ignore_index is not None:  # else the targets are not read
+        check_labels(targets, student_logits, class_dim, ignore_index)
     valid = valid_positions(targets, student_logits, class_dim, ignore_index)
     if valid is not None:
         everywhere = valid.is_cpu and not traced and valid.all()  # without a host sync, because the mask is on the CPU
@@ -111,8 +124,6 @@ def row_loss(
             divergence, student_logits, teacher_logits, temp, valid, class_dim
         )
     else:
-        if divergence.needs_labels:
-            check_labels(targets, student_logits, class_dim, ignore_index)
         labels = _labels(targets, valid, class_dim) if divergence.needs_labels else None
 
     rows = Rows(student_logits, teacher_logits, temp.student, temp.teacher, factor, valid, labels)

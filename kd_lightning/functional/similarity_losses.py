@@ -13,11 +13,10 @@ from torch import Tensor
 from kd_lightning.functional.feature_losses import check_same_shape, unit, widened
 from kd_lightning.functional.logit_losses import kd_loss
 from kd_lightning.functional.rows import Scale
-from kd_lightning.functional.temperature import Temperature, as_temperature, tempered_log_softmax
+from kd_lightning.functional.temperature import Temperature, as_temperature, check_weights, tempered_log_softmax
 
 __all__ = [
     "check_views",
-    "check_weights",
     "contrast",
     "info_nce_logits",
     "info_nce_loss",
@@ -239,13 +238,6 @@ def check_views(views: int) -> None:
     """Raise if the number of views is below 1."""
     if views < 1:
         raise ValueError(f"views must be 1 or more, got {views}. 1 compares the samples of a batch with each other.")
-
-
-def check_weights(**weights: float) -> None:
-    """Raise if a weight is negative or not finite."""
-    for name, weight in weights.items():
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"{name} must be finite and not negative, got {weight}.")
 
 
 def contrast(logits: Tensor, temperature: float | Tensor | Temperature) -> Tensor:

@@ -15,6 +15,7 @@ __all__ = [
     "as_temperature",
     "check_number",
     "check_values",
+    "check_weights",
     "checked_number",
     "class_last",
     "compute_dtype",
@@ -172,6 +173,16 @@ def check_number(name: str, value: object) -> None:
     """Raise if a value is no number; ``name`` begins the message."""
     if not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}.")
+
+
+def check_weights(**weights: float) -> None:
+    """Raise if a weight of a term in a loss is no number, negative or not finite, or if all of several are 0."""
+    for name, weight in weights.items():
+        check_number(name, weight)
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {weight}.")
+    if len(weights) > 1 and not any(weights.values()):
+        raise ValueError(f"{' and '.join(weights)} are both 0, which trains nothing. Give one of them a weight.")
 
 
 def checked_number(temperature: float) -> float:

@@ -15,7 +15,8 @@ from typing_extensions import override
 from kd_lightning import functional
 from kd_lightning.functional import Scale, Temperature
 from kd_lightning.functional.feature_losses import check_power, check_same_shape
-from kd_lightning.functional.similarity_losses import check_views, check_weights, contrast
+from kd_lightning.functional.similarity_losses import check_views, contrast
+from kd_lightning.functional.temperature import check_weights
 
 __all__ = [
     "AttentionKDLoss",

@@ -19,6 +19,7 @@ from kd_lightning.functional.divergences import Divergence, ForwardKL, JensenSha
 from kd_lightning.functional.row_loss import CLASS_DIM, IGNORE_INDEX, LayoutOptions, row_loss
 from kd_lightning.functional.rows import REDUCTIONS, SCALES, check_option
 from kd_lightning.functional.sparse import TeacherTarget
+from kd_lightning.functional.temperature import check_weights
 
 __all__ = [
     "BernoulliKDLoss",
@@ -379,6 +380,7 @@ class DKDLoss(LogitLoss):
 
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, **options: Unpack[LossModuleOptions]) -> None:
         super().__init__(**options)
+        check_weights(alpha=alpha, beta=beta)
         self.alpha = alpha
         self.beta = beta
 
@@ -396,6 +398,7 @@ class NKDLoss(LogitLoss):
 
     def __init__(self, gamma: float = 1.5, **options: Unpack[LossModuleOptions]) -> None:
         super().__init__(**options)
+        check_weights(gamma=gamma)
         self.gamma = gamma
 
 
@@ -414,6 +417,7 @@ class DISTLoss(LogitLoss):
 
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, **options: Unpack[LossModuleOptions]) -> None:
         super().__init__(**options)
+        check_weights(beta=beta, gamma=gamma)
         self.beta = beta
         self.gamma = gamma
 

@@ -67,7 +67,8 @@ class ScheduledTemperature(TemperaturePolicy):
 
     Raises:
         TypeError: If the schedule is not callable; on the call, if it gives no number.
-        ValueError: On the call, if the schedule gives a value that is not positive and finite.
+        ValueError: If the schedule starts or ends at 0; on the call, if it gives a value that is not positive and
+            finite.
 
     Example:
         >>> import torch
@@ -83,6 +84,7 @@ class ScheduledTemperature(TemperaturePolicy):
         super().__init__(**bounds)
         if not callable(schedule) or isinstance(schedule, type):
             raise TypeError(f"schedule must be a function from Progress to a number, got {schedule!r}.")
+        _check_positive(schedule, schedule)
         self.schedule = schedule
 
     @override
@@ -95,3 +97,15 @@ class ScheduledTemperature(TemperaturePolicy):
             )
         temperature = signals.full(value)
         return Temperature(student=temperature, teacher=temperature)
+
+
+def _check_positive(schedule: object, whole: object) -> None:
+    """Raise if a schedule, or a part of a joined one, starts or ends at 0, where no temperature is."""
+    for part in getattr(schedule, "schedules", ()):
+        _check_positive(part, whole)
+    zeros = [name for name in ("value", "init_value", "end_value") if getattr(schedule, name, None) == 0]
+    if zeros:
+        raise ValueError(
+            f"a temperature schedule must give positive, finite values, but {whole} has {zeros[0]}=0. Usual "
+            "temperatures lie between 1 and 20."
+        )

@@ -1,0 +1,12 @@
+"""Targets of losses that only select positions."""
+
+import torch
+
+from kd_lightning.functional import kd_loss
+
+
+def test_targets_are_not_read_where_all_positions_count() -> None:
+    student, teacher = torch.randn(2, 3, 5)
+    targets = torch.tensor([-100, 255, 2])
+    kept = kd_loss(student, teacher, 2.0, targets=targets, ignore_index=None)
+    assert torch.equal(kept, kd_loss(student, teacher, 2.0))
