@@ -19,7 +19,7 @@ from kd_lightning.callbacks.student_call import StudentCall, changed, find_targe
 from kd_lightning.callbacks.teacher_scores import TeacherScores
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.losses.task import as_targets, check_scalar
-from kd_lightning.modules.optimization import configure_with_groups
+from kd_lightning.modules.added_groups import add_groups
 from kd_lightning.modules.run import (
     DistillationRun,
     HoldsDistiller,
@@ -159,7 +159,7 @@ class DistillationCallback(HoldsDistiller, Callback):
             taken = {id(parameter) for parameter in policy.parameters()}
             rest = [p for p in self.distiller.parameters() if p.requires_grad and id(p) not in taken]
             groups = [*([{"params": rest}] if rest else []), *policy.param_groups()]
-            return configure_with_groups(configure, groups)
+            return add_groups(configure(), groups)
 
         return configure_optimizers
 

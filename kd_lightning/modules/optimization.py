@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
 from typing_extensions import Required, TypedDict
 
-__all__ = ["LRSchedulerConfig", "check_optimization", "configure", "configure_with_groups", "pass_lr_on"]
+__all__ = ["LRSchedulerConfig", "check_optimization", "configure", "pass_lr_on"]
 
 
 class LRSchedulerConfig(TypedDict, total=False):
@@ -183,49 +182,3 @@ def pass_lr_on(network: LightningModule, lr: float) -> None:
         f"lr={lr} was set, but {type(network).__name__} configures the optimizer itself and has neither lr nor "
         "learning_rate to take it. Give the module an optimizer, or the network such an attribute."
     )
-
-
-def configure_with_groups(configure: Callable[[], Any], groups: list[dict[str, Any]]) -> Any:
-    """Return what ``configure_optimizers`` returns, with these groups added to its first optimiser.
-
-    The groups are added before ``configure`` makes a scheduler: ``LambdaLR``, ``OneCycleLR`` and others fix the number
-    of groups when they are made, and torch has no way to add one later. ``Optimizer.__init__`` is therefore replaced
-    during the call, with effect on the calling thread only.
-
-    Example:
-        >>> import torch
-        >>> weights, temperature = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
-        >>> def configure():
-        ...     optimizer = torch.optim.SGD([weights], lr=0.1, weight_decay=0.5)
-        ...     return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)]
-        >>> optimizers, _ = configure_with_groups(configure, [{"params": [temperature], "weight_decay": 0.0}])
-        >>> [(group["weight_decay"], group["max_lr"]) for group in optimizers[0].param_groups]
-        [(0.5, 0.1), (0.0, 0.1)]
-    """
-    waiting, original, thread = list(groups), Optimizer.__init__, threading.get_ident()
-
-    def init(self: Optimizer, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        while waiting and threading.get_ident() == thread:
-            self.add_param_group(waiting.pop(0))
-
-    Optimizer.__init__ = init
-    try:
-        configured = configure()
-    finally:
-        Optimizer.__init__ = original
-    for optimizer in _find_optimizers(configured):  # one that was there before
-        while waiting:
-            optimizer.add_param_group(waiting.pop(0))
-    return configured
-
-
-def _find_optimizers(configured: Any) -> Iterator[Optimizer]:
-    """Yield the optimisers in what ``configure_optimizers`` may return."""
-    if isinstance(configured, Optimizer):
-        yield configured
-    elif isinstance(configured, Mapping):
-        yield from _find_optimizers(configured.get("optimizer"))
-    elif isinstance(configured, (tuple, list)):
-        for part in configured:
-            yield from _find_optimizers(part)

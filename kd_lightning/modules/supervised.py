@@ -23,13 +23,13 @@ from kd_lightning.export import describe_inputs, inputs_like
 from kd_lightning.functional import next_token_targets
 from kd_lightning.losses.task import as_targets
 from kd_lightning.metrics import ClassificationMetrics, Task, task_of
+from kd_lightning.modules.added_groups import add_groups
 from kd_lightning.modules.checkpoints import CheckpointedModule, as_code
 from kd_lightning.modules.metric_names import metric_name
 from kd_lightning.modules.optimization import (
     LRSchedulerConfig,
     check_optimization,
     configure,
-    configure_with_groups,
     pass_lr_on,
 )
 from kd_lightning.modules.run import LABEL_KEYS
@@ -232,7 +232,7 @@ class SupervisedModule(CheckpointedModule):
                 )
             if self.lr is not None:
                 pass_lr_on(network, self.lr)
-            return configure_with_groups(network.configure_optimizers, groups[1:])
+            return add_groups(network.configure_optimizers(), groups[1:])
         monitor = metric_name(attached_trainer(self), "val", self._plateau_loss)
         return configure(self.optimizer, self.lr_scheduler, groups, self.lr, monitor)
 
