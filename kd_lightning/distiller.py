@@ -145,7 +145,7 @@ class Distiller(DistillerParts):
         counting = counting_positions(targets, inputs, student.shape[:-1])
         signals = Signals(student, student, counting, progress, self.ignore_index, extra=extra or {})
         opinions = self._teaching.opinions(teacher_logits, signals, self.class_dim, inputs)
-        kd_loss, temperature = self._distil(signals.replace(teacher_logits=opinions.consensus), opinions)
+        kd_loss, temperature = self._distil(opinions.seen(signals), opinions)
         if task_loss is None and targets is not None:
             task_loss = self.task_term(student_logits, targets)
         elif task_loss is None:
@@ -224,7 +224,7 @@ class Distiller(DistillerParts):
             targets: Of the batch, for weights and routing by label.
             progress: Where training stands; at its start by default.
         """
-        member = self._teaching.members(teacher_logits)[0].movedim(self.class_dim, -1)
+        member = self._teaching.in_classes(teacher_logits, self.class_dim)[0]
         progress = progress or Progress(max_steps=1, max_epochs=1)
         signals = Signals(member, member, targets, progress, self.ignore_index)
         opinions = self._teaching.opinions(teacher_logits, signals, self.class_dim, inputs)

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from kd_lightning.functional import Temperature
-from kd_lightning.functional.temperature import compute_dtype
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import extract_logits
 from kd_lightning.teachers.frozen import as_teacher
 from kd_lightning.teachers.indexed import IndexedDataset
-from kd_lightning.teachers.teacher import LossTerm, Opinions, Teacher
-from kd_lightning.temperature import Signals, TemperaturePolicy
+from kd_lightning.teachers.opinions import MergedLogits, Opinions
+from kd_lightning.teachers.teacher import Teacher
+from kd_lightning.temperature import Signals
 
 __all__ = ["MappedClasses"]
 
@@ -35,22 +34,29 @@ class MappedClasses(Teacher):
     .. math:: z_c = T \log \sum_{k \in G_c} e^{z_k / T}, \quad
         \mathrm{softmax}(z / T)_c = \frac{\sum_{k \in G_c} e^{z_k / T}}{\sum_{c'} \sum_{k \in G_{c'}} e^{z_k / T}}
 
+    A class that the teacher does not know carries no distillation: both softmaxes are over the classes that it knows,
+    and the student's logits of the others have no gradient from the distillation loss. The task loss sees all.
+
     Policies and metrics see the merged logits at T = 1. Losses that look at the teacher at other temperatures than the
     given one (:class:`~kd_lightning.losses.NKDLoss`) see the merged logits sharpened or softened as a whole. A cache
     keeps the logits of all of the teacher's classes.
 
+    In a :class:`~kd_lightning.TeacherEnsemble` each member may have classes of its own, merged at its own temperature;
+    where the members know different classes of the student's, ``combine="losses"`` lets each teach those that it knows.
+
     Args:
-        teacher: A network, or any teacher but an ensemble, of logits ``(N, C)``. Picked classes serve as a member of an
-            ensemble, merged ones do not.
-        classes: For each of the student's classes, in order, the number of the teacher's class, or the numbers of
-            several: ``[3, 17]`` or ``[[3, 4], [17]]``. Or the path of a JSON file of names, ``{"teacher": ["tabby",
-            "beagle", "siamese"], "student": {"cat": ["tabby", "siamese"], "dog": "beagle"}}``: the teacher's classes in
-            order, and the student's in order with the teacher's that each is made of.
+        teacher: A network, or any teacher but an ensemble, of logits in any layout: ``(N, C)``, tokens ``(B, L, V)``,
+            or ``(N, C, H, W)`` with ``class_dim=1`` of the loss.
+        classes: For each of the student's classes, in order, the number of the teacher's class, the numbers of
+            several, or None where the teacher does not know it: ``[3, 17]``, ``[[3, 4], [17]]`` or ``[3, None, 17]``.
+            Or the path of a JSON file of names, ``{"teacher": ["tabby", "beagle", "siamese"], "student": {"cat":
+            ["tabby", "siamese"], "dog": "beagle", "fish": null}}``: the teacher's classes in order, and the student's
+            in order with the teacher's that each is made of.
 
     Raises:
         TypeError: If ``classes`` are neither.
-        ValueError: If a class is made of none of the teacher's, or one is named twice; on the call, if the teacher has
-            no such class, or logits of another rank.
+        ValueError: If fewer than two classes are known, or one of the teacher's is named twice; on the call, if the
+            teacher has no such class, or gives targets of a few classes.
         FileNotFoundError: If there is no such file.
 
     Example:
@@ -64,7 +70,9 @@ class MappedClasses(Teacher):
         tensor([[0.7143, 0.2857]])
     """
 
-    def __init__(self, teacher: nn.Module | Teacher | str, classes: Sequence[int | Sequence[int]] | str | Path) -> None:
+    def __init__(
+        self, teacher: nn.Module | Teacher | str, classes: Sequence[int | Sequence[int] | None] | str | Path
+    ) -> None:
         inner = as_teacher(teacher)
         if inner is None or inner.teachers:
             raise TypeError(
@@ -80,6 +88,8 @@ class MappedClasses(Teacher):
         self._merges = widest > 1
         self._columns = torch.tensor([[*group, *[0] * (widest - len(group))] for group in self.groups])
         self._padding = torch.tensor([[place >= len(group) for place in range(widest)] for group in self.groups])
+        if not all(self.groups):
+            self.known = ~self._padding.all(1)
 
     @property
     def teacher(self) -> Teacher:
@@ -104,48 +114,32 @@ class MappedClasses(Teacher):
     @override
     def logits(
         self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
-    ) -> Tensor:
-        """Return the logits of the picked classes; where classes are merged, those of all of the teacher's."""
-        logits = self.teacher.logits(inputs, index, extract)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] <= max(map(max, self.groups)):
-            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    ) -> Any:
+        """Return the logits of all of the teacher's classes."""
+        return self.teacher.logits(inputs, index, extract)
+
+    @override
+    def in_classes(self, logits: Any, class_dim: int, student: Any = None) -> Sequence[Any]:
+        (wide,) = super().in_classes(logits, class_dim)
+        highest = max(number for group in self.groups for number in group)
+        if not isinstance(wide, Tensor) or wide.shape[-1] <= highest:
+            given = f"logits {tuple(logits.shape)}" if isinstance(wide, Tensor) else f"{type(wide).__name__} targets"
             raise ValueError(
-                f"MappedClasses takes logits (N, C) and names the teacher's class {max(map(max, self.groups))}, but "
-                f"the teacher gives {shape}. Number its classes from 0."
+                f"MappedClasses needs the teacher's logits of all its classes and names its class {highest}, but the "
+                f"teacher gives {given}. Number its classes from 0."
             )
-        return logits if self._merges else logits[:, self._to(logits)[0].squeeze(1)]
-
-    @override
-    def weigh(self, logits: Sequence[Tensor], signals: Signals, inputs: Any = None) -> Opinions:
-        (only,) = logits
-        return Opinions(logits, None, self._merged(only, torch.ones((), device=only.device)) if self._merges else only)
-
-    @override
-    def loss_terms(
-        self,
-        opinions: Opinions,
-        signals: Signals,
-        terms: Sequence[Temperature],
-        policy: TemperaturePolicy,
-        temperatures: Sequence[TemperaturePolicy],
-    ) -> tuple[list[LossTerm], list[Temperature]]:
-        losses, used = super().loss_terms(opinions, signals, terms, policy, temperatures)
+        if self._columns.device != wide.device:
+            self._columns, self._padding = self._columns.to(wide.device), self._padding.to(wide.device)
+            self.known = None if self.known is None else self.known.to(wide.device)
         if self._merges:
-            (logits,) = opinions.logits
-            merged = [policy.transform(self._merged(logits, term.temperature.teacher)) for term in losses]
-            losses = [term._replace(logits=each) for term, each in zip(losses, merged, strict=True)]
-        return losses, used
+            return [MergedLogits(wide, self._columns, self._padding)]
+        picked = wide.index_select(-1, self._columns.squeeze(1))
+        return [picked if self.known is None else picked.masked_fill(~self.known, -torch.inf)]
 
-    def _merged(self, logits: Tensor, temperature: Tensor) -> Tensor:
-        columns, padding = self._to(logits)
-        logits = logits.to(compute_dtype(logits))
-        scaled = logits[:, columns] / temperature.unsqueeze(-1)
-        return scaled.masked_fill(padding, -torch.inf).logsumexp(-1) * temperature
-
-    def _to(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        if self._columns.device != logits.device:
-            self._columns, self._padding = self._columns.to(logits.device), self._padding.to(logits.device)
-        return self._columns, self._padding
+    @override
+    def weigh(self, logits: Sequence[Any], signals: Signals, inputs: Any = None) -> Opinions:
+        only = Opinions(logits, None, signals.student_logits, known=self.known)
+        return only._replace(consensus=only.at(0))
 
     @override
     def fingerprint(self) -> str:
@@ -212,33 +206,46 @@ class MappedClasses(Teacher):
 
 def _groups(classes: Any) -> list[list[int]]:
     is_list = isinstance(classes, Sequence) and not isinstance(classes, str)
-    groups: list[Any] = [[entry] if isinstance(entry, int) else entry for entry in classes] if is_list else []
+    groups: list[Any] = [_group(entry) for entry in classes] if is_list else []
     if not groups or not all(isinstance(g, Sequence) and all(isinstance(k, int) for k in g) for g in groups):
         raise TypeError(
             "classes must be the numbers of the teacher's classes, one or several for each of the student's, such as "
-            f"[3, 17] or [[3, 4], [17]], or the path of a JSON file of names, got {classes!r}."
+            "[3, 17] or [[3, 4], [17]], None for a class that the teacher does not know, or the path of a JSON file of "
+            f"names, got {classes!r}."
         )
     named: list[int] = [number for group in groups for number in group]
-    if not all(groups) or min(named) < 0 or len({*named}) < len(named):
+    empty = any(entry is not None and not group for entry, group in zip(classes, groups, strict=True))
+    if empty or min(named, default=0) < 0 or len({*named}) < len(named):
         raise ValueError(
             "each of the student's classes is made of at least one of the teacher's, numbered from 0 and named once, "
-            f"got {classes!r}. A class that the teacher does not know cannot be distilled."
+            f"got {classes!r}. For a class that the teacher does not know write None."
+        )
+    if not all(groups) and sum(map(bool, groups)) < 2:
+        raise ValueError(
+            f"distillation compares the classes that the teacher knows, at least two of the student's, got {classes!r}."
         )
     return [[*group] for group in groups]
 
 
-def _read(path: Path) -> list[list[int]]:
+def _group(entry: Any) -> Any:
+    return [] if entry is None else [entry] if isinstance(entry, int) else entry
+
+
+def _read(path: Path) -> list[list[int] | None]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of classes at {str(path)!r} (from the folder {str(Path.cwd())!r}).")
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not isinstance(content.get("student"), dict) or "teacher" not in content:
         raise ValueError(
-            f'{path} must hold {{"teacher": [names], "student": {{name: name or names of the teacher}}}}, got '
+            f'{path} must hold {{"teacher": [names], "student": {{name: name or names of the teacher, or null}}}}, got '
             f"{str(content)[:80]}."
         )
     numbers = {name: number for number, name in enumerate(content["teacher"])}
-    groups = []
+    groups: list[list[int] | None] = []
     for student, names in content["student"].items():
+        if names is None:
+            groups.append(None)
+            continue
         names = [names] if isinstance(names, str) else names
         unknown = [name for name in names if name not in numbers]
         if unknown:

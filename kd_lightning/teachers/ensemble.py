@@ -14,13 +14,15 @@ from typing_extensions import override
 
 from kd_lightning.functional import Temperature
 from kd_lightning.functional.ensemble import confidence_weights, entropy_weights, mixed_log_softmax, mixed_logits
-from kd_lightning.functional.temperature import check_values, compute_dtype
+from kd_lightning.functional.temperature import compute_dtype
 from kd_lightning.schedules import ConstantSchedule, Progress, Schedule, as_schedule
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import extract_logits
 from kd_lightning.teachers.frozen import FrozenTeacher, as_teacher
 from kd_lightning.teachers.indexed import IndexedDataset
-from kd_lightning.teachers.teacher import LossTerm, Opinions, Teacher, own_temperature
+from kd_lightning.teachers.opinions import LossTerm, MergedLogits, Opinions
+from kd_lightning.teachers.routing import Route, Routing, check_served
+from kd_lightning.teachers.teacher import Teacher, own_temperature
 from kd_lightning.temperature.base import TemperaturePolicy
 from kd_lightning.temperature.convert import as_policy
 from kd_lightning.temperature.signals import Signals
@@ -29,7 +31,6 @@ __all__ = ["Combine", "TeacherEnsemble"]
 
 Combine: TypeAlias = Literal["probs", "logits", "losses"]
 Confidence: TypeAlias = Literal["confidence", "entropy"]
-Routing: TypeAlias = Callable[[Any, Tensor | None], Tensor]
 
 
 class TeacherEnsemble(Teacher):
@@ -95,7 +96,7 @@ class TeacherEnsemble(Teacher):
         temperatures: Sequence[float | Schedule | TemperaturePolicy | Callable[[Progress], float]] | None = None,
         weights: Sequence[float | Schedule | Callable[[Progress], float]] | Confidence | None = None,
         combine: Combine = "probs",
-        routing: Sequence[Sequence[int]] | str | Routing | None = None,
+        routing: Sequence[Sequence[int]] | str | Route | None = None,
     ) -> None:
         if not isinstance(teachers, (list, tuple, nn.ModuleList)) or not len(teachers):
             raise ValueError(f"a TeacherEnsemble needs a list of teachers, one or more, got {teachers!r}.")
@@ -117,7 +118,6 @@ class TeacherEnsemble(Teacher):
         self.weights = [as_schedule(weight) for weight in (() if weights is None or per_row else weights)]
         self.combine: Combine = combine
         self.routing = routing
-        self._known_classes: Tensor | None = None
         self._fingerprint: str | None = None
         for name, given in (("temperatures", self.temperatures), ("weights", self.weights)):
             if given and len(given) != len(self.teachers):
@@ -126,7 +126,8 @@ class TeacherEnsemble(Teacher):
             raise ValueError(f"weights must be a list, 'confidence', 'entropy' or None, got {weights!r}.")
         if all(isinstance(weight, ConstantSchedule) for weight in self.weights):
             self._weights_at(Progress())
-        self._check_routing()
+        self._routing = None if routing is None else Routing(routing, len(self.teachers))
+        self._check_known_classes()
 
     # ---- one teacher ----------------------------------------------------------------------------------------------
 
@@ -238,6 +239,30 @@ class TeacherEnsemble(Teacher):
         temperatures = self.temperatures or None
         return f"combine={self.combine!r}, temperatures={temperatures}, weights={weights}, routing={routing}"
 
+    @property
+    @override
+    def known(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The classes that a member knows, ``(C,)``; None: all."""
+        each = [teacher.known for teacher in self.teachers]
+        masks = [mask for mask in each if mask is not None]
+        return torch.stack(masks).any(0) if len(masks) == len(each) and len({len(m) for m in masks}) == 1 else None
+
+    def _check_known_classes(self) -> None:
+        masks = [teacher.known for teacher in self.teachers if teacher.known is not None]
+        if not masks:
+            return
+        alike = len(masks) == len(self.teachers) and all(torch.equal(mask, masks[0]) for mask in masks)
+        if self.combine != "losses" and not alike:
+            raise ValueError(
+                f"combine={self.combine!r} mixes distributions over the same classes, but the teachers know different "
+                "ones of the student's. Take TeacherEnsemble(..., combine='losses'), where each teaches its own."
+            )
+        if self.confidence == "confidence":
+            raise ValueError(
+                "weights='confidence' compares each teacher with the label, and these teachers do not know all of the "
+                "student's classes. Take weights='entropy', numbers, or routing by class."
+            )
+
     # ---- what they say together -----------------------------------------------------------------------------------
 
     @override
@@ -253,7 +278,15 @@ class TeacherEnsemble(Teacher):
         return tuple(logits)
 
     @override
-    def weigh(self, logits: Sequence[Tensor], signals: Signals, inputs: Any = None) -> Opinions:
+    def in_classes(self, logits: Any, class_dim: int, student: Any = None) -> Sequence[Any]:
+        members = self.members(logits)
+        if len(members) != len(self.teachers):
+            raise ValueError(f"an ensemble of {len(self.teachers)} teachers needs as many logits, got {len(members)}.")
+        each = zip(self.teachers, members, strict=True)
+        return [mapped for teacher, given in each for mapped in teacher.in_classes(given, class_dim, student)]
+
+    @override
+    def weigh(self, logits: Sequence[Tensor | MergedLogits], signals: Signals, inputs: Any = None) -> Opinions:
         """Who knows what, who counts how much, and what they say together at temperature 1.
 
         Args:
@@ -261,17 +294,19 @@ class TeacherEnsemble(Teacher):
             signals: Of the batch, for its targets and progress; ``teacher_logits`` is not looked at.
             inputs: Of the batch, for ``routing``.
         """
+        given = Opinions(logits, None, signals.student_logits)
+        logits = [given.at(member) for member in range(len(logits))]
         self._check_logits(logits)
-        known = self._known(logits[0], signals, inputs)
+        known = None if self._routing is None else self._routing.known(logits[0].shape, signals, inputs)
         weights = self._weights_at(signals.progress)
         if known is not None:
             counted = [
                 mask if weight > 0 else torch.zeros_like(mask) for mask, weight in zip(known, weights, strict=True)
             ]
-            known = self._check_known(torch.stack(counted), signals)
+            known = check_served(torch.stack(counted), signals)
             logits = [z.masked_fill(~mask, 0.0) for z, mask in zip(logits, known, strict=True)]
         if len(logits) == 1:
-            return Opinions(logits, None, logits[0])
+            return Opinions(given.logits, None, logits[0], known=self.known)
         shares = self._shares(logits, weights, known, signals)
         if self.combine == "logits":
             consensus = mixed_logits(logits, [1.0] * len(logits), [*shares])
@@ -279,8 +314,8 @@ class TeacherEnsemble(Teacher):
             sizes = [z.to(shares.dtype).logsumexp(-1, keepdim=True) for z in logits]
             consensus = mixed_log_softmax(logits, [1.0] * len(logits), [*shares]) + _weighted_sum(shares, sizes)
         if known is not None:
-            logits = [torch.where(mask, z, consensus) for z, mask in zip(logits, known, strict=True)]
-        return Opinions(logits, shares, consensus)
+            given = given.in_rows(known, [_finite_where(teacher.known, consensus) for teacher in self.teachers])
+        return Opinions(given.logits, shares, consensus, known=self.known)
 
     @override
     def loss_terms(
@@ -300,17 +335,19 @@ class TeacherEnsemble(Teacher):
             policy: That policy.
             temperatures: The members' own policies, or none.
         """
-        logits = [policy.transform(z) for z in opinions.logits]
-        weights = logits[0].new_ones(1, 1) if opinions.weights is None else opinions.weights
+        weights = opinions.consensus.new_ones(1, 1) if opinions.weights is None else opinions.weights
         own: list[Tensor] = []
         if temperatures:
-            given = [*zip(temperatures, opinions.logits, strict=True)]
-            own = [own_temperature(member, policy, signals.replace(teacher_logits=z)) for member, z in given]
-            logits = [member.transform(z) for member, z in zip(temperatures, logits, strict=True)]
+            alone = [Opinions((), None, opinions.at(k), known=teacher.known) for k, teacher in enumerate(self.teachers)]
+            own = [own_temperature(t, policy, z.seen(signals)) for t, z in zip(temperatures, alone, strict=True)]
             terms = [term._replace(teacher=_weighted_sum(weights, own)) for term in terms]
         losses: list[LossTerm] = []
         for term in terms:
-            losses += self._terms_at(term, logits, own or [term.teacher] * len(logits), weights)
+            each = own or [term.teacher] * len(self.teachers)
+            logits = [policy.transform(opinions.at(member, t)) for member, t in enumerate(each)]
+            if temperatures:
+                logits = [member.transform(z) for member, z in zip(temperatures, logits, strict=True)]
+            losses += self._terms_at(term, logits, each, weights)
         return losses, [*terms]
 
     def _terms_at(
@@ -319,8 +356,8 @@ class TeacherEnsemble(Teacher):
         if len(logits) == 1:
             return [LossTerm(logits[0], term)]
         if self.combine == "losses":
-            each = zip(logits, own, weights, strict=True)
-            return [LossTerm(z, term._replace(teacher=t), weight) for z, t, weight in each]
+            each = zip(logits, own, weights, (teacher.known for teacher in self.teachers), strict=True)
+            return [LossTerm(z, term._replace(teacher=t), weight, known) for z, t, weight, known in each]
         mixed = (mixed_log_softmax if self.combine == "probs" else mixed_logits)(logits, own, [*weights])
         masked = mixed == -torch.inf  # −inf · 0 in the temperature's gradient would be NaN
         return [LossTerm((mixed.masked_fill(masked, 0.0) * term.teacher).masked_fill(masked, -torch.inf), term)]
@@ -360,79 +397,7 @@ class TeacherEnsemble(Teacher):
             )
         return [weight / total for weight in weights]
 
-    # ---- routing --------------------------------------------------------------------------------------------------
-
-    def _check_routing(self) -> None:
-        routing, count = self.routing, len(self.teachers)
-        if routing is None or isinstance(routing, str) or callable(routing):
-            return
-        if not isinstance(routing, Sequence) or not all(isinstance(classes, Sequence) for classes in routing):
-            raise TypeError(
-                "routing must be the classes of each teacher, a key of the inputs, or a function of (inputs, targets), "
-                f"got {routing!r}."
-            )
-        if len(routing) != count or not all(routing) or min(map(min, routing)) < 0:
-            raise ValueError(f"routing by class needs class indices for each of the {count} teachers, got {routing!r}.")
-        self._known_classes = torch.zeros(max(map(max, routing)) + 2, count, dtype=torch.bool)  # the last: no class
-        for teacher, classes in enumerate(routing):
-            self._known_classes[list(classes), teacher] = True
-
-    def _known(self, logits: Tensor, signals: Signals, inputs: Any) -> Tensor | None:
-        """Return a mask ``(K, …, 1)``; None where every teacher knows everything."""
-        positions, count = logits.shape[:-1], len(self.teachers)
-        if self.routing is None:
-            return None
-        if self._known_classes is not None:
-            route = self._route_by_class(signals.class_targets, positions, logits.shape[-1])
-        elif isinstance(self.routing, str):
-            if not isinstance(inputs, Mapping) or self.routing not in inputs:
-                kind = f"the keys {sorted(map(str, inputs))}" if isinstance(inputs, Mapping) else type(inputs).__name__
-                raise ValueError(f"routing={self.routing!r} names a key of the inputs, which are {kind}.")
-            route = inputs[self.routing]
-        else:
-            assert callable(self.routing)
-            route = self.routing(inputs, signals.targets)
-        if not isinstance(route, Tensor) or route.is_floating_point() or route.is_complex():
-            kind = route.dtype if isinstance(route, Tensor) else type(route).__name__
-            raise TypeError(f"routing must give a tensor of integers or booleans, got {kind}.")
-        mask = route if route.dtype == torch.bool else route.unsqueeze(-1) == torch.arange(count, device=route.device)
-        *rows, width = mask.shape
-        if width != count or not rows or tuple(rows) != tuple(positions[: len(rows)]):
-            raise ValueError(
-                f"routing gave {tuple(route.shape)} for {count} teachers and logits of shape {tuple(logits.shape)}: it "
-                f"must be the teacher's number for each row, ({positions[0]},), or a mask ({positions[0]}, {count})."
-            )
-        ones = [1] * (len(positions) - len(rows))
-        return mask.movedim(-1, 0).reshape(count, *rows, *ones, 1)
-
-    def _route_by_class(self, targets: Tensor | None, positions: Sequence[int], num_classes: int) -> Tensor:
-        if targets is None:
-            raise ValueError(
-                f"routing by class needs class indices as targets in the shape {tuple(positions)}. Without them, route "
-                "by a function of (inputs, targets) or a key of the inputs."
-            )
-        assert self._known_classes is not None
-        known = self._known_classes = self._known_classes.to(targets.device)
-        nobody = len(known) - 1
-        if nobody > num_classes:
-            raise ValueError(f"routing names class {nobody - 1}, but classes go from 0 to {num_classes - 1}.")
-        return known[torch.where((targets >= 0) & (targets < nobody), targets, nobody)]
-
-    def _check_known(self, known: Tensor, signals: Signals) -> Tensor:
-        """Refuse rows that nobody knows; among those left out of the loss they count as known to all."""
-        anybody = known.any(0)
-        valid = signals.valid
-        served = anybody if valid is None else anybody | ~valid.unsqueeze(-1)
-        check_values(
-            served.all(),
-            "routing leaves a row to no teacher of positive weight: give each row at least one, by a teacher's number "
-            f"from 0 to {len(known) - 1} or a mask, or leave it out of the loss by its target (ignore_index).",
-        )
-        return known | ~anybody
-
     def _check_logits(self, logits: Sequence[Tensor]) -> None:
-        if len(logits) != len(self.teachers):
-            raise ValueError(f"an ensemble of {len(self.teachers)} teachers needs as many logits, got {len(logits)}.")
         if kinds := [type(z).__name__ for z in logits if not isinstance(z, Tensor)]:
             raise TypeError(f"an ensemble mixes the logits of all classes, got {kinds[0]}: take one teacher alone.")
         if len({z.shape for z in logits}) > 1:
@@ -440,6 +405,13 @@ class TeacherEnsemble(Teacher):
             what = "number of classes" if (differ := len({z.shape[-1] for z in logits}) > 1) else "shape of logits"
             shapes = ", ".join(each if differ else (str(tuple(z.shape)) for z in logits))
             raise ValueError(f"the teachers of an ensemble must have the same {what}, got {shapes}.")
+
+
+def _finite_where(known: Tensor | None, consensus: Tensor) -> Tensor:
+    """Return the consensus for a teacher of these classes, which may have none in rows that others teach."""
+    if known is None:
+        return consensus
+    return consensus.masked_fill(consensus == -torch.inf, 0.0).masked_fill(~known, -torch.inf)
 
 
 def _name(teacher: Teacher) -> str:

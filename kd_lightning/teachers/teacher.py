@@ -7,77 +7,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from kd_lightning.functional import Temperature
-from kd_lightning.functional.rows import valid_positions, without_padding
+from kd_lightning.functional.rows import without_padding
 from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import HiddenStates, extract_logits
 from kd_lightning.teachers.indexed import IndexedDataset
+from kd_lightning.teachers.opinions import LossTerm, Opinions
 from kd_lightning.temperature import Signals, TemperaturePolicy
 
-__all__ = ["GivenLogits", "LossTerm", "Opinions", "Teacher", "own_temperature"]
-
-
-class Opinions(NamedTuple):
-    """The logits that a teacher gives for one batch, class dimension last.
-
-    Attributes:
-        logits: One ``(…, C)`` for each member. In rows that a member does not know, the consensus stands.
-        weights: ``(K, 1)``, or ``(K, …, 1)`` where they differ by row; they sum to 1 over the members. None: one
-            member.
-        consensus: The members' common logits at temperature 1, which policies and metrics see.
-        has_logits: False where the member gave :class:`~kd_lightning.functional.Sparse` targets; the consensus then
-            has the student's shape and no values.
-    """
-
-    logits: Sequence[Any]
-    weights: Tensor | None
-    consensus: Tensor
-    has_logits: bool = True
-
-    @property
-    def shown(self) -> Tensor:
-        """The consensus, without its rows where there are no logits."""
-        return self.consensus if self.has_logits else self.consensus[:0]
-
-
-class LossTerm(NamedTuple):
-    """A term of the loss: the teacher's logits, class dimension last, their temperature, and a weight (None: 1)."""
-
-    logits: TeacherTarget
-    temperature: Temperature
-    weight: Tensor | None = None
-
-    def loss(
-        self, kd_loss: nn.Module, student: Tensor, targets: Tensor | None, class_dim: int, ignore_index: int | None
-    ) -> Tensor:
-        """Return this term, weighted. ``kd_loss`` sees the logits in its own layout.
-
-        Args:
-            kd_loss: The distillation loss.
-            student: Student logits, class dimension last.
-            targets: Of the batch.
-            class_dim: The class dimension in the loss's layout.
-            ignore_index: Target value of the positions that do not count.
-        """
-        student, teacher = student.movedim(-1, class_dim), self.logits.movedim(-1, class_dim)
-        temperature = _to_layout(self.temperature, class_dim, student.dim())
-        if self.weight is None or self.weight.numel() == 1:
-            loss = kd_loss(student, teacher, temperature, targets=targets)
-            return loss if self.weight is None else loss * self.weight.squeeze()
-        rows = kd_loss(student, teacher, temperature, targets=targets, reduction="none") * self.weight.squeeze(-1)
-        reduction = getattr(kd_loss, "reduction", "mean")
-        if reduction == "none":
-            return rows
-        valid = valid_positions(targets, student, class_dim, ignore_index)
-        count = 1 if reduction == "sum" else rows.numel() if valid is None else valid.sum().clamp(min=1)
-        return rows.sum() / count
+__all__ = ["GivenLogits", "Teacher", "own_temperature"]
 
 
 class Teacher(ABC):
@@ -113,6 +58,8 @@ class Teacher(ABC):
     """How the teacher is set up beyond its weights; a checkpoint compares it."""
     gives_hidden_states: bool = False
     """Whether :meth:`hidden_states` works."""
+    known: Tensor | None = None
+    """``(C,)``: the classes of the student that the teacher knows; None: all. The others carry no distillation."""
     reads_batch: bool = False
     """Whether :meth:`logits` takes the whole batch, of which the teacher reads a part, instead of the inputs."""
 
@@ -157,8 +104,7 @@ class Teacher(ABC):
             ValueError: If student and teacher have different classes or positions.
         """
         student = signals.student_logits
-        members = [without_padding(student, member.movedim(class_dim, -1)) for member in self.members(logits)]
-        opinions = self.weigh(members, signals, inputs)
+        opinions = self.weigh(self.in_classes(logits, class_dim, student), signals, inputs)
         if student.shape != opinions.consensus.shape:  # here, because a policy's error would say less
             shapes = [tuple(x.movedim(-1, class_dim).shape) for x in (student, opinions.consensus)]
             raise ValueError(
@@ -166,6 +112,17 @@ class Teacher(ABC):
                 "models the same classes and inputs."
             )
         return opinions
+
+    def in_classes(self, logits: Any, class_dim: int, student: Any = None) -> Sequence[Any]:
+        """Return what each member gives in the student's classes, class dimension last.
+
+        Args:
+            logits: What :meth:`logits` returned.
+            class_dim: Its class dimension.
+            student: The student's logits, class dimension last, for the padding of a vocabulary; None: it stays.
+        """
+        moved = [member.movedim(class_dim, -1) for member in self.members(logits)]
+        return moved if student is None else [without_padding(student, member) for member in moved]
 
     def weigh(self, logits: Sequence[Any], signals: Signals, inputs: Any = None) -> Opinions:
         """Return the opinions and their consensus: by default those of a single member.
@@ -201,13 +158,14 @@ class Teacher(ABC):
             policy: That policy.
             temperatures: The Distiller's copies of :attr:`temperatures`.
         """
-        logits = _transformed(opinions.consensus if opinions.has_logits else opinions.logits[0], policy)
         if temperatures:
             (own,) = temperatures
-            logits = _transformed(logits, own)
             teacher = own_temperature(own, policy, signals)
             terms = [term._replace(teacher=teacher) for term in terms]
-        return [LossTerm(logits, term) for term in terms], [*terms]
+        given = [opinions.at(0, term.teacher) for term in terms]
+        for changes in (policy, *temperatures):
+            given = [_transformed(logits, changes) for logits in given]
+        return [LossTerm(logits, term) for logits, term in zip(given, terms, strict=True)], [*terms]
 
     def check_loss(self, kd_loss: nn.Module) -> None:  # noqa: B027  (a default, not a method to implement)
         """Raise if the distillation loss cannot take what this teacher gives."""
@@ -369,13 +327,3 @@ def own_temperature(own: TemperaturePolicy, policy: TemperaturePolicy, signals: 
             "Distiller: each of its temperatures is a term of the loss."
         )
     return policy._bound(temperature.teacher)
-
-
-def _to_layout(temperature: Temperature, class_dim: int, rank: int) -> Temperature:
-    """Move a temperature from class-last, as policies give it, to the layout of the logits."""
-
-    def move(value: Tensor) -> Tensor:
-        return value.movedim(-1, class_dim) if value.dim() == rank else value
-
-    scale = None if temperature.scale is None else move(temperature.scale)
-    return Temperature(move(temperature.student), move(temperature.teacher), scale)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from kd_lightning import DistillationModule, FrozenTeacher, TeacherEnsemble
+from kd_lightning.teachers import MappedClasses
 from kd_lightning.temperature import CosineSchedule
 from tests.helpers import InOrder, LearnedTemperature, make_loader, make_network
 
@@ -25,7 +26,7 @@ MakeTrainer = Callable[..., Trainer]
 
 def networks_of(teacher: Any) -> nn.ModuleList:
     """The teacher's network, or those of an ensemble's members."""
-    return nn.ModuleList([member.module for member in getattr(teacher, "teachers", [teacher])])
+    return nn.ModuleList(teacher.modules())
 
 
 class Report(Callback):
@@ -74,10 +75,19 @@ def ensemble(teacher: torch.nn.Module) -> TeacherEnsemble:
     return TeacherEnsemble(members, [LearnedTemperature(), 3.0], "confidence", routing=[[0, 1, 2, 3], [2, 3, 4, 5]])
 
 
+def of_different_classes(teacher: torch.nn.Module) -> TeacherEnsemble:
+    """Of two that know four of the six classes each, one of which is merged of two."""
+    one = MappedClasses(copy.deepcopy(teacher), [[0, 4], 1, 2, 3, None, None])
+    two = MappedClasses(teacher, [None, None, 2, 3, 4, 5])
+    return TeacherEnsemble(
+        [one, two], [LearnedTemperature(), 3.0], combine="losses", routing=[[0, 1, 2, 3], [2, 3, 4, 5]]
+    )
+
+
 @pytest.mark.parametrize(
     ("temperature", "teachers"),
-    [(CosineSchedule(8, 2), None), (LearnedTemperature(), None), (4.0, ensemble)],
-    ids=["cosine", "learned", "ensemble"],
+    [(CosineSchedule(8, 2), None), (LearnedTemperature(), None), (4.0, ensemble), (4.0, of_different_classes)],
+    ids=["cosine", "learned", "ensemble", "of different classes"],
 )
 def test_two_processes_train_as_one(
     temperature: Any, teachers: Any, make_module: Make, make_trainer: MakeTrainer, teacher: Any, tmp_path: Path

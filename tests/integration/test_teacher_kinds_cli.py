@@ -25,6 +25,8 @@ KINDS = {
     "transform: torch.nn.functional.tanh}}",
     "MappedClasses": "{class_path: MappedClasses, init_args: {teacher: {class_path: OnnxTeacher, init_args: {path: "
     "teacher.onnx}}, classes: [[3, 4], 17]}}",
+    "MappedClasses with unknown ones": "{class_path: MappedClasses, init_args: {teacher: 'batch:t', classes: [3, null, "
+    "[4, 5]]}}",
     "LogitsFile": "{class_path: LogitsFile, init_args: {path: [one.npy, two.npy], key: idx}}",
     "TeacherEnsemble": "{class_path: TeacherEnsemble, init_args: {teachers: ['batch:a', {class_path: OnnxTeacher, "
     "init_args: {path: teacher.onnx}}]}}",

@@ -166,8 +166,8 @@ CASES = [
     Case("an ensemble", distilled(TeacherEnsemble([FunctionTeacher(served), FunctionTeacher(served)])), TypeError,
          "an ensemble mixes the logits of all classes, got Sparse: take one teacher alone."),
     Case("mapped classes", distilled(MappedClasses(FunctionTeacher(served), [0, 1, 2, 3, 4])), ValueError,
-         "MappedClasses takes logits (N, C) and names the teacher's class 4, but the teacher gives Sparse. Number its "
-         "classes from 0."),
+         "MappedClasses needs the teacher's logits of all its classes and names its class 4, but the teacher "
+         "gives Sparse targets. Number its classes from 0."),
     Case("MSE in the Distiller", distilled(FunctionTeacher(served), kd_loss=losses.MSELogitsLoss()), ValueError,
          NEEDS_ALL.format("SquaredError")),
     Case("a temperature declared twice", distilled(FunctionTeacher(served, temperature=2.0)), ValueError,
