@@ -1,11 +1,17 @@
 """Sphinx's settings: the guides are Markdown, the notebooks are pages, the reference is made of the docstrings."""
 
 import shutil
+import sys
 from importlib.metadata import version as version_of
 from pathlib import Path
 
 # Sphinx reads pages below its own folder only, and resolves links
 shutil.copytree(Path(__file__).parents[1] / "notebooks", Path(__file__).parent / "notebooks", dirs_exist_ok=True)
+
+sys.path.insert(0, str(Path(__file__).parent))
+import cards  # noqa: E402
+
+cards.write(Path(__file__).parent / "policy")
 
 project = "kd_lightning"
 copyright = "the authors of kd_lightning"
