@@ -157,7 +157,7 @@ def write(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     run, table = record(), rows()
     for name in EXAMPLES:
-        plot_temperature_grid({name: replay(build(name), run)}, log=True).savefig(folder / f"{name}.png", dpi=110)
+        plot_temperature_grid({name: replay(build(name), run)}).savefig(folder / f"{name}.png", dpi=110)
         facts = "\n".join(f"- **{heading}**: {cell}" for heading, cell in table[name])
         facts = re.sub(r"\]\((?!http)", "](../", facts)
         example = yaml.safe_dump({"temperature": in_yaml(name)}, sort_keys=False, default_flow_style=None, width=100)
