@@ -31,6 +31,14 @@ def pytest_collectstart() -> None:
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs, and tests in a process of their own, are slow."""
+    for item in items:
+        if "integration" in item.path.parts or item.get_closest_marker("forked"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run a test that is marked ``forked`` in a process of its own."""

@@ -18,6 +18,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
 
 
+@pytest.mark.slow
 def test_the_core_imports_nothing_heavy() -> None:
     code = "; ".join([*STATEMENTS, "import sys", "print(*{name.split('.')[0] for name in sys.modules})"])
     assert not HEAVY & set(python("-c", code).stdout.split())

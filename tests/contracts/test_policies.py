@@ -425,6 +425,7 @@ def test_compiles(case):
         torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "graphs"),
     [(CosineSchedule(8.0, 2.0), 2), (StepSchedule(8.0, (40,), unit="step"), 3), (lambda progress: 3.0, 1)],
@@ -463,6 +464,7 @@ def _on_one_of_two_ranks(rank: int, policies: list[TemperaturePolicy], folder: s
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_the_same_temperature_on_two_ranks(tmp_path: Path):
     policies = [case.build() for cases_of_one in POLICIES.values() for case in cases_of_one]
     start_processes(_on_one_of_two_ranks, (policies, str(tmp_path)), nprocs=2, start_method="fork")
@@ -485,6 +487,7 @@ def _averaged_over_ranks(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_half_batches_are_one_whole_batch(tmp_path: Path):
     """Weighted by the valid positions of each rank, which differ here."""
     start_processes(_averaged_over_ranks, (str(tmp_path),), nprocs=2, start_method="fork")

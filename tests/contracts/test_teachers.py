@@ -27,7 +27,7 @@ from kd_lightning.teachers import (
     OnnxTeacher,
     Teacher,
 )
-from tests.helpers import NUM_CLASSES, NUM_FEATURES, make_data, make_loader, make_network
+from tests.helpers import NUM_CLASSES, NUM_FEATURES, in_a_fork, make_data, make_loader, make_network
 
 NO_TEACHERS = {"Teacher", "GivenLogits"}  # the protocol, and the stand-in of a Distiller without a teacher
 
@@ -51,8 +51,6 @@ class Scores:
 
 
 def onnx(seed: int, folder: Path) -> Teacher:
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     path = folder / f"teacher-{seed}.onnx"
     if not path.exists():
         export_student(network(seed).eval(), path, "onnx", torch.randn(4, NUM_FEATURES))
@@ -86,6 +84,23 @@ each = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.forked] if name in FORKED else []) for name in BUILD]
 )
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ONNX files of both seeds, exported once: an export takes seconds."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    folder = tmp_path_factory.mktemp("exported")
+    in_a_fork(lambda: [onnx(seed, folder) for seed in (0, 1)])
+    return folder
+
+
+@pytest.fixture
+def folder(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue("exported") if name in FORKED else tmp_path
+
+
 INPUTS = torch.randn(5, NUM_FEATURES, generator=torch.Generator().manual_seed(7))
 
 
@@ -116,8 +131,8 @@ def test_every_exported_teacher_has_a_case() -> None:
 
 
 @each
-def test_logits_are_finite_and_have_no_gradient(name: str, tmp_path: Path) -> None:
-    for logits in of(BUILD[name](0, tmp_path), INPUTS.clone().requires_grad_()):
+def test_logits_are_finite_and_have_no_gradient(name: str, folder: Path) -> None:
+    for logits in of(BUILD[name](0, folder), INPUTS.clone().requires_grad_()):
         assert logits.shape == (5, NUM_CLASSES)
         assert logits.isfinite().all()
         assert not logits.requires_grad
@@ -125,16 +140,16 @@ def test_logits_are_finite_and_have_no_gradient(name: str, tmp_path: Path) -> No
 
 
 @each
-def test_the_fingerprint_tells_teachers_apart(name: str, tmp_path: Path) -> None:
-    teacher, twin, other = (BUILD[name](seed, tmp_path) for seed in (0, 0, 1))
+def test_the_fingerprint_tells_teachers_apart(name: str, folder: Path) -> None:
+    teacher, twin, other = (BUILD[name](seed, folder) for seed in (0, 0, 1))
     of(teacher)
     assert teacher.fingerprint() == twin.fingerprint() == teacher.fingerprint()
     assert teacher.fingerprint() != other.fingerprint()
 
 
 @each
-def test_moves_and_casts_with_the_distiller(name: str, tmp_path: Path) -> None:
-    teacher = BUILD[name](0, tmp_path)
+def test_moves_and_casts_with_the_distiller(name: str, folder: Path) -> None:
+    teacher = BUILD[name](0, folder)
     expected = of(teacher)
     Distiller(teacher).double().to("cpu")
     assert {parameter.dtype for parameter in teacher.parameters()} <= {torch.float64}
@@ -143,8 +158,8 @@ def test_moves_and_casts_with_the_distiller(name: str, tmp_path: Path) -> None:
 
 
 @each
-def test_copies(name: str, tmp_path: Path) -> None:
-    teacher = BUILD[name](0, tmp_path)
+def test_copies(name: str, folder: Path) -> None:
+    teacher = BUILD[name](0, folder)
     expected = of(teacher)
     for twin in (copy.deepcopy(teacher), pickle.loads(pickle.dumps(teacher))):
         assert twin.fingerprint() == teacher.fingerprint()
@@ -172,8 +187,8 @@ class Plain(LightningModule):
 
 
 @each
-def test_serves_distiller_module_and_callback(name: str, tmp_path: Path, make_trainer: Callable[..., Trainer]) -> None:
-    teacher = BUILD[name](0, tmp_path)
+def test_serves_distiller_module_and_callback(name: str, folder: Path, make_trainer: Callable[..., Trainer]) -> None:
+    teacher = BUILD[name](0, folder)
     distiller = Distiller(teacher, task_weight=0.0)
     student = torch.zeros(5, NUM_CLASSES, requires_grad=True)
     distiller(inputs_of(teacher, INPUTS), student).loss.backward()
@@ -192,6 +207,6 @@ def test_serves_distiller_module_and_callback(name: str, tmp_path: Path, make_tr
         assert not any("teacher" in key for key in holder.state_dict())
     if teacher.state_dict():
         return  # it follows the student, and is in checkpoints
-    before = of(BUILD[name](0, tmp_path))
+    before = of(BUILD[name](0, folder))
     for logits, value in zip(of(teacher), before, strict=True):  # training has changed nothing
         torch.testing.assert_close(logits, value, rtol=0, atol=0)

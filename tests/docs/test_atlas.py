@@ -58,6 +58,7 @@ def test_a_rerun_trains_only_what_is_missing(tmp_path: Path, monkeypatch: pytest
     assert atlas.read(path) == {key: Scores(1.0, 2.0, 3.0, float(key.seed)) for key in keys}
 
 
+@pytest.mark.slow
 def test_a_training_gives_the_same_row_again() -> None:
     key = Key("digits", "few", "sgd", "x1/4", "none", 0.0, 0.06, 0)
     assert atlas.train(key) == atlas.train(key)

@@ -25,7 +25,6 @@ def test_message_is_whole(case: Case) -> None:
     assert str(raised.value) == case.message
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_message_is_one_paragraph(case: Case) -> None:
-    assert "\n" not in case.message
-    assert case.message[-1] in ".)"
+def test_messages_are_one_paragraph() -> None:
+    messages = [case.values[0].message for case in CASES]  # pyright: ignore[reportAttributeAccessIssue]
+    assert [message for message in messages if "\n" in message or message[-1] not in ".)"] == []

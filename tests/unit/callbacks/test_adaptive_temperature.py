@@ -145,7 +145,8 @@ RULES = st.fixed_dictionaries(
 METRICS = st.lists(st.one_of(st.floats(-2, 2), st.sampled_from([0.0, 0.5, 0.51, 0.9])), min_size=1, max_size=40)
 
 
-@settings(max_examples=3000, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None)
 @given(RULES, METRICS, st.integers(0, 40), st.floats(1.0, 10.0))
 def test_invariants(options: dict[str, Any], values: list[float], split: int, start: float) -> None:
     low, high = 1.0, 10.0
@@ -176,7 +177,7 @@ def test_invariants(options: dict[str, Any], values: list[float], split: int, st
 METRIC = st.one_of(st.floats(-1e9, 1e9), st.sampled_from([0.5, math.nan, math.inf]))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.tuples(METRIC, st.floats(0.1, 50), st.floats(0.1, 50)), min_size=1, max_size=4),
     st.randoms(),
@@ -244,6 +245,7 @@ class Several(TemperaturePolicy):
         return [Temperature(t, t) for t in terms]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "temperature",
     [4.0, CosineSchedule(8, 2), PerSample(), Several(), AsymmetricTemperature(2.0, PerSample())],
@@ -277,6 +279,7 @@ def test_sanity_check_and_validate_change_nothing(make_module: Make, make_traine
     assert multiplier_of(module) == multiplier
 
 
+@pytest.mark.slow
 def test_bounds(make_module: Make, make_trainer: MakeTrainer) -> None:
     module = make_module(temperature=4.0)
     fit(module, make_trainer, FLAT, [adaptive(min_temperature=1.5)])
@@ -363,6 +366,7 @@ def test_two_instances_coexist_and_bound_each_other(make_module: Make, make_trai
     assert multiplier_of(module) == pytest.approx(0.5 * 4)  # 4 → 2 → 8, in one check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["mid-epoch", "validation"])
 def test_a_resumed_run_makes_the_same_moves(
     when: str, make_module: Make, make_trainer: MakeTrainer, tmp_path: Path
@@ -407,6 +411,7 @@ class Save(Callback):
         torch.save(self.record.multipliers, self.folder / f"{trainer.global_rank}.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")  # for sync_dist, forgotten on purpose
 def test_two_ranks_with_different_metrics_and_temperatures_decide_alike(
     make_module: Make, make_trainer: MakeTrainer, tmp_path: Path
@@ -437,6 +442,7 @@ def test_two_ranks_with_different_metrics_and_temperatures_decide_alike(
 # ---- real fits ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_digits_whose_metric_stays(make_trainer: MakeTrainer, told: pytest.LogCaptureFixture) -> None:
     module, data = digits(lr=0.0)
     make_trainer(max_epochs=5, callbacks=[AdaptiveTemperature(patience=2)]).fit(module, datamodule=data)
@@ -446,6 +452,7 @@ def test_digits_whose_metric_stays(make_trainer: MakeTrainer, told: pytest.LogCa
     assert accuracy[1] == accuracy[2]
 
 
+@pytest.mark.slow
 def test_digits_whose_metric_falls(make_trainer: MakeTrainer, told: pytest.LogCaptureFixture) -> None:
     module, data = digits(lr=3e-3, maximize=True)
     make_trainer(max_epochs=3, callbacks=[AdaptiveTemperature()]).fit(module, datamodule=data)

@@ -242,6 +242,7 @@ def test_precision(precision: Any, teacher: nn.Module, make_trainer: MakeTrainer
     assert callback.distiller.temperature.raw != 0  # pyright: ignore[reportAttributeAccessIssue]
 
 
+@pytest.mark.slow
 def test_compiled_modules(teacher: nn.Module, make_trainer: MakeTrainer) -> None:
     torch.compiler.reset()
     eager, whole, network = (Quiet() for _ in range(3))
@@ -473,6 +474,7 @@ def test_multi_label_targets(teacher: nn.Module, make_trainer: MakeTrainer) -> N
 # ---- nothing is left behind --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [None, "net"])
 @pytest.mark.parametrize("ending", ["normal", "exception", "interrupt", "unknown layer"])
 def test_the_module_is_what_it_was(
@@ -828,6 +830,7 @@ class OtherStart(Callback):
         self.callback.distiller.temperature.raw.data += trainer.global_rank  # pyright: ignore
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layer", "accumulate"), [(None, 1), ("net", 2)])
 def test_two_processes_train_as_one(
     layer: str | None, accumulate: int, teacher: nn.Module, make_trainer: MakeTrainer, tmp_path: Path
@@ -850,6 +853,7 @@ def test_two_processes_train_as_one(
             torch.testing.assert_close(first[part][name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_ranks_with_different_teachers_are_an_error(teacher: nn.Module, make_trainer: MakeTrainer) -> None:
     class Different(Callback):
         def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -872,6 +876,7 @@ def first_part(batch: Any) -> Tensor:
     return batch[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", [None, 0, f"{__name__}.first_part"])
 def test_a_command_line_of_ones_own(
     inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: nn.Module

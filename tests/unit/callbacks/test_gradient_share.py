@@ -51,6 +51,7 @@ def trainer(*callbacks: Callback, **options: Any) -> Trainer:
     return Trainer(**(defaults | options), callbacks=[*callbacks])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0.2, 0.9])
 def test_holds_the_share_while_the_temperature_moves(target):
     """At scale "none" distillation's gradient grows 64-fold on the way from T = 8 to T = 1."""
@@ -108,6 +109,7 @@ def test_steps_that_do_not_log_leave_the_weight():
     assert changes == [1, 3, 6]  # after the first step, the third and the sixth
 
 
+@pytest.mark.slow
 def test_in_someone_elses_module():
     class Theirs(LightningModule):
         def __init__(self) -> None:

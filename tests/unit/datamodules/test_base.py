@@ -160,6 +160,7 @@ def test_no_validation() -> None:
     assert data.val_dataloader() == []
 
 
+@pytest.mark.slow
 def test_shuffling_and_augmentation_follow_the_global_seed() -> None:
     def epochs(seed: int, **kwargs: Any) -> Tensor:
         seed_everything(seed, verbose=False)
@@ -173,6 +174,7 @@ def test_shuffling_and_augmentation_follow_the_global_seed() -> None:
         assert not torch.equal(first[0], first[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_workers_see_each_image_once_and_augment_differently(in_memory: bool) -> None:
     data = ready(in_memory=in_memory, num_workers=2, batch_size=20)
@@ -301,6 +303,7 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_fit_shows_each_image_once(processes: int, tmp_path) -> None:

@@ -68,6 +68,7 @@ def test_shifts_by_up_to_one_pixel() -> None:
     assert {i for (i,) in found} == set(range(9))  # each is one shift, and all nine occur
 
 
+@pytest.mark.slow
 def test_both_ways_of_loading_shift_alike() -> None:
     moments = []
     for in_memory in (True, False):

@@ -212,6 +212,7 @@ def test_memory_grows_with_the_chunk_not_with_the_rows(divergence, chunks):
     assert peak(512, 128) >= 2 * peak(512, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", [ForwardKL(), JensenShannon(0.3), AlphaBeta(0.8, 0.3)], ids=repr)
 def test_compiles_without_graph_break(divergence):
     h, w, ht, wt = setting(7, dtype=torch.float32)

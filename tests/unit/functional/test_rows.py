@@ -175,6 +175,7 @@ def test_waits_for_no_device(targets):
             loss.backward()
 
 
+@pytest.mark.slow
 class TestCompiled:
     def test_without_graph_break(self):
         s, t = torch.randn(4, 50, requires_grad=True), torch.randn(4, 50)

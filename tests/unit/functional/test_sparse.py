@@ -146,7 +146,7 @@ def gradients(loss: Tensor, *inputs: Tensor) -> Any:
 
 
 @each
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(
     rows=st.integers(1, 4),
     classes=st.integers(3, 9),
@@ -175,10 +175,10 @@ def test_value_by_the_independent_formula(name, tail, rows, classes, k, t_s, t_t
 @pytest.mark.parametrize("padded", [False, True])
 def test_gradients_by_finite_differences(name, tail, padded):
     torch.manual_seed(3)
-    s = torch.randn(3, 6, dtype=torch.float64).mul(2).requires_grad_()
-    target = targets_of(3, 6, 3, tail, 1.5, padded)
-    t_s = torch.rand(3, 1, dtype=torch.float64).add(0.7).requires_grad_()
-    t_t = torch.full((3, 1), 1.5, dtype=torch.float64)
+    s = torch.randn(2, 5, dtype=torch.float64).mul(2).requires_grad_()
+    target = targets_of(2, 5, 3, tail, 1.5, padded)
+    t_s = torch.rand(2, 1, dtype=torch.float64).add(0.7).requires_grad_()
+    t_t = torch.full((2, 1), 1.5, dtype=torch.float64)
     inputs = [s, t_s]
     if tail in ("uniform", "renormalize"):  # the others take the temperature at which they were made
         inputs.append(t_t.mul_(1.3).requires_grad_())
@@ -333,7 +333,7 @@ def test_samples_follow_their_generator():
 
 
 @each
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(
     layout=st.sampled_from([((7, 5), -1), ((2, 3, 5), -1), ((2, 5, 3, 2), 1), ((5, 7), 0)]),
     chunk=st.sampled_from([1, 12, 31, 10**6]),

@@ -160,6 +160,7 @@ def test_compiled(way: str) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_compiled_before_it_was_attached_to_says_so() -> None:
     torch.compiler.reset()
     network, x = Steady(), torch.randn(5, 4)

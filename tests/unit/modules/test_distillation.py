@@ -63,6 +63,7 @@ class CallTrain(Callback):
 # ---- training ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fit_equals_a_bare_loop(make_module: Make, make_trainer: MakeTrainer, teacher: nn.Module) -> None:
     module = make_module(temperature=LinearSchedule(8.0, 2.0))
     student = copy.deepcopy(module.student)
@@ -346,6 +347,7 @@ def test_changed_settings_on_resume_are_said(make_module: Make, make_trainer: Ma
         make_trainer(max_epochs=2).fit(make_module(temperature=2.0), make_loader(), ckpt_path=tmp_path / "four.ckpt")
 
 
+@pytest.mark.slow
 def test_load_from_checkpoint_over_three_generations(
     make_module: Make, make_trainer: MakeTrainer, tmp_path: Path, teacher: nn.Module
 ) -> None:

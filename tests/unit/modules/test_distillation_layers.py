@@ -251,6 +251,7 @@ def test_unknown_layers_end_the_fit_at_its_start(make_trainer: MakeTrainer) -> N
 # ---- together with the rest --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "callback",
     [WeightAveraging(), EMAWeightAveraging(decay=0.5), StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)],
@@ -323,6 +324,7 @@ def test_compiled(make_trainer: MakeTrainer, way: str) -> None:
     torch.testing.assert_close(states[1], states[0])
 
 
+@pytest.mark.slow
 def test_monitor_and_finder(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     finder = TemperatureFinder(candidates=(1.0, 4.0), steps=2, monitor="val_acc")
     module = make_module()
@@ -333,6 +335,7 @@ def test_monitor_and_finder(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     assert no_hooks(module)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(make_trainer: MakeTrainer, tmp_path: Path, teacher: nn.Module) -> None:
     class Report(Callback):
         def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -367,6 +370,7 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
         return iter([(torch.zeros(1, 8, 8), torch.tensor(0))] * 8)
 
 
+@pytest.mark.slow
 def test_first_samples_of_any_loader() -> None:
     data = make_data(8)
     plain = DataLoader(data, batch_size=4)

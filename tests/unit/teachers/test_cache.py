@@ -348,6 +348,7 @@ def slow_build(path: Path) -> None:
         cache.logits(rows, lambda x=x: x * torch.arange(5.0))
 
 
+@pytest.mark.slow
 def test_a_killed_build_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "killed.cache"
     process = multiprocessing.get_context("fork").Process(target=slow_build, args=(path,))
@@ -388,6 +389,7 @@ def write_rows(path: Path, numbers: list[int], start: Any) -> None:
         assert (logits - exact - torch.arange(300.0)).abs().max() < 0.01
 
 
+@pytest.mark.slow
 def test_processes_may_write_at_once(path: Path) -> None:
     context = multiprocessing.get_context("fork")
     start, orders = context.Barrier(3), [random.Random(rank).sample(range(400), 300) for rank in range(3)]
@@ -458,6 +460,7 @@ def test_a_teacher_without_cache(teacher: nn.Module) -> None:
 
 
 # torch looks at it where a graph ends, and hides the warning only where it is none that is an error
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_no_graph_goes_through_the_map(teacher: nn.Module, path: Path) -> None:
     frozen = cached(teacher, path)

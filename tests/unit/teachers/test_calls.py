@@ -50,6 +50,7 @@ def test_micro_batches_split_inputs_and_join_outputs_of_any_nesting(size: int) -
         assert out["count"] == 2
 
 
+@pytest.mark.slow
 def test_micro_batches_of_a_hugging_face_model() -> None:
     from transformers import BertConfig, BertForSequenceClassification
 

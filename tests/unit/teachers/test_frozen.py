@@ -165,6 +165,7 @@ class CountingBackend:
         return graph.forward
 
 
+@pytest.mark.slow
 def test_compiled_at_the_first_call_and_made_again_after_a_copy(teacher: nn.Module) -> None:
     torch.compiler.reset()
     backend, inputs = CountingBackend(), torch.randn(4, 8)
@@ -205,6 +206,7 @@ def test_micro_batches_give_the_logits_of_the_whole(teacher: nn.Module) -> None:
     assert sizes == [7, 3, 3, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [4.0, MultiTemperature([2.0, 4.0])])
 def test_one_forward_per_batch_with_accumulation_and_several_terms(
     temperature: Any,

@@ -65,6 +65,7 @@ def same(one: dict[int, Tensor], two: dict[int, Tensor]) -> bool:
 DATASETS = [ThreeGenerators, one_by_one, by_batch, by_batch_with_noise]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", DATASETS)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_replay_is_the_same_bit_for_bit(make: Any, workers: int) -> None:

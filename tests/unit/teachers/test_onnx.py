@@ -24,10 +24,11 @@ pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.forked  # the runtime, once started, hangs in forks
 
 
-@pytest.fixture
-def path(teacher: nn.Module, tmp_path: Path) -> Path:
-    file = tmp_path / "teacher.onnx"
-    in_a_fork(lambda: export_student(teacher.eval(), file, "onnx", torch.randn(4, 8)))
+@pytest.fixture(scope="module")
+def path(_trained: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The teacher in a file, exported once: an export takes seconds."""
+    file = tmp_path_factory.mktemp("exported") / "teacher.onnx"
+    in_a_fork(lambda: export_student(_trained.eval(), file, "onnx", torch.randn(4, 8)))
     return file
 
 
