@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,16 @@ hypothesis.settings.register_profile("suite", derandomize=True)  # the same exam
 hypothesis.settings.load_profile("suite")
 
 collect_ignore_glob = ["integration/examples/[!t]*.py"]  # test_examples.py beside them runs them
+
+
+def pytest_collection() -> None:
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of each collection of garbage, which takes half a second with it."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collectstart() -> None:

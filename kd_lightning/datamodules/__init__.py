@@ -1,4 +1,4 @@
-"""Images, and text, for distillation: validation comes out of train, the test set is for the final figure only."""
+"""Data modules for images and text; validation data is split from the training set, never from the test set."""
 
 from kd_lightning.datamodules.base import ImageDataModule
 from kd_lightning.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule

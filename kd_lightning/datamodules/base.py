@@ -1,4 +1,4 @@
-"""What all image datamodules share: the split, the subsets of the training part, and the loaders."""
+"""The base of the image data modules: splits, subsets of the training part, and loaders."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,13 +18,13 @@ Split = Literal["train", "val", "test"]
 
 
 def check(holds: bool, rule: str, value: object, way_out: str) -> None:
-    """Raise a ValueError of rule, received value and way out, unless the rule holds."""
+    """Raise a ValueError with the rule, the value received and the way out, unless the rule holds."""
     if not holds:
         raise ValueError(f"{rule}, got {value!r}. {way_out}")
 
 
 def check_loading(batch_size: int, eval_batch_size: int | None, val_fraction: float, num_workers: int) -> None:
-    """Check the arguments that every datamodule has."""
+    """Check the arguments of every data module."""
     check(batch_size >= 1, "batch_size must be at least 1", batch_size, "Give a positive integer.")
     check(
         eval_batch_size is None or eval_batch_size >= 1,
@@ -37,38 +37,37 @@ def check_loading(batch_size: int, eval_batch_size: int | None, val_fraction: fl
 
 
 class ImageDataModule(LightningDataModule, ABC):
-    """Base class of the image datamodules: subclasses say where the images are, this one does the rest.
+    """Base class of the image data modules: a subclass loads the images and names the classes.
 
     Batches are ``(images, targets)``: normalised float32 images ``(B, C, H, W)`` and int64 classes ``(B,)``.
 
-    The validation part is taken out of train, class by class, by a random order that depends on ``seed`` alone: it is
-    the same in every run, whatever ``seed_everything`` got, and at every ``train_fraction`` and ``imbalance_factor``.
-    The test set is never used for a choice. Shuffling and augmentation use torch's global random numbers, so
-    ``seed_everything`` reproduces them.
+    The validation part is split from the training set, class by class, in a random order that depends on ``seed``
+    alone: it is the same for every ``seed_everything``, ``train_fraction`` and ``imbalance_factor``. Shuffling and
+    augmentation use torch's global random numbers, which ``seed_everything`` reproduces.
 
     Args:
-        batch_size: images in a training batch (per process).
-        eval_batch_size: images in a validation, test or prediction batch; ``batch_size`` if None.
-        val_fraction: part of each class's training images to validate on, in [0, 1); rounded, at least one image of
-            every class that has two. 0 for no validation.
-        train_fraction: part of each class's remaining training images to train on, in (0, 1], at least one: for
-            experiments with few labels. A smaller part lies within a larger one.
-        imbalance_factor: images of the last class over those of the first, in (0, 1], for long-tailed training data:
-            class c = 0 … C − 1 keeps ``n_max · imbalance_factor^(c / (C − 1))`` images (Cui et al. 2019), so 0.01 is
-            "100 to 1" (some papers write 100 for it). Comes before ``train_fraction``.
-        seed: of the split and the subsets.
-        augment: whether training images are augmented.
-        in_memory: keep decoded uint8 images in RAM and augment whole batches of them, each image with its own random
-            numbers. If False, images are read and transformed one by one. The distribution is the same.
-        num_workers: loader processes; with ``in_memory`` none is usually the fastest.
-        pin_memory: whether batches go to page-locked memory; if None, where there is a CUDA device.
-        persistent_workers: whether loader processes live on between epochs.
-        train_transform: replaces augmentation and normalisation of training images: a callable from one uint8 image
-            ``(C, H, W)`` to the network's input. It is called for each image by itself.
-        eval_transform: the same for validation, test and prediction.
+        batch_size: Images in a training batch of each process.
+        eval_batch_size: Images in a validation, test or prediction batch; ``batch_size`` if None.
+        val_fraction: Part of each class's training images to validate on, in [0, 1); rounded, but at least one image of
+            a class with two or more. 0: no validation.
+        train_fraction: Part of each class's remaining images to train on, in (0, 1], at least one image. A smaller part
+            is a subset of a larger one.
+        imbalance_factor: Ratio of the last class's images to the first's, in (0, 1]: class c = 0 … C − 1 keeps
+            ``n_max · imbalance_factor^(c / (C − 1))`` images (Cui et al. 2019); 0.01 is what some papers call 100.
+            Applied before ``train_fraction``.
+        seed: Seed of the split and the subsets.
+        augment: Whether to augment training images.
+        in_memory: Whether to keep decoded uint8 images in RAM and augment whole batches, each image with its own random
+            numbers. Otherwise images are read and transformed one by one, with the same distribution.
+        num_workers: Number of loader processes; 0 is usually the fastest with ``in_memory``.
+        pin_memory: Whether to copy batches to page-locked memory; None: if there is a CUDA device.
+        persistent_workers: Whether to keep loader processes between epochs.
+        train_transform: A callable from one uint8 image ``(C, H, W)`` to the network's input, in place of augmentation
+            and normalisation of training images.
+        eval_transform: The same for validation, test and prediction.
 
     Raises:
-        ValueError: at a value outside its range.
+        ValueError: If an argument lies outside its range.
 
     Example:
         >>> class Noise(ImageDataModule):
@@ -136,15 +135,15 @@ class ImageDataModule(LightningDataModule, ABC):
         self.train_transform = train_transform
         self.eval_transform = eval_transform
         self.wrap_train: Callable[..., Any] | None = None
-        """Set by a module whose teacher has a cache: makes a dataset that says which samples its batches have.
+        """Function of the training dataset and its collate function, set by a module whose teacher has a cache.
 
-        Called with the training dataset and its collate function; the result's ``collate`` is the loader's.
+        Returns a dataset whose batches hold the indices of their samples; its ``collate`` becomes the loader's.
         """
         self.train_dataset: ImageDataset | None = None
         self.val_dataset: ImageDataset | None = None
         self.test_dataset: ImageDataset | None = None
 
-    # What a subclass says.
+    # ---- defined by a subclass --------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -158,17 +157,17 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def load_split(self, split: Split) -> tuple[Images, Tensor] | None:
-        """uint8 images and int64 classes of a split; None for ``"val"`` where it is to be taken from train."""
+        """Return uint8 images and int64 classes of a split; None for ``"val"`` to split it from the training set."""
 
     def pipeline(self, train: bool) -> Pipeline:
-        """Return the transform to the input size, with augmentation if ``train`` and ``self.augment``. Here: none."""
+        """Return the resizing, and the augmentation if ``train`` and ``self.augment``; by default neither."""
         return Pipeline()
 
     def normalization(self) -> Transform:
-        """From uint8 pixels to normalised float32, for one image or a batch."""
+        """Return the function from uint8 pixels to normalised float32, for one image or a batch."""
         return chain(v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std))
 
-    # What follows from that.
+    # ---- the same for all -------------------------------------------------------------------------------------------
 
     @property
     def num_classes(self) -> int:
@@ -177,7 +176,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @property
     def class_counts(self) -> list[int]:
-        """Images of each class in the training part as it is trained on; known after ``setup("fit")``."""
+        """Number of images of each class in the training part; known after ``setup("fit")``."""
         if self.train_dataset is None:
             raise RuntimeError(
                 "class_counts are known once the training part is chosen. Call setup('fit') first, as the Trainer does."
@@ -185,7 +184,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return torch.bincount(self.train_dataset.targets, minlength=self.num_classes).tolist()
 
     def setup(self, stage: str) -> None:
-        """Make the datasets that ``stage`` (fit, validate, test or predict) needs, once."""
+        """Create the datasets of ``stage`` (fit, validate, test or predict), once."""
         check(
             stage in ("fit", "validate", "test", "predict"),
             "stage must be 'fit', 'validate', 'test' or 'predict'",
@@ -231,21 +230,21 @@ class ImageDataModule(LightningDataModule, ABC):
         return ImageDataset(images, targets, transform)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled, augmented batches of the training part."""
+        """Return the loader of shuffled, augmented batches of the training part."""
         return self._loader(self.train_dataset, "fit", self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Batches of the validation part; no loader where ``val_fraction`` is 0."""
+        """Return the loader of the validation part; an empty list if ``val_fraction`` is 0."""
         if self.train_dataset is not None and self.val_dataset is None:
             return []
         return self._loader(self.val_dataset, "validate", self.eval_batch_size)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Batches of the test set."""
+        """Return the loader of the test set."""
         return self._loader(self.test_dataset, "test", self.eval_batch_size)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches of the test set."""
+        """Return the loader of the test set."""
         return self._loader(self.test_dataset, "predict", self.eval_batch_size)
 
     def _loader(
@@ -272,12 +271,12 @@ class ImageDataModule(LightningDataModule, ABC):
 
 
 def _filled(loaded: tuple[Images, Tensor] | None, split: Split) -> tuple[Images, Tensor]:
-    """Return what a subclass loaded, if that is anything."""
+    """Return the images and classes that a subclass loaded; raise a ValueError if there are none."""
     if loaded is None or len(loaded[1]) == 0:
         raise ValueError(f"The {split} split must hold at least one image, got none. Check where the data come from.")
     return loaded
 
 
 def _decoded(images: Images, resize: Transform | None) -> list[Tensor]:
-    """All images in RAM, at the input size if there is a way to it."""
+    """Return all images decoded, and resized if ``resize`` is given."""
     return [images[i] if resize is None else resize(images[i]) for i in range(len(images))]

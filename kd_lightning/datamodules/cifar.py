@@ -18,14 +18,14 @@ class CIFAR10DataModule(ImageDataModule):
     image with 4 pixels of zeros around it, half of them mirrored (He et al. 2016).
 
     Args:
-        root: folder with ``cifar-10-batches-py`` in it, or for it.
-        download: whether to download what is not there.
-        **kwargs: the arguments of `ImageDataModule`: ``batch_size``, ``eval_batch_size``, ``val_fraction``,
+        root: Folder that holds ``cifar-10-batches-py``, or to which it is downloaded.
+        download: Whether to download missing data.
+        **kwargs: The arguments of :class:`ImageDataModule`: ``batch_size``, ``eval_batch_size``, ``val_fraction``,
             ``train_fraction``, ``imbalance_factor``, ``seed``, ``augment``, ``in_memory``, ``num_workers``,
             ``pin_memory``, ``persistent_workers``, ``train_transform``, ``eval_transform``.
 
     Raises:
-        ValueError: at a value outside its range.
+        ValueError: If an argument lies outside its range.
 
     Example:
         >>> data = CIFAR10DataModule(root="data", batch_size=128, imbalance_factor=0.01)
@@ -54,12 +54,12 @@ class CIFAR10DataModule(ImageDataModule):
         return 3, 32, 32
 
     def prepare_data(self) -> None:
-        """Download the data if ``download`` is set and they are not there."""
+        """Download missing data if ``download`` is set."""
         if self.download:
             self._source(self.root, download=True)
 
     def load_split(self, split: Split) -> tuple[Tensor, Tensor] | None:
-        """Images and classes of train or test; None for ``"val"``."""
+        """Return images and classes of train or test; None for ``"val"``."""
         if split == "val":
             return None
         try:
@@ -73,7 +73,7 @@ class CIFAR10DataModule(ImageDataModule):
         return torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(source.targets)
 
     def pipeline(self, train: bool) -> Pipeline:
-        """Random crops with padding 4 and mirror images, in training."""
+        """Return random crops with padding 4 and mirror images, in training."""
         return crop_pipeline(32, padding=4, flip=True) if train and self.augment else Pipeline()
 
 
@@ -85,14 +85,14 @@ class CIFAR100DataModule(CIFAR10DataModule):
     image with 4 pixels of zeros around it, half of them mirrored (He et al. 2016).
 
     Args:
-        root: folder with ``cifar-100-python`` in it, or for it.
-        download: whether to download what is not there.
-        **kwargs: the arguments of `ImageDataModule`: ``batch_size``, ``eval_batch_size``, ``val_fraction``,
+        root: Folder that holds ``cifar-100-python``, or to which it is downloaded.
+        download: Whether to download missing data.
+        **kwargs: The arguments of :class:`ImageDataModule`: ``batch_size``, ``eval_batch_size``, ``val_fraction``,
             ``train_fraction``, ``imbalance_factor``, ``seed``, ``augment``, ``in_memory``, ``num_workers``,
             ``pin_memory``, ``persistent_workers``, ``train_transform``, ``eval_transform``.
 
     Raises:
-        ValueError: at a value outside its range.
+        ValueError: If an argument lies outside its range.
 
     Example:
         >>> data = CIFAR100DataModule(root="data", batch_size=64)

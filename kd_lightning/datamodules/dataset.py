@@ -1,4 +1,4 @@
-"""Datasets that hand out whole batches, from images in RAM or from files."""
+"""Datasets that return whole batches, from images in RAM or from files."""
 
 import hashlib
 import random
@@ -19,7 +19,7 @@ class ImageFiles:
     """Image files as a sequence of uint8 tensors ``(3, H, W)``, decoded on access.
 
     Args:
-        paths: the files.
+        paths: The files.
     """
 
     def __init__(self, paths: list[str]) -> None:
@@ -46,7 +46,7 @@ def select(images: Images, indices: Tensor) -> Images:
 
 
 class _Samples(Sequence[tuple[Tensor, Tensor]]):
-    """A batch that any ``collate_fn`` can read as samples, and ours takes whole."""
+    """A batch that any ``collate_fn`` reads as samples, and :func:`collate` takes as it is."""
 
     def __init__(self, images: Tensor, targets: Tensor) -> None:
         self.images = images
@@ -60,7 +60,7 @@ class _Samples(Sequence[tuple[Tensor, Tensor]]):
 
 
 def collate(samples: Any) -> Any:
-    """Take the tensors of a batch from an `ImageDataset` as they are, and collate anything else as usual."""
+    """Return the tensors of a batch of an :class:`ImageDataset` as they are; collate anything else as torch does."""
     return (samples.images, samples.targets) if isinstance(samples, _Samples) else default_collate(samples)
 
 
@@ -68,9 +68,9 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
     """Images and their classes, transformed one by one.
 
     Args:
-        images: uint8 images ``(C, H, W)``: a tensor ``(N, C, H, W)``, a list of tensors, or files.
-        targets: their classes ``(N,)``, int64.
-        transform: from a uint8 image to the network's input.
+        images: The uint8 images ``(C, H, W)``: a tensor ``(N, C, H, W)``, a list of tensors, or files.
+        targets: Their classes ``(N,)``, int64.
+        transform: Function from a uint8 image to the network's input.
 
     Example:
         >>> images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
@@ -95,7 +95,7 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         return _Samples(self._inputs(indices), self.targets[indices])
 
     def fingerprint(self) -> str:
-        """Return a hash of all classes and of up to 4,096 images before the transform (of files, the names)."""
+        """Return a hash of all classes and of up to 4,096 images before the transform, or of their file names."""
         digest = hashlib.blake2b(self.targets.numpy().tobytes(), digest_size=16)
         for index in range(0, len(self), -(-len(self) // 4096)):
             if isinstance(self.images, ImageFiles):
@@ -109,12 +109,12 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
 
 
 class BatchedImageDataset(ImageDataset):
-    """Images in RAM that are transformed a batch at a time.
+    """Images in RAM, transformed a batch at a time.
 
     Args:
-        images: uint8 images ``(N, C, H, W)``.
-        targets: their classes ``(N,)``, int64.
-        transform: from uint8 images ``(B, C, H, W)`` to a batch of inputs, with random numbers for each image.
+        images: The uint8 images ``(N, C, H, W)``.
+        targets: Their classes ``(N,)``, int64.
+        transform: Function from uint8 images ``(B, C, H, W)`` to inputs, with random numbers for each image.
     """
 
     def __init__(self, images: Tensor, targets: Tensor, transform: Transform) -> None:
@@ -124,7 +124,7 @@ class BatchedImageDataset(ImageDataset):
     def replay(self, indices: list[int], seeds: list[int]) -> _Samples | None:
         """Return the samples with the random numbers of these seeds, the same in any batch.
 
-        None where the transform draws from the global generators too: then they must be fetched one by one.
+        Returns None if the transform uses the global generators too: such samples must be fetched one by one.
         """
         before = torch.get_rng_state(), random.getstate()
         with replaying(seeds):

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: a data set that needs no download."""
+"""The handwritten digits of scikit-learn, which need no download."""
 
 from typing import Any
 
@@ -20,14 +20,14 @@ class DigitsDataModule(ImageDataModule):
     ``pip install kd-lightning[examples]``.
 
     Args:
-        test_fraction: part of each class's images in the test set, in (0, 1). The test set does not depend on ``seed``.
-        augment: whether training images are shifted by up to one pixel in each direction.
-        **kwargs: the arguments of `ImageDataModule`: ``batch_size``, ``eval_batch_size``, ``val_fraction``,
+        test_fraction: Part of each class's images in the test set, in (0, 1). The test set does not depend on ``seed``.
+        augment: Whether to shift training images by up to one pixel in each direction.
+        **kwargs: The arguments of :class:`ImageDataModule`: ``batch_size``, ``eval_batch_size``, ``val_fraction``,
             ``train_fraction``, ``imbalance_factor``, ``seed``, ``in_memory``, ``num_workers``, ``pin_memory``,
             ``persistent_workers``, ``train_transform``, ``eval_transform``.
 
     Raises:
-        ValueError: at a value outside its range.
+        ValueError: If an argument lies outside its range.
 
     Example:
         >>> data = DigitsDataModule(batch_size=32)
@@ -58,7 +58,7 @@ class DigitsDataModule(ImageDataModule):
         return 1, 8, 8
 
     def load_split(self, split: Split) -> tuple[Tensor, Tensor] | None:
-        """Images and classes of train or test; None for ``"val"``."""
+        """Return images and classes of train or test; None for ``"val"``."""
         if split == "val":
             return None
         images, targets = _load_digits()
@@ -69,17 +69,17 @@ class DigitsDataModule(ImageDataModule):
         return images[chosen], targets[chosen]
 
     def pipeline(self, train: bool) -> Pipeline:
-        """Shifts by up to one pixel, in training."""
+        """Return shifts by up to one pixel, in training."""
         return crop_pipeline(8, padding=1, flip=False) if train and self.augment else Pipeline()
 
     def normalization(self) -> Transform:
-        """From pixels 0 … 16 to normalised float32."""
+        """Return the function from pixels 0 … 16 to normalised float32."""
         mean, std = [_WHITE * m for m in self.mean], [_WHITE * s for s in self.std]
         return chain(v2.ToDtype(torch.float32), v2.Normalize(mean, std))
 
 
 def _load_digits() -> tuple[Tensor, Tensor]:
-    """All images ``(1797, 1, 8, 8)`` uint8 and their classes."""
+    """Return all uint8 images ``(1797, 1, 8, 8)`` and their classes."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Images in one subfolder per class."""
+"""Image files in one subfolder for each class."""
 
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from kd_lightning.datamodules.transforms import Pipeline, crop_pipeline
 
 
 class ImageFolderDataModule(ImageDataModule):
-    """Image files in class subfolders of ``train/``, ``test/`` and, if it is there, ``val/``.
+    """Image files in class subfolders of ``train/``, ``test/`` and optionally ``val/``.
 
     The layout::
 
         root/train/<class>/*.png
-        root/val/<class>/*.png      (without it, val_fraction of train)
+        root/val/<class>/*.png      (optional; else val_fraction of train)
         root/test/<class>/*.png
 
     The classes are the subfolders of ``train/`` in alphabetical order. Inputs are ``(B, 3, image_size, image_size)``:
@@ -28,23 +28,23 @@ class ImageFolderDataModule(ImageDataModule):
     are mirrored. Evaluation takes the centre.
 
     Args:
-        root: folder with ``train/`` and ``test/`` in it.
-        image_size: height and width of the inputs.
-        resize_size: length that the shorter side gets before the centre crop; if None, ``image_size`` · 256 / 224, or
+        root: Folder that holds ``train/`` and ``test/``.
+        image_size: Height and width of the inputs.
+        resize_size: Length of the shorter side before the centre crop; None: ``image_size`` · 256 / 224, or
             ``image_size`` with ``crop_padding``.
-        crop_padding: if given, training images are resized as in evaluation, padded by so many pixels of zeros on every
-            side, and cropped at random. 4 is usual for images of 32 pixels.
-        mean: channel means that are subtracted from pixels in [0, 1]; ImageNet's if not given.
-        std: channel standard deviations that the difference is divided by; ImageNet's if not given.
-        in_memory: keep all decoded images in RAM (three bytes a pixel). With ``crop_padding``, or without ``augment``,
-            whole batches are then augmented at once.
-        **kwargs: the other arguments of `ImageDataModule`: ``batch_size``, ``eval_batch_size``, ``val_fraction``,
-            ``train_fraction``, ``imbalance_factor``, ``seed``, ``augment``, ``num_workers``, ``pin_memory``,
-            ``persistent_workers``, ``train_transform``, ``eval_transform``.
+        crop_padding: Pixels of zeros added on every side of a training image before a random crop; it is resized as in
+            evaluation first. None: crops of random size and aspect ratio. 4 is usual for images of 32 pixels.
+        mean: Channel means, subtracted from pixels in [0, 1]; ImageNet's by default.
+        std: Channel standard deviations, by which the difference is divided; ImageNet's by default.
+        in_memory: Whether to keep all decoded images in RAM, at three bytes a pixel. Whole batches are then augmented
+            at once, if ``crop_padding`` is set or ``augment`` is not.
+        **kwargs: The other arguments of :class:`ImageDataModule`: ``batch_size``, ``eval_batch_size``,
+            ``val_fraction``, ``train_fraction``, ``imbalance_factor``, ``seed``, ``augment``, ``num_workers``,
+            ``pin_memory``, ``persistent_workers``, ``train_transform``, ``eval_transform``.
 
     Raises:
-        ValueError: at a value outside its range; from ``setup`` and ``classes`` also where the folders are not laid out
-            as above, or a class has no image.
+        ValueError: If an argument lies outside its range; in ``setup`` and ``classes``, if the layout of the folders is
+            another, or if a class has no image.
 
     Example:
         >>> ImageFolderDataModule("data/flowers", image_size=64, batch_size=32).input_shape
@@ -115,7 +115,7 @@ class ImageFolderDataModule(ImageDataModule):
         return found
 
     def load_split(self, split: Split) -> tuple[ImageFiles, Tensor] | None:
-        """Return the files of a split and their classes; None for ``"val"`` where there is no ``val/``."""
+        """Return the files of a split and their classes; None for ``"val"`` if there is no ``val/``."""
         if split == "val" and not (Path(self.root) / "val").is_dir():
             return None
         classes, folders = self.classes, self._class_folders(split)
@@ -131,7 +131,7 @@ class ImageFolderDataModule(ImageDataModule):
         return ImageFiles([path for path, _ in samples]), targets
 
     def pipeline(self, train: bool) -> Pipeline:
-        """Resize and centre crop; in training one of the two kinds of random crop and a random mirror image."""
+        """Return resize and centre crop; in training, a random crop of one of two kinds and a random mirror image."""
         fixed = nn.Sequential(v2.Resize(self.resize_size), v2.CenterCrop(self.image_size))
         if not (train and self.augment):
             return Pipeline(resize=fixed)

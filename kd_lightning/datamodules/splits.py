@@ -1,4 +1,4 @@
-"""Which images train and which validate: stratified, and fixed by a seed of its own."""
+"""The stratified split of training and validation images, fixed by its own seed."""
 
 from collections.abc import Sequence
 
@@ -18,15 +18,15 @@ def shuffle_by_class(targets: Tensor, num_classes: int, seed: int) -> list[Tenso
 
 
 def share(count: int, fraction: float) -> int:
-    """``count · fraction``, rounded half up, at least 1."""
+    """Return ``count · fraction``, rounded half up, at least 1."""
     return max(1, int(count * fraction + 0.5))
 
 
 def held_out_counts(counts: Sequence[int], fraction: float, names: Sequence[str], argument: str) -> list[int]:
-    """How many images of each class to hold out: ``fraction`` of them, at least one, none of a lone image.
+    """Return how many images of each class to hold out: ``fraction`` of them, at least one, but not the only one.
 
     Raises:
-        ValueError: where a class would be left with nothing, naming it and ``argument``.
+        ValueError: If no image of a class would be left; the message names the class and ``argument``.
 
     Example:
         >>> held_out_counts([50, 20, 3, 1], 0.1, "abcd", "val_fraction")
@@ -44,14 +44,13 @@ def held_out_counts(counts: Sequence[int], fraction: float, names: Sequence[str]
 
 
 def long_tailed_counts(counts: Sequence[int], imbalance_factor: float) -> list[int]:
-    """Images per class on the exponential profile ``n_c = n_max · factor^(c / (C − 1))`` (Cui et al. 2019).
+    """Return the images per class on the exponential profile ``n_c = n_max · factor^(c / (C − 1))`` (Cui et al. 2019).
 
-    ``n_max`` is the largest count, classes stand in their given order, fractions are cut off. At least one image
-    is left, and never more than the class has.
+    ``n_max`` is the largest count, and fractions are cut off. Each class keeps at least one image.
 
     Args:
-        counts: images of each class.
-        imbalance_factor: smallest over largest class: 0.01 is "100 to 1" and 1.0 changes nothing.
+        counts: Images of each class.
+        imbalance_factor: Ratio of the smallest to the largest class; 1.0 changes nothing.
 
     Example:
         >>> long_tailed_counts([5000] * 10, 0.01)
@@ -60,7 +59,7 @@ def long_tailed_counts(counts: Sequence[int], imbalance_factor: float) -> list[i
     if imbalance_factor == 1.0:
         return list(counts)
     largest, last = max(counts), max(1, len(counts) - 1)
-    # 1e-9: a product that is whole on paper must not lose one to rounding
+    # 1e-9, because rounding must not lower a product that is a whole number
     wanted = (int(largest * imbalance_factor ** (label / last) + 1e-9) for label in range(len(counts)))
     return [min(count, max(1, n)) for count, n in zip(counts, wanted, strict=True)]
 
@@ -74,9 +73,10 @@ def train_val_indices(
     imbalance_factor: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return indices of the training and of the validation part, each in ascending order.
+    """Return the indices of the training and of the validation part, each in ascending order.
 
-    The validation part depends on ``val_fraction`` and ``seed`` only; a smaller training part lies within a larger one.
+    The validation part depends on ``val_fraction`` and ``seed`` only. A smaller training part is a subset of a larger
+    one.
     """
     by_class = shuffle_by_class(targets, len(classes), seed)
     held_out = held_out_counts([len(c) for c in by_class], val_fraction, classes, "val_fraction")

@@ -1,4 +1,4 @@
-"""Text for small language models: the Python reference that comes with every Python."""
+"""Text for small language models: the language reference that comes with Python."""
 
 import re
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from torch.utils.data import DataLoader, Dataset
 from kd_lightning.datamodules.base import check, check_loading
 from kd_lightning.datamodules.splits import share
 
-_HEADING = re.compile(r"^(\S.*)\n([*=\-^~\"+])\2{2,}$", re.MULTILINE)  # a line, underlined
+_HEADING = re.compile(r"^(\S.*)\n([*=\-^~\"+])\2{2,}$", re.MULTILINE)  # an underlined line
 
 
 class TextBlocks(Dataset[dict[str, Tensor]]):
-    """Documents as bytes, cut into blocks; the last block of each is padded.
+    """Documents as bytes, cut into blocks; the last block of each document is padded.
 
-    A sample is what Hugging Face's causal models are called with: ``input_ids``, ``attention_mask`` (0 at the padding)
-    and ``labels``, the inputs themselves with −100 at the padding, each ``(block_size,)`` int64. The model's loss, or
-    ``shift_labels=True``, holds the logits at i against the label at i + 1. Blocks overlap by one byte, so every byte
-    but the first of a document is predicted once.
+    A sample has the arguments of Hugging Face's causal models, each ``(block_size,)`` int64: ``input_ids``,
+    ``attention_mask`` (0 at the padding) and ``labels``, which are the inputs with −100 at the padding. The model's
+    loss, or ``shift_labels=True``, compares the logits at i with the label at i + 1. Blocks overlap by one byte, so
+    each byte but the first of a document is predicted once.
 
     Args:
         documents: Texts, each of at least two bytes in UTF-8.
@@ -55,33 +55,31 @@ class TextBlocks(Dataset[dict[str, Tensor]]):
 
 
 class PythonDocsDataModule(LightningDataModule):
-    """The Python language reference, as the interpreter ships it for ``help()``: some 370,000 characters of English.
+    """The Python language reference, which the interpreter has for ``help()``: some 370,000 characters of English.
 
-    The topics of the standard library's ``pydoc_data.topics`` are cut at their headings into 170 sections (Python
-    3.11); sections that several topics share are taken once. A section is a document, and is in one split only. A token
-    is a byte of its UTF-8: 256 of them, nothing to train, nothing unknown. Batches are those of :class:`TextBlocks`.
+    The topics of ``pydoc_data.topics`` are cut at their headings into 170 sections (Python 3.11), each taken once. A
+    section is a document and belongs to one split. A token is a byte of UTF-8, so there are 256. Batches are those of
+    :class:`TextBlocks`. For other texts, override :meth:`documents`.
 
-    The text is read from the running Python and not part of this package (© Python Software Foundation, PSF licence).
-    Another version's differs a little. Which split a section is in is decided by a hash of its title, so those that two
-    versions share fall, but for a few at the edges, into the same split.
-
-    For texts of your own, override :meth:`documents`.
+    The text is read from the running Python (© Python Software Foundation, PSF licence) and differs a little between
+    versions. A hash of its title assigns a section to a split, so nearly all sections have the same split in another
+    version.
 
     Args:
-        batch_size: Blocks in a training batch (per process).
+        batch_size: Blocks in a training batch of each process.
         eval_batch_size: Blocks in a validation, test or prediction batch; ``batch_size`` if None.
         block_size: Tokens of a block, at least 2.
-        val_fraction: Part of the remaining documents to validate on, in [0, 1); 0 for no validation.
+        val_fraction: Part of the remaining documents to validate on, in [0, 1); 0: no validation.
         test_fraction: Part of the documents in the test set, in (0, 1). The test set does not depend on ``seed``.
-        train_fraction: Part of the documents left that are trained on, in (0, 1], at least one: for experiments with
-            little text. A smaller part lies within a larger one.
-        seed: Of validation part and training part.
-        num_workers: Loader processes; for text in memory none is the fastest.
-        pin_memory: Whether batches go to page-locked memory; if None, where there is a CUDA device.
+        train_fraction: Part of the then remaining documents to train on, in (0, 1], at least one. A smaller part is a
+            subset of a larger one.
+        seed: Seed of the validation and training parts.
+        num_workers: Number of loader processes; 0 is the fastest for text in memory.
+        pin_memory: Whether to copy batches to page-locked memory; None: if there is a CUDA device.
 
     Raises:
-        ValueError: A value outside its range, or a split that is left without a document.
-        ImportError: A Python without the topics.
+        ValueError: If an argument lies outside its range, or if no document is left to train on.
+        ImportError: If this Python lacks the topics.
 
     Example:
         >>> data = PythonDocsDataModule(batch_size=4, block_size=64)
@@ -123,21 +121,21 @@ class PythonDocsDataModule(LightningDataModule):
 
     @property
     def num_classes(self) -> int:
-        """Size of the vocabulary: the bytes there are."""
+        """Size of the vocabulary: the number of bytes."""
         return 256
 
     @staticmethod
     def encode(text: str) -> Tensor:
-        """Tokens ``(L,)`` of a text."""
+        """Return the tokens ``(L,)`` of a text."""
         return torch.tensor(list(text.encode()), dtype=torch.long)
 
     @staticmethod
     def decode(tokens: Tensor) -> str:
-        """Return the text of tokens ``(L,)``; what is no UTF-8 shows as �."""
+        """Return the text of tokens ``(L,)``; bytes that are not UTF-8 become �."""
         return bytes(tokens.tolist()).decode(errors="replace")
 
     def documents(self) -> dict[str, str]:
-        """Title and text of every document."""
+        """Return the title and text of each document."""
         try:
             from pydoc_data.topics import topics
         except ImportError as error:
@@ -150,9 +148,8 @@ class PythonDocsDataModule(LightningDataModule):
             text = topics[name]
             starts = [0, *(match.start() for match in _HEADING.finditer(text) if match.start() > 0), len(text)]
             for start, end in pairwise(starts):
-                section = _HEADING.sub(
-                    r"\1", text[start:end]
-                ).strip()  # its level, and so its line, depends on the topic
+                # the underline is dropped, because it depends on the heading's level in the topic
+                section = _HEADING.sub(r"\1", text[start:end]).strip()
                 if section:
                     title = section.splitlines()[0]
                     sections.setdefault(title, section)
@@ -175,7 +172,7 @@ class PythonDocsDataModule(LightningDataModule):
         return {"train": train, "val": val, "test": test}
 
     def setup(self, stage: str) -> None:
-        """Cuts the documents into blocks, once."""
+        """Cut the documents into blocks, once."""
         if not self.datasets:
             documents = self.documents()
             self.datasets = {
@@ -184,19 +181,19 @@ class PythonDocsDataModule(LightningDataModule):
             }
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled blocks of the training part."""
+        """Return the loader of shuffled blocks of the training part."""
         return self._loader("train", self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Blocks of the validation part; no loader where ``val_fraction`` is 0."""
+        """Return the loader of the validation part; an empty list if ``val_fraction`` is 0."""
         return self._loader("val", self.eval_batch_size) if self.val_fraction > 0 else []
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Blocks of the test set."""
+        """Return the loader of the test set."""
         return self._loader("test", self.eval_batch_size)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Blocks of the test set."""
+        """Return the loader of the test set."""
         return self._loader("test", self.eval_batch_size)
 
     def _loader(self, part: str, batch_size: int, shuffle: bool = False) -> DataLoader[Any]:
@@ -213,5 +210,5 @@ class PythonDocsDataModule(LightningDataModule):
 
 
 def _shuffled(titles: Sequence[str], salt: str) -> list[str]:
-    """In an order that depends on title and salt alone: on no list position and no Python's hash seed."""
+    """Return the titles in an order that depends on titles and salt alone."""
     return sorted(titles, key=lambda title: sha256(f"{salt}: {title}".encode()).digest())

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches: what torchvision draws once per call is drawn here for each image of the batch."""
+"""Augmentation of whole batches, with random numbers of its own for each image."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ _replayed: ContextVar[Tensor | None] = ContextVar("replayed", default=None)
 
 @contextmanager
 def replaying(seeds: list[int]) -> Iterator[None]:
-    """Within it, image i of a batch gets the random numbers of ``seeds[i]``, whatever batch it is in.
+    """Give image i of a batch the random numbers of ``seeds[i]`` in this context, whatever else the batch holds.
 
     Example:
         >>> flip, images = BatchRandomHorizontalFlip(), torch.arange(12).reshape(2, 1, 1, 6)
@@ -35,7 +35,7 @@ def replaying(seeds: list[int]) -> Iterator[None]:
 
 
 def _uniform() -> Tensor | None:
-    """Return a number in [0, 1) per image, drawn by its seed (splitmix64; Steele et al. 2014); None if not replayed."""
+    """Return a number in [0, 1) per image by its seed (splitmix64; Steele et al. 2014); None without replay."""
     state = _replayed.get()
     if state is None:
         return None
@@ -47,20 +47,20 @@ def _uniform() -> Tensor | None:
 
 
 def _randint(high: int, n: int) -> Tensor:
-    """Return a whole number in [0, high) for each image."""
+    """Return an integer in [0, high) for each image."""
     uniform = _uniform()
     return torch.randint(high, (n,)) if uniform is None else (uniform * high).long()
 
 
 class BatchRandomCrop(nn.Module):
-    """`torchvision.transforms.v2.RandomCrop` with its own crop for every image of a batch.
+    """``torchvision.transforms.v2.RandomCrop`` with its own crop for every image of a batch.
 
     Shapes: ``(N, C, H, W)`` → ``(N, C, size, size)``, of any dtype. The random numbers are torch's global ones, unless
-    `replaying`.
+    :func:`replaying`.
 
     Args:
-        size: height and width of the crops.
-        padding: pixels of zeros added on every side beforehand.
+        size: Height and width of the crops.
+        padding: Pixels of zeros added on every side beforehand.
 
     Example:
         >>> BatchRandomCrop(32, padding=4)(torch.zeros(8, 3, 32, 32, dtype=torch.uint8)).shape
@@ -80,13 +80,13 @@ class BatchRandomCrop(nn.Module):
 
 
 class BatchRandomHorizontalFlip(nn.Module):
-    """`torchvision.transforms.v2.RandomHorizontalFlip` that decides for every image of a batch by itself.
+    """``torchvision.transforms.v2.RandomHorizontalFlip`` that decides for every image of a batch by itself.
 
     Shapes: ``(N, C, H, W)`` → the same. The random numbers are torch's global ones, unless
-    `replaying`.
+    :func:`replaying`.
 
     Args:
-        p: probability of a flip.
+        p: Probability of a flip.
 
     Example:
         >>> BatchRandomHorizontalFlip(p=1.0)(torch.tensor([[[[1, 2, 3]]]]))
@@ -98,7 +98,7 @@ class BatchRandomHorizontalFlip(nn.Module):
         self.p = p
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the batch with some of its images mirrored left to right."""
+        """Return the batch with some images mirrored left to right."""
         uniform = _uniform()
         flipped = (torch.rand(len(images)) if uniform is None else uniform) < self.p
         images = images.clone()
@@ -107,13 +107,12 @@ class BatchRandomHorizontalFlip(nn.Module):
 
 
 class Pipeline(NamedTuple):
-    """What happens to a uint8 image before it is normalised.
+    """The steps from a uint8 image to the one that is normalised.
 
     Args:
-        resize: fixed way to the input size, for one image; None where images have it already.
-        augment: random part, for one image.
-        batch_augment: the random part once more, same distribution, for a batch of equally large images; None where
-            there is none.
+        resize: Deterministic step to the input size, for one image; None if images have that size.
+        augment: Random step, for one image.
+        batch_augment: Random step of the same distribution, for a batch of images of one size; None if there is none.
     """
 
     resize: Transform | None = None
@@ -122,17 +121,17 @@ class Pipeline(NamedTuple):
 
     @property
     def batchable(self) -> bool:
-        """Whether whole batches may be augmented at once."""
+        """True if whole batches can be augmented at once."""
         return self.augment is None or self.batch_augment is not None
 
 
 def crop_pipeline(size: int, padding: int, *, flip: bool, resize: Transform | None = None) -> Pipeline:
-    """Random crops out of a zero-padded image, then perhaps random mirror images: the augmentation of CIFAR."""
+    """Return random crops of a zero-padded image, with ``flip`` also random mirror images: CIFAR's augmentation."""
     augment = [v2.RandomCrop(size, padding=padding), *([v2.RandomHorizontalFlip()] if flip else [])]
     batch_augment = [BatchRandomCrop(size, padding), *([BatchRandomHorizontalFlip()] if flip else [])]
     return Pipeline(resize, nn.Sequential(*augment), nn.Sequential(*batch_augment))
 
 
 def chain(*steps: Transform | None) -> Transform:
-    """Return the steps one after the other; None stands for no step."""
+    """Return the composition of the steps that are not None."""
     return v2.Compose([step for step in steps if step is not None])

@@ -1,8 +1,8 @@
-"""The students and teachers that the distillation literature compares on, and small nets for 8×8 digits and for text.
+"""Networks of the distillation literature, small ones for 8×8 digits and text, and any other by its dotted path.
 
-Networks take images ``(N, C, H, W)`` and return logits ``(N, num_classes)``, but for :class:`CausalTransformer`: tokens
-``(B, L)`` → ``(B, L, vocab_size)``. Their stages are plain named
-submodules (``layer1``, ``block2``, …), so features are read by name and no model returns them itself.
+Networks take images ``(N, C, H, W)`` and return logits ``(N, num_classes)``; :class:`CausalTransformer` takes tokens
+``(B, L)`` and returns ``(B, L, vocab_size)``. Their stages are named submodules (``layer1``, ``block2``, …), from which
+a FeatureExtractor reads features.
 """
 
 from kd_lightning.models.build import build_model

@@ -1,4 +1,4 @@
-"""What the networks of this room share: the convolution, its initialisation and the argument checks."""
+"""Parts of several networks: the convolution, its initialisation and checks of arguments."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1, bias: bool = F
 
 
 def init_convolutions(model: nn.Module) -> None:
-    """Kaiming-normal (fan-out) convolutions with zero biases, and batch norms that start as the identity."""
+    """Initialise convolutions Kaiming-normal (fan-out) with zero biases, and batch norms as the identity."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -23,7 +23,7 @@ def init_convolutions(model: nn.Module) -> None:
 
 
 def check_positive(**values: int | Sequence[int]) -> None:
-    """Refuses an integer argument, or an entry of a tuple of them, that is below 1."""
+    """Raise a ValueError if an argument, or an entry of a sequence, is below 1."""
     for name, value in values.items():
         entries = [value] if isinstance(value, int) else value
         if any(entry < 1 for entry in entries):
@@ -31,7 +31,7 @@ def check_positive(**values: int | Sequence[int]) -> None:
 
 
 def blocks_per_stage(depth: int, *, plain_layers: int, name: str) -> int:
-    """Residual blocks in each of the three stages of a net with ``depth = 6 n + plain_layers`` layers."""
+    """Return the number of blocks in each of three stages, where ``depth = 6 n + plain_layers``."""
     blocks, remainder = divmod(depth - plain_layers, 6)
     if remainder or blocks < 1:
         nearest = [6 * max(blocks, 1) + plain_layers, 6 * (max(blocks, 1) + 1) + plain_layers]

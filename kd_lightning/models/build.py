@@ -1,4 +1,4 @@
-"""A network by the dotted path of the function or class that builds it."""
+"""Building a network from the dotted path of a function or class."""
 
 from typing import Any
 
@@ -10,9 +10,8 @@ from kd_lightning.models.named import builds_module, locate
 def build_model(factory: str, num_classes: int | None = None, **kwargs: Any) -> nn.Module:
     """Build a network with a class or function of any library, named by its dotted path.
 
-    LightningCLI checks the arguments of a ``class_path`` against its signature. This one passes on whatever the factory
-    takes beyond its signature, as ``timm.create_model`` does. In YAML, what goes beyond ``num_classes`` is given in
-    ``dict_kwargs``::
+    LightningCLI checks the arguments of a ``class_path`` against its signature, so it refuses the further arguments
+    that factories such as ``timm.create_model`` accept. ``build_model`` passes them on, in YAML from ``dict_kwargs``::
 
         student:
           class_path: kd_lightning.models.build_model
@@ -20,19 +19,19 @@ def build_model(factory: str, num_classes: int | None = None, **kwargs: Any) -> 
           dict_kwargs: {model_name: resnet18}
 
     Args:
-        factory: dotted path of a ``torch.nn.Module`` class, or of a function whose return is annotated as one, such as
-            ``torchvision.models.resnet18``. Its module is imported; anything else is refused before it is called.
-        num_classes: number of logits, handed to the factory only if given.
-        **kwargs: all other arguments of the factory.
+        factory: Dotted path of a ``torch.nn.Module`` class, or of a function whose return is annotated as one, such as
+            ``torchvision.models.resnet18``. Anything else is refused without being called.
+        num_classes: Number of logits, passed to the factory only if given.
+        **kwargs: All other arguments of the factory.
 
     Returns:
         The network, as the factory made it.
 
     Raises:
-        ImportError: where nothing has that path; close matches are named.
-        TypeError: if what has that path is neither a module class nor annotated as returning one, or returns something
-            other than a ``torch.nn.Module``.
-        ValueError: if ``factory`` is not a dotted path.
+        ImportError: If the path leads nowhere; the message names close matches.
+        TypeError: If the factory is neither a module class nor annotated as returning a module, or if it returns
+            something else.
+        ValueError: If ``factory`` is not a dotted path.
 
     Example:
         >>> model = build_model("torchvision.models.resnet18", num_classes=7)

@@ -7,14 +7,14 @@ from kd_lightning.models._layers import blocks_per_stage, check_positive, conv3x
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with batch norm and a shortcut; a 1×1 projection where the shape changes.
+    """A residual block of two 3×3 convolutions with batch norm; the shortcut is a 1×1 projection if the shape changes.
 
     Shapes: ``(N, in_channels, H, W)`` → ``(N, out_channels, H / stride, W / stride)``.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        stride: stride of the first convolution and of the projection.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Stride of the first convolution and of the projection.
 
     Example:
         >>> BasicBlock(16, 32, stride=2)(torch.zeros(1, 16, 8, 8)).shape
@@ -55,18 +55,18 @@ class CifarResNet(nn.Module):
     | `resnet8x4`  | 8     | 32, 64, 128, 256 | 1,233,540                |
     | `resnet32x4` | 32    | 32, 64, 128, 256 | 7,433,860                |
 
-    The layout is the one that distillation papers report on (Tian et al. 2020, "Contrastive Representation
-    Distillation"): projection shortcuts with batch norm, where He et al. 2016 ("Deep Residual Learning for Image
-    Recognition") pad with zeros. Convolutions start Kaiming-normal (fan-out), the classifier as PyTorch's.
+    The layout is that of Tian et al. 2020, "Contrastive Representation Distillation", which distillation papers report
+    on: its shortcuts are projections with batch norm, where He et al. 2016, "Deep Residual Learning for Image
+    Recognition", pad with zeros. Convolutions start Kaiming-normal (fan-out), the classifier as PyTorch's.
 
     Args:
-        depth: number of layers with weights, ``6n + 2``.
-        widths: channels of the first convolution and of the three stages.
-        num_classes: number of logits.
-        in_channels: channels of the images.
+        depth: Number of layers with weights, ``6n + 2``.
+        widths: Channels of the first convolution and of the three stages.
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
 
     Raises:
-        ValueError: at a depth that is not ``6n + 2``, other than four widths, or a number below 1.
+        ValueError: If the depth is not ``6n + 2``, if there are not four widths, or if a number is below 1.
 
     Example:
         >>> model = CifarResNet(8, widths=(4, 4, 8, 16), num_classes=5)
@@ -102,20 +102,16 @@ class CifarResNet(nn.Module):
         return nn.Sequential(first, *(BasicBlock(out_channels, out_channels) for _ in range(blocks - 1)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of images ``(N, in_channels, H, W)``."""
+        """Return the logits ``(N, num_classes)`` of images ``(N, in_channels, H, W)``."""
         features = torch.relu(self.bn1(self.conv1(images)))
         features = self.layer3(self.layer2(self.layer1(features)))
         return self.fc(self.avgpool(features).flatten(1))
 
 
 def resnet20(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
-    """resnet20 of Tian et al. 2020 (`CifarResNet` of depth 20), the student of resnet56 and resnet110.
+    """Return the resnet20 of Tian et al. 2020, student of resnet56 and resnet110: :class:`CifarResNet` of depth 20.
 
-    Shapes: images ``(N, in_channels, H, W)`` → logits ``(N, num_classes)``.
-
-    Args:
-        num_classes: number of logits.
-        in_channels: channels of the images.
+    Shapes and arguments are those of the class.
 
     Example:
         >>> sum(p.numel() for p in resnet20().parameters())
@@ -125,13 +121,9 @@ def resnet20(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
 
 
 def resnet32(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
-    """resnet32 of Tian et al. 2020 (`CifarResNet` of depth 32), the student of resnet110.
+    """Return the resnet32 of Tian et al. 2020, student of resnet110: :class:`CifarResNet` of depth 32.
 
-    Shapes: images ``(N, in_channels, H, W)`` → logits ``(N, num_classes)``.
-
-    Args:
-        num_classes: number of logits.
-        in_channels: channels of the images.
+    Shapes and arguments are those of the class.
 
     Example:
         >>> sum(p.numel() for p in resnet32().parameters())
@@ -141,13 +133,9 @@ def resnet32(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
 
 
 def resnet56(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
-    """resnet56 of Tian et al. 2020 (`CifarResNet` of depth 56), a teacher of resnet20.
+    """Return the resnet56 of Tian et al. 2020, a teacher of resnet20: :class:`CifarResNet` of depth 56.
 
-    Shapes: images ``(N, in_channels, H, W)`` → logits ``(N, num_classes)``.
-
-    Args:
-        num_classes: number of logits.
-        in_channels: channels of the images.
+    Shapes and arguments are those of the class.
 
     Example:
         >>> sum(p.numel() for p in resnet56().parameters())
@@ -157,13 +145,9 @@ def resnet56(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
 
 
 def resnet110(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
-    """resnet110 of Tian et al. 2020 (`CifarResNet` of depth 110), the teacher of resnet20 and resnet32.
+    """Return the resnet110 of Tian et al. 2020, teacher of resnet20 and resnet32: :class:`CifarResNet` of depth 110.
 
-    Shapes: images ``(N, in_channels, H, W)`` → logits ``(N, num_classes)``.
-
-    Args:
-        num_classes: number of logits.
-        in_channels: channels of the images.
+    Shapes and arguments are those of the class.
 
     Example:
         >>> sum(p.numel() for p in resnet110().parameters())
@@ -173,13 +157,9 @@ def resnet110(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
 
 
 def resnet8x4(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
-    """resnet8x4 of Tian et al. 2020 (`CifarResNet` of depth 8), eight wide layers: the student of resnet32x4.
+    """Return the resnet8x4 of Tian et al. 2020, student of resnet32x4: a wide :class:`CifarResNet` of depth 8.
 
-    Shapes: images ``(N, in_channels, H, W)`` → logits ``(N, num_classes)``.
-
-    Args:
-        num_classes: number of logits.
-        in_channels: channels of the images.
+    Shapes and arguments are those of the class.
 
     Example:
         >>> sum(p.numel() for p in resnet8x4().parameters())
@@ -189,13 +169,9 @@ def resnet8x4(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
 
 
 def resnet32x4(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
-    """resnet32x4 of Tian et al. 2020 (`CifarResNet` of depth 32), thirty-two wide layers: the teacher of resnet8x4.
+    """Return the resnet32x4 of Tian et al. 2020, teacher of resnet8x4: a wide :class:`CifarResNet` of depth 32.
 
-    Shapes: images ``(N, in_channels, H, W)`` → logits ``(N, num_classes)``.
-
-    Args:
-        num_classes: number of logits.
-        in_channels: channels of the images.
+    Shapes and arguments are those of the class.
 
     Example:
         >>> sum(p.numel() for p in resnet32x4().parameters())

@@ -21,12 +21,12 @@ class DigitsCNN(nn.Module):
     | 8, 16    | 32     | 9,826                   |
 
     Args:
-        channels: channels of the convolutions.
-        num_classes: number of logits.
-        hidden: units of the hidden layer.
+        channels: Channels of the convolutions.
+        num_classes: Number of logits.
+        hidden: Units of the hidden layer.
 
     Raises:
-        ValueError: at empty ``channels`` or a number below 1.
+        ValueError: If ``channels`` is empty, or if a number is below 1.
 
     Example:
         >>> model = DigitsCNN()
@@ -50,7 +50,7 @@ class DigitsCNN(nn.Module):
         init_convolutions(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of images ``(N, 1, 8, 8)``."""
+        """Return the logits ``(N, num_classes)`` of images ``(N, 1, 8, 8)``."""
         return self.fc(torch.relu(self.hidden(self.features(images).flatten(1))))
 
 
@@ -66,11 +66,11 @@ class DigitsMLP(nn.Module):
     | none   | 650 (logistic regression) |
 
     Args:
-        hidden: units of the hidden layers, each followed by ReLU; empty for a linear classifier.
-        num_classes: number of logits.
+        hidden: Units of the hidden layers, each followed by ReLU; empty for a linear classifier.
+        num_classes: Number of logits.
 
     Raises:
-        ValueError: at a number below 1.
+        ValueError: If a number is below 1.
 
     Example:
         >>> DigitsMLP(hidden=(8,))(torch.zeros(2, 1, 8, 8)).shape
@@ -89,5 +89,5 @@ class DigitsMLP(nn.Module):
         self.fc = nn.Linear((64, *hidden)[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of images ``(N, 1, 8, 8)``."""
+        """Return the logits ``(N, num_classes)`` of images ``(N, 1, 8, 8)``."""
         return self.fc(self.hidden(images.flatten(1)))

@@ -1,4 +1,4 @@
-"""What a dotted path names, and whether it builds a network."""
+"""Looking up a dotted path, and deciding whether it builds a network."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ __all__ = ["builds_module", "locate"]
 
 
 def locate(path: str) -> Any:
-    """Return the object of a dotted path: of its longest importable prefix, the attributes that follow.
+    """Return the object at a dotted path: the attributes that follow its longest importable prefix.
 
-    Importing a module runs its top-level code. Modules of the standard library, which has no part of a model, are not
-    imported.
+    Importing a module runs its top-level code, so the standard library, which builds no network, is not imported.
 
     Raises:
-        ImportError: If nothing has that path; close matches are named.
+        ImportError: If the path leads nowhere; the message names close matches.
         TypeError: If the path leads into the standard library.
         ValueError: If ``path`` is not a dotted path.
 
@@ -58,7 +57,7 @@ def _import_prefix(names: list[str]) -> tuple[Any, list[str]]:
         try:
             module = import_module(name)
         except ModuleNotFoundError as error:
-            if error.name != name:  # the module is there, something that it imports is not
+            if error.name != name:  # because the module exists and one of its own imports does not
                 raise
             if module is None:
                 raise ImportError(
@@ -90,7 +89,7 @@ def builds_module(found: object) -> bool:
 
 
 def _evaluate(annotation: str, names: dict[str, Any]) -> Any:
-    """Return what a return annotation stands for; None where it cannot be told, such as under ``TYPE_CHECKING``."""
+    """Return the type of an annotation; None if its names are unknown at run time, as under ``TYPE_CHECKING``."""
 
     def returns() -> None: ...
 

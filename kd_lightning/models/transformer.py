@@ -10,11 +10,10 @@ from kd_lightning.models._layers import check_positive
 
 
 class CausalTransformer(nn.Module):
-    """A decoder-only transformer as GPT-2's: pre-norm, GELU, learned positions; embedding and output layer not tied.
+    """A decoder-only transformer as GPT-2: pre-norm, GELU, learned positions; embedding and output layer are not tied.
 
-    It is called as Hugging Face's causal models are, and shows its parts as they do: ``base_model`` gives the final
-    hidden states and ``get_output_embeddings()`` the output layer, which is all that
-    :class:`~kd_lightning.losses.FusedLinearKDLoss` asks for.
+    It is called as Hugging Face's causal models are. ``base_model`` gives the final hidden states and
+    ``get_output_embeddings()`` the output layer, as :class:`~kd_lightning.losses.FusedLinearKDLoss` needs.
 
     Shapes: tokens ``(B, L)`` int64 → logits ``(B, L, vocab_size)``; the logits at i are for the token at i + 1.
 
@@ -28,11 +27,11 @@ class CausalTransformer(nn.Module):
         dim: Width; a multiple of ``heads``.
         depth: Number of blocks.
         heads: Attention heads.
-        max_length: The longest sequence.
+        max_length: Largest number of tokens in a sequence.
         dropout: Share of activations dropped in each branch, in [0, 1).
 
     Raises:
-        ValueError: An argument outside its range; on the call a sequence longer than ``max_length``.
+        ValueError: If an argument lies outside its range; on a call, if the sequence is longer than ``max_length``.
 
     Example:
         >>> model = CausalTransformer(dim=64, depth=1)
@@ -66,26 +65,26 @@ class CausalTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
         for block in self.base_model.blocks:
             assert isinstance(block, _Block)
-            for last in (block.project, block.mlp[2]):  # what the residual stream sums starts at the same size
+            for last in (block.project, block.mlp[2]):  # so that the residual stream has the same size at any depth
                 assert isinstance(last, nn.Linear)
                 nn.init.normal_(last.weight, std=0.02 / (2 * depth) ** 0.5)
 
     def get_output_embeddings(self) -> nn.Linear:
-        """Return the output layer, as Hugging Face calls it."""
+        """Return the output layer, under Hugging Face's name."""
         return self.head
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits ``(B, L, vocab_size)``.
+        """Return the logits ``(B, L, vocab_size)``.
 
         Args:
             input_ids: ``(B, L)``.
-            attention_mask: ``(B, L)``, 0 at positions that nothing may look at.
+            attention_mask: ``(B, L)``, 0 at positions that no other attends to.
         """
         return self.head(self.base_model(input_ids, attention_mask))
 
 
 class _Body(nn.Module):
-    """All but the output layer: tokens ``(B, L)`` → hidden states ``(B, L, dim)``."""
+    """The transformer without its output layer: tokens ``(B, L)`` → hidden states ``(B, L, dim)``."""
 
     def __init__(self, vocab_size: int, dim: int, depth: int, heads: int, max_length: int, dropout: float) -> None:
         super().__init__()
@@ -102,7 +101,7 @@ class _Body(nn.Module):
         allowed = None
         if attention_mask is not None:
             before = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()
-            # everyone sees itself: a row of padding that saw nothing would be NaN
+            # a position attends to itself, because a row without any would be NaN
             itself = torch.eye(length, dtype=torch.bool, device=input_ids.device)
             allowed = (before & attention_mask.bool()[:, None, None, :]) | itself
         x = self.dropout(self.tokens(input_ids) + self.positions.weight[:length])
@@ -112,7 +111,7 @@ class _Body(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention and perceptron, each behind a norm and added to the stream."""
+    """A block of attention and perceptron, each after a norm and added to the residual stream."""
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from kd_lightning.models._layers import check_positive, conv3x3, init_convolutio
 
 
 class VGG(nn.Module):
-    """Five blocks of 3×3 convolutions with batch norm, max pooling between them, one linear classifier.
+    """A network of five blocks of 3×3 convolutions with batch norm, max pooling between them, and a linear classifier.
 
     Shapes: images ``(N, in_channels, H, W)`` with H, W ≥ 8 → logits ``(N, num_classes)``. The blocks ``block0`` to
     ``block4`` run at resolutions 32, 16, 8, 4, 4 for 32×32 images: there is no pooling between ``block3`` and
@@ -26,13 +26,13 @@ class VGG(nn.Module):
     the classifier normal with standard deviation 0.01, all biases at zero.
 
     Args:
-        convolutions: number of convolutions in each block.
-        widths: channels of the five blocks.
-        num_classes: number of logits.
-        in_channels: channels of the images.
+        convolutions: Number of convolutions in each block.
+        widths: Channels of the five blocks.
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
 
     Raises:
-        ValueError: at other than five widths or a number below 1.
+        ValueError: If there are not five widths, or if a number is below 1.
 
     Example:
         >>> import torch
@@ -70,7 +70,7 @@ class VGG(nn.Module):
         return nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of images ``(N, in_channels, H, W)``."""
+        """Return the logits ``(N, num_classes)`` of images ``(N, in_channels, H, W)``."""
         features = F.max_pool2d(self.block0(images), 2)
         features = F.max_pool2d(self.block1(features), 2)
         features = F.max_pool2d(self.block2(features), 2)
@@ -81,13 +81,9 @@ class VGG(nn.Module):
 
 
 def vgg8(num_classes: int = 100, in_channels: int = 3) -> VGG:
-    """vgg8 of Tian et al. 2020 (`VGG` with one convolution per block), the student of vgg13.
+    """Return the vgg8 of Tian et al. 2020, student of vgg13: :class:`VGG` with one convolution per block.
 
-    Shapes: images ``(N, in_channels, H, W)`` → logits ``(N, num_classes)``.
-
-    Args:
-        num_classes: number of logits.
-        in_channels: channels of the images.
+    Shapes and arguments are those of the class.
 
     Example:
         >>> sum(p.numel() for p in vgg8().parameters())
@@ -97,13 +93,9 @@ def vgg8(num_classes: int = 100, in_channels: int = 3) -> VGG:
 
 
 def vgg13(num_classes: int = 100, in_channels: int = 3) -> VGG:
-    """vgg13 of Tian et al. 2020 (`VGG` with two convolutions per block), the teacher of vgg8.
+    """Return the vgg13 of Tian et al. 2020, teacher of vgg8: :class:`VGG` with two convolutions per block.
 
-    Shapes: images ``(N, in_channels, H, W)`` → logits ``(N, num_classes)``.
-
-    Args:
-        num_classes: number of logits.
-        in_channels: channels of the images.
+    Shapes and arguments are those of the class.
 
     Example:
         >>> sum(p.numel() for p in vgg13().parameters())

@@ -7,17 +7,17 @@ from kd_lightning.models._layers import blocks_per_stage, check_positive, conv3x
 
 
 class PreActivationBlock(nn.Module):
-    """Batch norm and ReLU before each of two 3×3 convolutions, and a shortcut around them.
+    """A residual block with batch norm and ReLU before each of its two 3×3 convolutions.
 
     Where the channels change, the shortcut is a 1×1 convolution of the activated input.
 
     Shapes: ``(N, in_channels, H, W)`` → ``(N, out_channels, H / stride, W / stride)``.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        stride: stride of the first convolution and of the projection; other than 1 only where channels change.
-        dropout: probability of dropping an activation between the two convolutions.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Stride of the first convolution and of the projection; other than 1 only where channels change.
+        dropout: Probability of dropping an activation between the two convolutions.
 
     Example:
         >>> PreActivationBlock(16, 32, stride=2)(torch.zeros(1, 16, 8, 8)).shape
@@ -58,14 +58,14 @@ class WideResNet(nn.Module):
     classifier's bias at zero.
 
     Args:
-        depth: number of layers with weights, ``6n + 4``.
-        widen_factor: how many times as wide as the thin network (16, 32, 64 channels).
-        num_classes: number of logits.
-        in_channels: channels of the images.
-        dropout: probability of dropping an activation inside the blocks; the distillation literature uses none.
+        depth: Number of layers with weights, ``6n + 4``.
+        widen_factor: Factor on the widths 16, 32 and 64 of the stages.
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
+        dropout: Probability of dropping an activation inside the blocks; the distillation literature uses none.
 
     Raises:
-        ValueError: at a depth that is not ``6n + 4``, a number below 1 or a dropout outside [0, 1).
+        ValueError: If the depth is not ``6n + 4``, if a number is below 1, or if the dropout lies outside [0, 1).
 
     Example:
         >>> WideResNet(10, widen_factor=1, num_classes=5)(torch.zeros(2, 3, 32, 32)).shape
@@ -103,20 +103,15 @@ class WideResNet(nn.Module):
         return nn.Sequential(first, *others)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of images ``(N, in_channels, H, W)``."""
+        """Return the logits ``(N, num_classes)`` of images ``(N, in_channels, H, W)``."""
         features = self.block3(self.block2(self.block1(self.conv1(images))))
         return self.fc(self.avgpool(torch.relu(self.bn1(features))).flatten(1))
 
 
 def wrn_16_2(num_classes: int = 100, in_channels: int = 3, dropout: float = 0.0) -> WideResNet:
-    """WRN-16-2 of Zagoruyko & Komodakis 2016 (`WideResNet` of depth 16, width factor 2), the student of wrn_40_2.
+    """Return the WRN-16-2 of Zagoruyko & Komodakis 2016, student of wrn_40_2: :class:`WideResNet` of depth 16.
 
-    Shapes: images ``(N, in_channels, H, W)`` → logits ``(N, num_classes)``.
-
-    Args:
-        num_classes: number of logits.
-        in_channels: channels of the images.
-        dropout: probability of dropping an activation inside the blocks.
+    Shapes and arguments are those of the class.
 
     Example:
         >>> sum(p.numel() for p in wrn_16_2().parameters())
@@ -126,14 +121,9 @@ def wrn_16_2(num_classes: int = 100, in_channels: int = 3, dropout: float = 0.0)
 
 
 def wrn_40_1(num_classes: int = 100, in_channels: int = 3, dropout: float = 0.0) -> WideResNet:
-    """WRN-40-1 of Zagoruyko & Komodakis 2016 (`WideResNet` of depth 40, width factor 1), the thin student of wrn_40_2.
+    """Return the WRN-40-1 of Zagoruyko & Komodakis 2016, thin student of wrn_40_2: :class:`WideResNet` of depth 40.
 
-    Shapes: images ``(N, in_channels, H, W)`` → logits ``(N, num_classes)``.
-
-    Args:
-        num_classes: number of logits.
-        in_channels: channels of the images.
-        dropout: probability of dropping an activation inside the blocks.
+    Shapes and arguments are those of the class.
 
     Example:
         >>> sum(p.numel() for p in wrn_40_1().parameters())
@@ -143,14 +133,9 @@ def wrn_40_1(num_classes: int = 100, in_channels: int = 3, dropout: float = 0.0)
 
 
 def wrn_40_2(num_classes: int = 100, in_channels: int = 3, dropout: float = 0.0) -> WideResNet:
-    """WRN-40-2 of Zagoruyko & Komodakis 2016 (`WideResNet` of depth 40, width factor 2), teacher of the two others.
+    """Return the WRN-40-2 of Zagoruyko & Komodakis 2016, teacher of the other two: :class:`WideResNet` of depth 40.
 
-    Shapes: images ``(N, in_channels, H, W)`` → logits ``(N, num_classes)``.
-
-    Args:
-        num_classes: number of logits.
-        in_channels: channels of the images.
-        dropout: probability of dropping an activation inside the blocks.
+    Shapes and arguments are those of the class.
 
     Example:
         >>> sum(p.numel() for p in wrn_40_2().parameters())
