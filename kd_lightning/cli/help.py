@@ -25,6 +25,7 @@ _CHECKPOINT = {
     "ckpt_path": "Checkpoint to start from: a file, last or best. It gives the weights, the options the settings.",
     "weights_only": "true: read nothing but tensors and plain values from the checkpoint.",
 }
+_RESUME = {"resume": "auto: continue from the last checkpoint of the logger's latest run; start afresh without one."}
 
 # The others: the prefix of their options, and the functions and classes whose arguments the options are
 _OWN = {
@@ -76,7 +77,8 @@ def describe_command(command: str) -> str:
     if command == "init":
         return f"usage: kd-lightning init [{'|'.join(KINDS)}] DIR\n\n{_INIT}"
     if command in _LIGHTNING:
-        summary, options = _LIGHTNING[command], {f"--{name}": text for name, text in _CHECKPOINT.items()}
+        own = _CHECKPOINT | (_RESUME if command == "fit" else {})
+        summary, options = _LIGHTNING[command], {f"--{name}": text for name, text in own.items()}
     else:
         prefix, file, name = _OWN[command]
         summary = _documented(_COMMANDS, command.replace("-", "_"))[0]

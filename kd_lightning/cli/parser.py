@@ -27,6 +27,7 @@ import kd_lightning.models
 import kd_lightning.modules
 import kd_lightning.temperature  # noqa: F401
 from kd_lightning.cli.diagnosis import diagnose, first_error
+from kd_lightning.cli.resume import checkpoint_to_resume
 from kd_lightning.cli.written import CommandLineError, Written, guess
 from kd_lightning.modules.checkpoint_settings import check_settings, read_checkpoint
 
@@ -122,6 +123,8 @@ class KDLightningCLI(LightningCLI):
             command = self.commands.get(name)
             if command is None:
                 subparser = self._prepare_subcommand_parser(Trainer, str(name), **kwargs.get(name, {}))
+                if name == "fit":
+                    subparser.add_argument("--resume", choices=["auto"], default=None)
             else:
                 subparser = self.init_parser(description=command.help)
                 self._add_arguments(subparser)
@@ -217,6 +220,12 @@ class KDLightningCLI(LightningCLI):
             config = self.config[subcommand].as_dict()
             arguments = {name: config[name] for name in self._subcommand_method_arguments[subcommand]}
             command.function(config=config, **arguments)
+
+    def before_fit(self) -> None:
+        """Find the checkpoint that ``--resume auto`` and ``--ckpt_path last`` mean."""
+        settings = self.config_init["fit"]
+        settings["ckpt_path"] = checkpoint_to_resume(self.trainer, settings["resume"], settings["ckpt_path"])
+        self.config["fit"]["resume"] = None  # so that the saved configuration repeats the run
 
     def predict(self, **arguments: Any) -> None:
         """Predict, and write the predictions to ``predictions.pt`` in the log folder, one file per process."""

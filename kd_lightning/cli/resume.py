@@ -1,0 +1,79 @@
+"""Resuming from the command line: the checkpoint to continue from, among those of earlier runs of the same logger."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from kd_lightning.cli.written import CommandLineError
+from kd_lightning.modules.checkpoint_settings import read_checkpoint
+
+__all__ = ["checkpoint_to_resume", "newest_checkpoint"]
+
+
+def checkpoint_to_resume(trainer: Trainer, resume: str | None, ckpt_path: str | None) -> str | None:
+    """Return the checkpoint that ``fit`` starts from, or None for a fresh start.
+
+    ``--ckpt_path last`` of Lightning looks in the new run's folder, which is empty at this point.
+
+    Raises:
+        CommandLineError: If both options are given, or ``--ckpt_path last`` finds nothing.
+    """
+    if resume is not None and ckpt_path is not None:
+        raise CommandLineError(
+            f"--resume {resume} finds the checkpoint by itself, but --ckpt_path {ckpt_path} names one as well. Leave "
+            "one of them out."
+        )
+    if resume is None and ckpt_path != "last":
+        return ckpt_path
+    found = newest_checkpoint(trainer)
+    if found is None and resume is None:
+        folders = " or ".join(str(folder) for folder in _run_folders(trainer))
+        raise CommandLineError(
+            f"--ckpt_path last: there is no checkpoint of an earlier run in {folders}. Name the file, or use "
+            "--resume auto, which starts afresh where there is none."
+        )
+    rank_zero_info(
+        f"Resuming from {found}." if found else "--resume auto: no checkpoint of an earlier run, a fresh start."
+    )
+    return None if found is None else str(found)
+
+
+def newest_checkpoint(trainer: Trainer) -> Path | None:
+    """Return the checkpoint of the most steps in the latest run of this trainer's logger that has a readable one.
+
+    A file that a killed process left half-written is passed over.
+    """
+    folders: dict[Path, list[Path]] = {}
+    for root in _run_folders(trainer):
+        for path in root.rglob("*.ckpt"):
+            folders.setdefault(path.parent, []).append(path)
+    latest = sorted(folders.values(), key=lambda paths: max(path.stat().st_mtime_ns for path in paths), reverse=True)
+    for paths in latest:
+        steps = {path: _steps(path) for path in paths}
+        if readable := [path for path in paths if steps[path] >= 0]:
+            return max(readable, key=lambda path: (steps[path], path.stat().st_mtime_ns))
+    return None
+
+
+def _run_folders(trainer: Trainer) -> list[Path]:
+    """Return the folders that hold the checkpoints of the trainer's runs."""
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    given = [Path(callback.dirpath) for callback in callbacks if callback.dirpath is not None]
+    if given:
+        return list(dict.fromkeys(given))
+    if not trainer.loggers:
+        return [Path(trainer.default_root_dir) / "checkpoints"]
+    logger = trainer.loggers[0]
+    return [Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)]
+
+
+def _steps(path: Path) -> int:
+    """Return the optimiser steps of a checkpoint, −1 where the file cannot be read."""
+    try:
+        return int(read_checkpoint(path / "meta.pt" if path.is_dir() else path)["global_step"])
+    except Exception:  # torch, pickle and zipfile each have errors of their own for a damaged file
+        return -1
