@@ -19,6 +19,7 @@ from kd_lightning.teachers.indexed import Indexed, IndexedDataset, split_index
 from kd_lightning.teachers.logits_file import LogitsFile
 from kd_lightning.teachers.made_at import Output
 from kd_lightning.teachers.onnx import OnnxTeacher
+from kd_lightning.teachers.served import ServedTeacher
 from kd_lightning.teachers.teacher import GivenLogits, LossTerm, Opinions, Teacher
 from kd_lightning.teachers.transforms import Renormalize
 from kd_lightning.teachers.weights import fingerprint, load_weights
@@ -40,6 +41,7 @@ __all__ = [
     "Opinions",
     "Output",
     "Renormalize",
+    "ServedTeacher",
     "Teacher",
     "TeacherCache",
     "TeacherEnsemble",

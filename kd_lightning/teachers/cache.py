@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.teachers.cache_file import Bytes, CacheFile, RowNumbers
 from kd_lightning.teachers.cache_rows import DTYPES, RowCodec
 from kd_lightning.teachers.indexed import IndexedDataset, input_fingerprints
@@ -47,14 +48,16 @@ class TeacherCache:
             warning reports the error on the first rows. None stores all logits. Of tokens ``(B, L, V)`` store k
             log-probabilities and that of the rest, made at ``temperature``: 4k + 2 bytes a token in float16 (6k + 2
             above 65,536 classes). They are read as :class:`~kd_lightning.functional.Sparse` targets with
-            ``tail="bucket"``, without a ``(B, L, V)`` tensor, and another temperature in the loss is an error.
+            ``tail="bucket"``, without a ``(B, L, V)`` tensor, and another temperature in the loss is an error. A
+            teacher that gives such targets itself needs the ``top_k`` and ``temperature`` of those: they are stored as
+            given, in 6k + 2 bytes, and keep their tail.
         augmentation: How to treat a dataset whose samples differ from fetch to fetch. None refuses the dataset.
             ``"fixed"`` draws each sample once, the same in every epoch. ``"replay"`` draws each sample ``slots`` times;
             epoch e takes slot e mod ``slots``; see :class:`~kd_lightning.teachers.IndexedDataset`.
         slots: Draws per sample, at least 2 for ``"replay"``, else 1. The file grows in proportion.
         seed: Seed of the draws.
-        temperature: The teacher's temperature in the loss, for the ``top_k`` of tokens; other logits are stored before
-            any temperature.
+        temperature: The teacher's temperature in the loss, for the ``top_k`` of tokens and for given targets; other
+            logits are stored before any temperature.
 
     Raises:
         ValueError: If an argument is outside its range; later, if the file is damaged or belongs to another run, if
@@ -183,15 +186,15 @@ class TeacherCache:
             for rows in np.array_split(np.flatnonzero(self._file.flags), max(len(self._file.flags) // 4096, 1)):
                 self._file.read(rows)
 
-    def logits(self, rows: Tensor, compute: Callable[[], Tensor], device: torch.device | None = None) -> Any:
+    def logits(self, rows: Tensor, compute: Callable[[], TeacherTarget], device: torch.device | None = None) -> Any:
         """Return the logits of these rows as float32; compute and store the rows that are missing.
 
-        Of tokens and with ``top_k``, :class:`~kd_lightning.functional.Sparse` targets.
+        Of tokens and with ``top_k``, and of a teacher that gives them, Sparse targets.
 
         Args:
             rows: Row numbers ``(B,)``, best on the CPU: on another device they cost a host sync.
             compute: Function that returns the teacher's logits of the whole batch: ``(B, C)``, or ``(B, ...)`` with one
-                shape for all rows.
+                shape for all rows; or Sparse targets of ``top_k`` classes.
             device: Device of the result, by default the CPU. The copy is asynchronous.
 
         Raises:
@@ -209,7 +212,7 @@ class TeacherCache:
         if new.any() or not self._compared:
             computed = compute()
             encoded = self._codec.encode(computed)
-            shape = list(computed.shape[1:])
+            shape = self._codec.shape(computed)
             if self._file is None:
                 self._warn_of_top_k(computed, encoded)
                 CacheFile.create(self.path, identity, shape, encoded.shape[1])
@@ -246,7 +249,7 @@ class TeacherCache:
         assert self._file is not None
         shape, stored = self._file.shape, self._file.read(rows)
         error = torch.cat(
-            [self._error(have[None], want[None], shape) for have, want in zip(stored, computed, strict=True)]
+            [self._codec.error(have[None], want[None], shape) for have, want in zip(stored, computed, strict=True)]
         )
         worst = int(error.argmax())
         if error[worst] > _SAME_TEACHER:
@@ -256,12 +259,8 @@ class TeacherCache:
                 "or are its indices of another dataset? Make such changes in the dataset, or train without a cache."
             )
 
-    def _error(self, have: Bytes, want: Bytes, shape: list[int]) -> Tensor:
-        stored, logits = (self._codec.dense(part, shape).flatten(1) for part in (have, want))
-        return (stored - logits).norm(dim=1) / (logits - logits.mean(1, keepdim=True)).norm(dim=1).clamp(min=1e-6)
-
-    def _warn_of_top_k(self, logits: Tensor, encoded: Bytes) -> None:
-        if self.top_k is None:
+    def _warn_of_top_k(self, logits: TeacherTarget, encoded: Bytes) -> None:
+        if self.top_k is None or not isinstance(logits, Tensor):
             return
         first = slice(None) if logits.dim() == 2 else slice(1)  # of tokens one sample has enough
         shape, classes = list(logits.shape[1:]), logits.shape[-1]

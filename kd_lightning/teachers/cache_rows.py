@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from kd_lightning.functional import Sparse
+from kd_lightning.functional.sparse import Tail, TeacherTarget
 from kd_lightning.teachers.cache_file import Bytes
 
 __all__ = ["DTYPES", "RowCodec"]
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _LEAST_CLASSES_FOR_TOP_K = 1000
+_UNTOLD = 2**32  # stands for the number of classes of given targets, which name a few and do not tell it
 
 
 class RowCodec:
@@ -24,9 +26,13 @@ class RowCodec:
         dtype: Name of the type that the values are rounded to.
         top_k: Number of the classes to keep; None keeps all. Of logits ``(N, C)`` a row has k logits, the logit shared
             by all other classes and k numbers of 4 bytes; of tokens ``(B, L, V)`` k + 1 log-probabilities for each
-            position, the last of all other classes together, and k numbers of 2 bytes (4 above 65,536 classes).
+            position, the last of all other classes together, and k numbers of 2 bytes (4 above 65,536 classes). Targets
+            that a teacher gives have that form, too, with numbers of 4 bytes.
         temperature: The temperature at which the log-probabilities of tokens are made.
     """
+
+    tail: Tail = "bucket"
+    """How decoded targets are read; that of the targets that the teacher gave last."""
 
     def __init__(self, dtype: str, top_k: int | None, temperature: float) -> None:
         self.name = dtype
@@ -34,20 +40,26 @@ class RowCodec:
         self.top_k = top_k
         self.temperature = temperature
 
-    def encode(self, logits: Tensor) -> Bytes:
+    def shape(self, logits: TeacherTarget) -> list[int]:
+        """Return the shape of a sample's logits."""
+        return list(logits.shape[1:]) if isinstance(logits, Tensor) else [*logits.indices.shape[1:-1], _UNTOLD]
+
+    def encode(self, logits: TeacherTarget) -> Bytes:
         """Return one row of bytes for each sample.
 
         Raises:
-            TypeError: If a teacher gives something else than logits.
-            ValueError: If the logits are not finite, too large for the type, or too few for a top-k.
+            TypeError: If a teacher gives Sparse targets and there is no ``top_k``.
+            ValueError: If the logits are not finite, too large for the type, or too few for a top-k; if targets do not
+                have ``top_k`` classes, or were made at another temperature.
         """
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"a TeacherCache keeps logits, got {type(logits).__name__}: leave the cache out.")
-        if self.top_k is not None:
+        if isinstance(logits, Sparse):
+            parts = self._given(logits)
+        elif self.top_k is not None and logits.dim() > 2:
             self._check_classes(logits, self.top_k)
-        if self.top_k is not None and logits.dim() > 2:
             parts = self._tokens(logits.detach(), self.top_k)
         else:
+            if self.top_k is not None:
+                self._check_classes(logits, self.top_k)
             logits = logits.detach().float().cpu()
             values, *classes = (logits.flatten(1),) if self.top_k is None else _largest(logits, self.top_k)
             parts = [values.to(self.dtype), *classes]
@@ -55,7 +67,7 @@ class RowCodec:
         return torch.cat([part.flatten(1).contiguous().view(torch.uint8) for part in parts], 1).numpy()
 
     def decode(self, rows: Bytes, shape: list[int], device: torch.device | None = None) -> Any:
-        """Return the logits of these rows in float32, or :class:`~kd_lightning.functional.Sparse` targets of tokens.
+        """Return the logits of these rows in float32, or the :class:`~kd_lightning.functional.Sparse` targets.
 
         Args:
             rows: What :meth:`encode` returned.
@@ -72,10 +84,10 @@ class RowCodec:
         split = math.prod(positions) * (self.top_k + 1) * self.dtype.itemsize
         values = _copy(encoded[:, :split]).view(self.dtype).float().view(-1, *positions, self.top_k + 1)
         numbers = _copy(encoded[:, split:]).view(_number_type(shape)).view(-1, *positions, self.top_k)
-        if not positions:
+        if not positions and classes != _UNTOLD:
             return values[:, -1:].repeat(1, classes).scatter(1, numbers.long(), values[:, :-1])
         values = values - values.logsumexp(-1, keepdim=True)  # because rounded probabilities do not sum to 1
-        return Sparse(numbers, values[..., :-1], self.temperature, "bucket", values[..., -1:])
+        return Sparse(numbers, values[..., :-1], self.temperature, self.tail, values[..., -1:])
 
     def dense(self, rows: Bytes, shape: list[int]) -> Tensor:
         """Return logits of all classes, of tokens over the temperature and up to a shift, to compare with others."""
@@ -85,6 +97,50 @@ class RowCodec:
         assert decoded.log_rest is not None
         rest = decoded.log_rest - math.log(shape[-1] - decoded.indices.shape[-1])
         return rest.repeat(*[1] * len(shape), shape[-1]).scatter(-1, decoded.indices.long(), decoded.log_probs)
+
+    def error(self, stored: Bytes, computed: Bytes, shape: list[int]) -> Tensor:
+        """Return the relative error of each stored row."""
+        if shape[-1] == _UNTOLD:
+            return self._error_of_given(stored, computed, shape)
+        have, want = (self.dense(part, shape).flatten(1) for part in (stored, computed))
+        return (have - want).norm(dim=1) / (want - want.mean(1, keepdim=True)).norm(dim=1).clamp(min=1e-6)
+
+    def _error_of_given(self, stored: Bytes, computed: Bytes, shape: list[int]) -> Tensor:
+        """Return the error of the probabilities, since classes that are not named have no logits."""
+        one, two = (self.decode(part, shape) for part in (stored, computed))
+        numbers = torch.cat([one.indices.long(), two.indices.long()], -1)
+        place = numbers.unique(return_inverse=True)[1]  # because the class numbers may be large and are few
+        k, size = one.indices.shape[-1], int(place.max()) + 1
+        empty = torch.zeros(*place.shape[:-1], size)
+        have = empty.scatter_add(-1, place[..., :k], one.log_probs.exp()).flatten(1)
+        want = empty.scatter_add(-1, place[..., k:], two.log_probs.exp()).flatten(1)
+        return (have - want).norm(dim=1) / want.norm(dim=1).clamp(min=1e-6)
+
+    def _given(self, target: Sparse) -> list[Tensor]:
+        k = target.indices.shape[-1]
+        if self.top_k is None:
+            raise TypeError(
+                f"a TeacherCache without top_k keeps logits, got Sparse targets of {k} classes: TeacherCache(..., "
+                f"top_k={k})."
+            )
+        if k != self.top_k:
+            raise ValueError(
+                f"the teacher gives Sparse targets of {k} classes, but the cache has top_k={self.top_k}: "
+                f"TeacherCache(..., top_k={k})."
+            )
+        if target.temperature != self.temperature:
+            raise ValueError(
+                f"the teacher gives Sparse targets made at temperature {target.temperature:g}, but the cache is of "
+                f"temperature {self.temperature:g}: TeacherCache(..., temperature={target.temperature:g})."
+            )
+        log_probs, rest = target.log_probs.detach().float().cpu(), target.log_rest
+        if bool((log_probs.isnan() | (log_probs == torch.inf)).any()):
+            raise ValueError("the teacher's log-probabilities are not finite: they cannot be cached, nor learnt from.")
+        if rest is None:
+            rest = torch.log1p(-log_probs.exp().sum(-1, keepdim=True).clamp(max=1.0))
+        self.tail = target.tail
+        values = torch.cat([log_probs, rest.detach().float().cpu()], -1)
+        return [values.to(self.dtype), target.indices.cpu().to(torch.uint32)]
 
     def _tokens(self, logits: Tensor, k: int) -> list[Tensor]:
         targets = [Sparse.top_k(sample.float(), k, self.temperature) for sample in logits]  # one softmax at a time
@@ -132,6 +188,6 @@ def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _number_type(shape: list[int] | torch.Size) -> torch.dtype:
     """Return the type of class numbers: of a sample's shape (C,) int32, of positions with classes the smallest."""
-    if len(shape) == 1:
+    if len(shape) == 1 and shape[0] != _UNTOLD:
         return torch.int32
     return torch.uint16 if shape[-1] <= 2**16 else torch.uint32

@@ -27,6 +27,8 @@ KINDS = {
     "teacher.onnx}}, classes: [[3, 4], 17]}}",
     "MappedClasses with unknown ones": "{class_path: MappedClasses, init_args: {teacher: 'batch:t', classes: [3, null, "
     "[4, 5]]}}",
+    "ServedTeacher": "{class_path: ServedTeacher, init_args: {url: 'http://localhost:8000/v1', model: tiny, top_k: 4, "
+    "api: sglang, tail: uniform, api_key_env: TINY_KEY}}",
     "LogitsFile": "{class_path: LogitsFile, init_args: {path: [one.npy, two.npy], key: idx}}",
     "TeacherEnsemble": "{class_path: TeacherEnsemble, init_args: {teachers: ['batch:a', {class_path: OnnxTeacher, "
     "init_args: {path: teacher.onnx}}]}}",

@@ -156,3 +156,81 @@ def test_an_ensemble_of_such_caches_is_refused(tmp_path: Path) -> None:
     batch, index = next(iter(DataLoader(data, batch_size=2, collate_fn=data.collate)))
     with pytest.raises(TypeError, match="mixes the logits of all classes, got Sparse"):
         Distiller(ensemble, 1.0, task_weight=0.0)(batch, torch.zeros(2, LENGTH, VOCABULARY), index=index)
+
+
+# ---- targets that the teacher gives ------------------------------------------------------------------------------
+
+
+def given(path: Path, function: Callable[..., Any], **options: Any) -> FunctionTeacher:
+    options = {"dtype": "float32", "top_k": 5} | options
+    return FunctionTeacher(function, name="few", cache=TeacherCache(path / "given.cache", **options))
+
+
+@pytest.mark.parametrize("tail", ["bucket", "uniform", "renormalize", "drop"])
+@pytest.mark.parametrize("shape", [(COUNT, LENGTH, 13), (COUNT, 13)])
+def test_given_targets_come_back_as_they_are(tmp_path: Path, tail: Any, shape: tuple[int, ...]) -> None:
+    """Of tokens and of images, few classes or many, at a temperature of their own."""
+    logits = torch.randn(shape) * 2
+    exact = Sparse.top_k(logits, 5, 2.0, tail)
+    numbers = exact.indices + 70_000  # more than two bytes hold
+    calls = []
+
+    def function(rows: Tensor) -> Sparse:
+        calls.append(len(rows))
+        return Sparse(numbers[rows], exact.log_probs[rows], 2.0, tail)
+
+    data = [torch.tensor(row) for row in range(COUNT)]
+    batch, found = torch.empty(0), None
+    for run in range(2):
+        teacher = given(tmp_path, function, temperature=2.0)
+        loader = DataLoader(teacher.index(data), batch_size=4)  # pyright: ignore[reportArgumentType]
+        for batch, index in loader:
+            found = teacher.logits(batch, index)
+            assert torch.equal(found.indices.long(), numbers[batch])
+            torch.testing.assert_close(found.log_probs, exact.log_probs[batch])
+            assert (found.tail, found.temperature) == (tail, 2.0)
+        assert calls == [4, 4, 4] if run == 0 else [4, 4, 4, 4]  # the last to compare
+    student = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert found is not None
+    few = Sparse(found.indices.long() - 70_000, found.log_probs, 2.0, tail)
+    losses = [kd_loss(student[batch], each, 2.0) for each in (few, Sparse.top_k(logits[batch], 5, 2.0, tail))]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-7)
+    for loss in torch.autograd.grad(losses[0] - losses[1], student):
+        assert loss.abs().max() < 1e-6
+
+
+def test_given_targets_with_padding(tmp_path: Path) -> None:
+    """Entries that name no class, and positions that name none, are stored too."""
+    log_probs = torch.tensor([[[0.5, 0.25], [1.0, 0.0]], [[0.0, 0.0], [0.9, 0.1]]]).log()
+    target = Sparse(torch.tensor([[[3, 1], [2, 0]], [[0, 0], [1, 2]]]), log_probs)
+    teacher = given(tmp_path, lambda rows: Sparse(target.indices[rows], target.log_probs[rows]), top_k=2)
+    teacher.index([0, 1])
+    for _ in range(2):
+        found: Any = teacher.logits(torch.arange(2), torch.arange(2))
+        torch.testing.assert_close(found.log_probs, log_probs)
+
+
+def test_other_targets_than_the_stored_are_found(tmp_path: Path) -> None:
+    target = Sparse.top_k(torch.randn(COUNT, LENGTH, 13), 5)
+    for indices in (target.indices, target.indices, target.indices.roll(1, 1)):
+        cache = TeacherCache(tmp_path / "given.cache", "float32", top_k=5)
+        cache.index(TensorDataset(torch.arange(COUNT)), "few")
+        if indices is target.indices:
+            cache.logits(torch.arange(COUNT), lambda: target)
+        else:
+            with pytest.raises(ValueError, match=r"does not have what the teacher says of this batch: row \d+ is"):
+                cache.logits(torch.arange(COUNT), lambda: Sparse(target.indices.roll(1, 1), target.log_probs))
+
+
+def test_given_targets_train_from_the_cache(make_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    network = model(2).eval()
+
+    def cached() -> FunctionTeacher:
+        return given(tmp_path, lambda **x: Sparse.top_k(network(**x), 64, 2.0), top_k=64, temperature=2.0)
+
+    cold, _ = fit(make_trainer(), cached())
+    warm, _ = fit(make_trainer(), cached())
+    assert_same(dict(cold.student.state_dict()), dict(warm.student.state_dict()))
+    plain, _ = fit(make_trainer(), FunctionTeacher(lambda **x: Sparse.top_k(network(**x), 64, 2.0)))
+    for name, value in plain.student.state_dict().items():
+        torch.testing.assert_close(cold.student.state_dict()[name], value, rtol=1e-2, atol=2e-3)  # of Adam
