@@ -40,7 +40,7 @@ def test_every_policy_has_a_card() -> None:
 def test_yaml_builds_what_python_builds(name: str) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--temperature", type=TemperaturePolicy)
-    parsed = parser.instantiate_classes(parser.parse_object({"temperature": cards.in_yaml(name)}))
+    parsed: Any = parser.instantiate_classes(parser.parse_object({"temperature": cards.in_yaml(name)}))
     assert repr(parsed.temperature) == repr(cards.build(name))
 
 
