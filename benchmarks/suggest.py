@@ -25,7 +25,13 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks import atlas
+from benchmarks.atlas.__main__ import CSV as ATLAS
+from benchmarks.atlas.arms import ANCHOR, KD_WEIGHT, TASK_WEIGHT
+from benchmarks.atlas.paired import chosen
+from benchmarks.atlas.plan import STUDIES
+from benchmarks.atlas.rows import Setting
+from benchmarks.atlas.rows import read as read_atlas
+from benchmarks.atlas.tasks import TASKS, data, rows_of, teacher_logits
 from kd_lightning import DistillationModule
 from kd_lightning.callbacks import TemperatureFinder
 from kd_lightning.functional import suggest_temperature
@@ -58,29 +64,29 @@ class Row(NamedTuple):
     regret: float
 
 
-def found(setting: atlas.Setting, rate: float) -> float:
+def found(setting: Setting, rate: float) -> float:
     """Return the temperature that TemperatureFinder suggests in a setting, on its validation part."""
-    (x, y), val, _ = atlas.data(setting.task, 0)
-    count = atlas.FEW if setting.images == "few" else len(x)
-    finder = TemperatureFinder(TEMPERATURES, min(atlas.STEPS[setting.length], 200), find_only=True)
+    task, ((x, y), val, _) = TASKS[setting.task], data(setting.task, 0)
+    rows = rows_of(setting.images, y)
+    finder = TemperatureFinder(TEMPERATURES, min(task.steps[setting.length], 200), find_only=True)
     module = _Student(
-        student=atlas.mlp(x.shape[1], 16, 10),
+        student=task.student(x, task.classes),
         teacher="batch:teacher",
         temperature=4.0,
-        kd_weight=atlas.KD_WEIGHT,
-        task_weight=atlas.TASK_WEIGHT,
+        kd_weight=KD_WEIGHT,
+        task_weight=TASK_WEIGHT,
         optimizer=partial(torch.optim.AdamW, lr=rate)
         if setting.optimizer == "adamw"
         else partial(torch.optim.SGD, lr=rate, momentum=0.9),
     )
-    train = TensorDataset(x[:count], y[:count], atlas.teacher_logits(setting.task, 0)[:count])
+    train = TensorDataset(x[rows], y[rows], teacher_logits(setting.task, "many", 0)[rows])
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", callbacks=[finder], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(
         module,
-        DataLoader(train, batch_size=atlas.BATCH_SIZE, shuffle=True, collate_fn=_named),
+        DataLoader(train, batch_size=task.batch_size, shuffle=True, collate_fn=_named),
         DataLoader(TensorDataset(*val), batch_size=1000, collate_fn=_named),
     )
     suggestion = finder.suggestion()
@@ -102,23 +108,22 @@ def _named(samples: list[tuple[torch.Tensor, ...]]) -> dict[str, torch.Tensor]:
 
 def choices() -> Iterator[Row]:
     """Yield what each rule chooses in each setting."""
-    results = atlas.chosen(atlas.read(atlas.CSV), "last")
-    seeds = range(atlas.SEEDS)
+    results = chosen(read_atlas(ATLAS), "last")
+    settings = STUDIES["constants"].settings
     ruled = {
         (task, name): statistics.geometric_mean(
-            suggest_temperature(atlas.teacher_logits(task, seed), **rule) for seed in seeds
+            suggest_temperature(teacher_logits(task, "many", seed), **rule) for seed in range(TASKS[task].seeds)
         )
-        for task in atlas.TASKS[:2]
+        for task in dict.fromkeys(setting.task for setting in settings)
         for name, rule in RULES.items()
     }
-    for setting, arms in results.items():
-        if setting.task not in atlas.TASKS[:2]:
-            continue
-        base = statistics.mean(arms["none", 0.0][1].values())
-        from_finder = found(setting, arms["fixed", 4.0][0])
+    for setting in settings:
+        arms = results[setting]
+        base = statistics.mean(arms["none", 0.0].tests.values())
+        from_finder = found(setting, arms["fixed", 4.0].rate)
         for weighting in ("fixed", "equal"):
             gains = {
-                t: statistics.mean(arms["fixed" if t == atlas.ANCHOR else weighting, t][1].values()) - base
+                t: statistics.mean(arms["fixed" if t == ANCHOR else weighting, t].tests.values()) - base
                 for t in TEMPERATURES
             }
             best = max(gains, key=lambda t: gains[t])
@@ -126,7 +131,7 @@ def choices() -> Iterator[Row]:
             named |= {"best T of the setting": best} | ({"finder": from_finder} if weighting == "fixed" else {})
             for name, temperature in named.items():
                 nearest = min(TEMPERATURES, key=lambda t: abs(math.log(t / temperature)))
-                yield Row(*setting, weighting, name, temperature, gains[nearest], gains[best] - gains[nearest])
+                yield Row(*setting[:4], weighting, name, temperature, gains[nearest], gains[best] - gains[nearest])
 
 
 def read() -> list[Row]:
@@ -152,7 +157,7 @@ def table(rows: list[Row]) -> str:
             temperatures = sorted({row.temperature for row in fixed if row.task == task})
             ranges.append("–".join(f"{t:.3g}" for t in dict.fromkeys((temperatures[0], temperatures[-1]))))
         cells = [name, ", ".join(ranges)]
-        cells += [f"{statistics.mean(row.gain for row in fixed if chosen(row)):+.2f}" for chosen in GROUPS.values()]
+        cells += [f"{statistics.mean(row.gain for row in fixed if is_in(row)):+.2f}" for is_in in GROUPS.values()]
         regrets = [row.regret for row in fixed]
         error = statistics.stdev(regrets) / math.sqrt(len(regrets))
         cells.append(f"{statistics.mean(regrets):.2f} ± {error:.2f}")
