@@ -105,20 +105,23 @@ class ForwardKL(Divergence):
     @override
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
         """Return the KL with the normalisers outside the sum, whose gradient is exactly p − q: 0 for equal logits."""
-        log_z_a, log_z_b = a.logsumexp(dim, keepdim=True), b.logsumexp(dim, keepdim=True)
+        log_z_a, log_z_b = (z.logsumexp(dim, keepdim=True) for z in (a, b))
         q = (b - log_z_b).exp()
         return (q * _where_positive(q, b - a)).sum(dim, keepdim=True) - log_z_b + log_z_a
 
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
-        q = b.softmax(dim)
-        peaks = _peaks(a, b, dim)
+        q, peaks = b.softmax(dim), _peaks(a, b, dim)
         difference = b.sub_(a)
+        near_0 = _log_z_ratio_near_0(difference, q, dim) if a.dtype == torch.float64 else None
         weighted = difference * q if teacher else difference.mul_(q)
         mean = weighted.nansum(dim, keepdim=True)
         teacher_gradient = weighted.sub_(q * mean) if teacher else None
         p = torch.softmax(a, dim, out=b)  # in place, because the copies of a chunk decide the fused loss's memory
-        return ClosedForm(_log_z_ratio(peaks, p, q, dim).add_(mean), p.sub_(q), teacher_gradient)
+        log_z_ratio = _log_z_ratio(peaks, p, q, dim)
+        if near_0 is not None:  # because at T = 10⁶ the rounding of p and q is 10⁻³ of the divergence
+            log_z_ratio = torch.where((near_0 - log_z_ratio).abs() < 1e-12, near_0, log_z_ratio)
+        return ClosedForm(log_z_ratio.add_(mean), p.sub_(q), teacher_gradient)
 
 
 def _peaks(a: Tensor, b: Tensor, dim: int) -> Tensor:
@@ -135,6 +138,11 @@ def _log_z_ratio(peaks: Tensor, p: Tensor, q: Tensor, dim: int) -> Tensor:
         dim: The class dimension.
     """
     return peaks.add_(q.amax(dim, keepdim=True).div_(p.amax(dim, keepdim=True)).log_())
+
+
+def _log_z_ratio_near_0(difference: Tensor, q: Tensor, dim: int) -> Tensor:
+    """Return the same as ``log Σ q exp(a − b)``, exact near 0; wrong where ``q`` lacks a class that ``p`` has."""
+    return difference.neg().expm1_().mul_(q).nansum(dim, keepdim=True).log1p_()
 
 
 @dataclass(frozen=True)
@@ -222,10 +230,7 @@ class TotalVariation(Divergence):
         difference = torch.sub(p, q, out=a)
         value = difference.abs().sum(dim, keepdim=True) / 2
         half_sign = difference.sign_().div_(2)
-        teacher_gradient = None
-        if teacher:
-            weighted = q * half_sign
-            teacher_gradient = (q * weighted.sum(dim, keepdim=True)).sub_(weighted)
+        teacher_gradient = (q * (q * half_sign).sum(dim, keepdim=True)).sub_(q * half_sign) if teacher else None
         weighted = half_sign.mul_(p)
         return ClosedForm(value, weighted.sub_(p.mul_(weighted.sum(dim, keepdim=True))), teacher_gradient)
 
@@ -331,13 +336,9 @@ class DecoupledKL(Divergence):
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
         assert labels is not None
         a_y, b_y = a.gather(dim, labels), b.gather(dim, labels)
-        a.scatter_(dim, labels, -math.inf)
-        b.scatter_(dim, labels, -math.inf)
+        a, b = (z.scatter_(dim, labels, -math.inf) for z in (a, b))
         peak_a, peak_b = a.amax(dim, keepdim=True), b.amax(dim, keepdim=True)
-        p, q = (
-            _nan_to_zero(a.softmax(dim)),
-            _nan_to_zero(b.softmax(dim)),
-        )  # 0 at the target, and where the rest is empty
+        p, q = (_nan_to_zero(z.softmax(dim)) for z in (a, b))  # 0 at the target, and where the rest is empty
         log_z_a, log_z_b = (
             torch.where(peak == -math.inf, peak, peak - probability.amax(dim, keepdim=True).log())
             for peak, probability in ((peak_a, p), (peak_b, q))
@@ -377,8 +378,7 @@ class NonTargetCrossEntropy(Divergence):
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
         assert labels is not None
-        a.scatter_(dim, labels, -math.inf)
-        b.scatter_(dim, labels, -math.inf)
+        a, b = (z.scatter_(dim, labels, -math.inf) for z in (a, b))
         empty = _is_empty(b, dim)
         parts = SoftCrossEntropy().closed_form(
             a.masked_fill_(empty, 0.0), b.masked_fill_(empty, 0.0), dim, None, teacher

@@ -111,7 +111,10 @@ def row_loss(
         if compute_dtype(student_logits) != compute_dtype(teacher_logits):  # as float64 on one side widens both
             student_logits, teacher_logits = student_logits.double(), teacher_logits.double()
     class_dim %= student_logits.dim()
-    temp = _with_plain_numbers(temperature, student_logits, traced)
+    temp, dtype = _with_plain_numbers(temperature, student_logits, traced), compute_dtype(student_logits)
+    if isinstance(teacher_logits, Tensor) and not traced and _loses_digits(temp, student_logits):
+        student_logits, teacher_logits = student_logits.double(), teacher_logits.double()
+        temp = _with_plain_numbers(temperature, student_logits, traced)
     if divergence.needs_labels or ignore_index is not None:  # else the targets are not read
         check_labels(targets, student_logits, class_dim, ignore_index)
     valid = valid_positions(targets, student_logits, class_dim, ignore_index)
@@ -129,7 +132,7 @@ def row_loss(
     rows = Rows(student_logits, teacher_logits, temp.student, temp.teacher, factor, valid, labels)
     fast = not traced and closed_form_applies(rows, class_dim)
     loss = (closed_form if fast else definition)(divergence, class_dim, reduction != "none", rows)
-    return loss.squeeze(class_dim) if reduction == "none" else loss
+    return (loss.squeeze(class_dim) if reduction == "none" else loss).to(dtype)
 
 
 def _labels(targets: Tensor | None, valid: Tensor | None, class_dim: int) -> Tensor:
@@ -155,6 +158,22 @@ def _with_plain_numbers(temperature: float | Tensor | Temperature, logits: Tenso
     fields = in_compute_dtype(as_temperature(temperature, logits), logits)
     plain: Any = [x.item() if x is not None and _is_plain(x, logits) else x for x in fields]
     return Temperature(*plain)
+
+
+_FLOAT32_FROM, _FLOAT32_TO = 0.5, 10.0
+"""The temperatures for which float32 does: above, a divergence of order 1/T² is what is left of terms of order 1, below
+it is left of terms of order 1/T."""
+
+
+def _loses_digits(temperature: Temperature, logits: Tensor) -> bool:
+    """Return True if a temperature asks for more than float32, where it is known without a host sync."""
+    outside = any(
+        not _FLOAT32_FROM <= t <= _FLOAT32_TO
+        if not isinstance(t, Tensor)
+        else t.is_cpu and bool(((t.detach() < _FLOAT32_FROM) | (t.detach() > _FLOAT32_TO)).any())
+        for t in temperature[:2]
+    )
+    return outside and logits.dtype != torch.float64 and logits.device.type not in ("mps", "meta")
 
 
 def _is_plain(value: Tensor, logits: Tensor) -> bool:
