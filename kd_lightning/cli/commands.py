@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from kd_lightning.callbacks import TemperatureFinder
-from kd_lightning.cli.diagnosis import import_class
-from kd_lightning.cli.parser import Command
+from kd_lightning.configuration.diagnosis import import_class
+from kd_lightning.configuration.parser import Command
 from kd_lightning.export import SUFFIXES, ExportFormat, export_student, inputs_like
 from kd_lightning.modules import ClassificationModule, DistillationModule
 from kd_lightning.plotting import plot_schedule, plot_softening

@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-from kd_lightning.cli.written import CommandLineError, Key, Written
+from kd_lightning.configuration.written import CommandLineError, Key, Written
 
 __all__ = ["paragraph"]
 

@@ -10,7 +10,7 @@ from kd_lightning import __version__
 from kd_lightning.cli.errors import paragraph
 from kd_lightning.cli.help import HELP, describe_command, describe_commands
 from kd_lightning.cli.project import write_project
-from kd_lightning.cli.written import CommandLineError
+from kd_lightning.configuration.written import CommandLineError
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
@@ -65,10 +65,9 @@ def _answer(args: list[str]) -> bool:
 def _run(args: Any) -> None:
     if isinstance(args, list) and _answer(args):
         return
-    # imported here because Lightning takes seconds, and because the commands import the sweep, whose runs import this
-    # package for its parser
+    # imported here because Lightning takes seconds
     from kd_lightning.cli.commands import COMMANDS
-    from kd_lightning.cli.parser import KDLightningCLI, SaveRunConfig
+    from kd_lightning.configuration.parser import KDLightningCLI, SaveRunConfig
 
     options: dict[str, Any] = {"overwrite": False, "config_filename": "run_config.yaml"}
     KDLightningCLI(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from kd_lightning.cli.written import CommandLineError, guess
+from kd_lightning.configuration.written import CommandLineError, guess
 
 __all__ = ["KINDS", "write_project"]
 

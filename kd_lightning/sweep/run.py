@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from typing_extensions import override
 
-from kd_lightning.cli.parser import KDLightningCLI, find_checkpoints
+from kd_lightning.configuration.parser import KDLightningCLI, find_checkpoints
 from kd_lightning.modules.distillation import DistillationModule
 from kd_lightning.modules.metric_names import metric_name, naming_callbacks
 

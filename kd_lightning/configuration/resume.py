@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from kd_lightning.cli.written import CommandLineError
+from kd_lightning.configuration.written import CommandLineError
 from kd_lightning.modules.checkpoint_settings import read_checkpoint
 
 __all__ = ["checkpoint_to_resume", "newest_checkpoint"]

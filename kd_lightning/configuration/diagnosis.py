@@ -21,7 +21,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentParser, Namespace
 from typing_extensions import is_typeddict
 
-from kd_lightning.cli.written import Key, Written, guess
+from kd_lightning.configuration.written import Key, Written, guess
 
 __all__ = ["diagnose", "first_error", "import_class"]
 

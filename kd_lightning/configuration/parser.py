@@ -26,9 +26,9 @@ import kd_lightning.layers
 import kd_lightning.models
 import kd_lightning.modules
 import kd_lightning.temperature  # noqa: F401
-from kd_lightning.cli.diagnosis import diagnose, first_error
-from kd_lightning.cli.resume import checkpoint_to_resume
-from kd_lightning.cli.written import CommandLineError, Written, guess
+from kd_lightning.configuration.diagnosis import diagnose, first_error
+from kd_lightning.configuration.resume import checkpoint_to_resume
+from kd_lightning.configuration.written import CommandLineError, Written, guess
 from kd_lightning.modules.checkpoint_settings import check_settings, read_checkpoint
 
 __all__ = ["Command", "KDLightningCLI", "SaveRunConfig", "find_checkpoints"]
