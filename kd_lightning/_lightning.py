@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
@@ -18,6 +20,7 @@ from lightning.pytorch.utilities.parsing import collect_init_args
 from typing_extensions import override
 
 __all__ = [
+    "CommandLine",
     "FirstLookModule",
     "accumulates",
     "attached_trainer",
@@ -34,6 +37,7 @@ __all__ = [
     "log_interval",
     "logged_step",
     "restricted_classmethod",
+    "state_key",
     "train_loader",
     "updates_logs",
 ]
@@ -160,6 +164,11 @@ def init_arguments(module: LightningModule) -> dict[str, list[Any]]:
     return values
 
 
+def state_key(callback: Callback, **settings: Any) -> str:
+    """Return the key of a callback's state in checkpoints: its class and the settings that tell two of them apart."""
+    return callback._generate_state_key(**settings)
+
+
 def load_file(path: Any, weights_only: bool) -> Any:
     """Return the content of a checkpoint that may be a URL or an open file, as ``load_from_checkpoint`` reads it."""
     return _load(path, map_location="cpu", weights_only=weights_only)
@@ -186,3 +195,58 @@ class FirstLookModule(LightningModule):
     def prepare_batch(self, batch: Any) -> Any:
         """Return a batch of a loader as a step would get it: after all batch hooks, on the module's device."""
         return self.trainer.strategy.batch_to_device(self._on_before_batch_transfer(batch), self.device)
+
+
+class CommandLine(LightningCLI):
+    """A LightningCLI with subcommands that are functions, where Lightning's are methods of the Trainer.
+
+    Typed options keep their values, over which Lightning would write the hyper-parameters of ``--ckpt_path``.
+    """
+
+    commands: Mapping[str, Any]
+    """Commands beside the Trainer's: ``help`` is a text, ``extend(parser)`` adds arguments and returns their names."""
+    parsed: Sequence[str]
+    """The names of the commands that get a parser."""
+
+    def extend_trainer_command(self, command: str, parser: LightningArgumentParser) -> None:
+        """Add arguments to a method of the Trainer, for ``before_<command>`` to read."""
+
+    def setting(self, name: str) -> Any:
+        """Return a setting of the command that was given."""
+        return self._get(self.config, name)
+
+    def own_arguments(self, command: str) -> list[str]:
+        """Return the names of a command's own arguments, beside model, data and trainer."""
+        return self._subcommand_method_arguments[command]
+
+    def values(self, command: str) -> dict[str, Any]:
+        """Return a command's own arguments by name, with model and data, after they were built."""
+        return self._prepare_subcommand_kwargs(command)
+
+    def run_command(self, command: str) -> None:
+        """Run a command: here a method of the Trainer."""
+        super()._run_subcommand(command)
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.run_command(subcommand)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        pass
+
+    @override
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        self._subcommand_parsers: dict[str, LightningArgumentParser] = {}
+        subcommands = parser.add_subcommands()
+        for name in self.parsed:
+            command = self.commands.get(name)
+            if command is None:
+                subparser = self._prepare_subcommand_parser(Trainer, name, **kwargs.get(name, {}))
+                self.extend_trainer_command(name, subparser)
+            else:
+                subparser = self.init_parser(description=command.help)
+                self._add_arguments(subparser)
+                self._subcommand_method_arguments[name] = command.extend(subparser)
+            self._subcommand_parsers[name] = subparser
+            subcommands.add_subcommand(name, subparser)

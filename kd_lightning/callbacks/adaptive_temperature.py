@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from kd_lightning._lightning import state_key
 from kd_lightning.callbacks.adaptive_rule import (
     AdaptiveRule,
     AdaptiveState,
@@ -177,8 +178,8 @@ class AdaptiveTemperature(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(
-            monitor=self.monitor, mode=self.mode, on_plateau=self.rule.on_plateau, on_degrade=self.rule.on_degrade
+        return state_key(
+            self, monitor=self.monitor, mode=self.mode, on_plateau=self.rule.on_plateau, on_degrade=self.rule.on_degrade
         )
 
     @override

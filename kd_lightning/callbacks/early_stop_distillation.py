@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from kd_lightning._lightning import state_key
 from kd_lightning.callbacks.common import (
     Mode,
     check_following,
@@ -85,7 +86,7 @@ class EarlyStopDistillation(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
+        return state_key(self, monitor=self.monitor, mode=self.mode)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

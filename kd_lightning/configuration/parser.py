@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
@@ -26,6 +26,7 @@ import kd_lightning.layers
 import kd_lightning.models
 import kd_lightning.modules
 import kd_lightning.temperature  # noqa: F401
+from kd_lightning._lightning import CommandLine
 from kd_lightning.configuration.diagnosis import diagnose, first_error
 from kd_lightning.configuration.resume import checkpoint_to_resume
 from kd_lightning.configuration.written import CommandLineError, Written, guess
@@ -91,7 +92,7 @@ class SaveRunConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
 
-class KDLightningCLI(LightningCLI):
+class KDLightningCLI(CommandLine):
     """LightningCLI in subclass mode for model and data, in which typed options win over a checkpoint's settings.
 
     Args:
@@ -109,28 +110,16 @@ class KDLightningCLI(LightningCLI):
             command = self.commands.get(str(Written(args).command))
             self.args = args if command is None else command.spell(args)
         self.written = None if self.args is None else Written(self.args)
+        given = None if self.written is None else self.written.command
+        self.parsed = [given] if given in self.names else self.names  # because a parser takes a fifth of a second
         super().__init__(**options)
 
     # ---- parsing ----------------------------------------------------------------------------------------------------
 
     @override
-    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        """Add the parser of the given command, or of all without one: building one takes a fifth of a second."""
-        self._subcommand_parsers: dict[str, LightningArgumentParser] = {}
-        subcommands = parser.add_subcommands()
-        given = None if self.written is None else self.written.command
-        for name in [given] if given in self.names else self.names:
-            command = self.commands.get(name)
-            if command is None:
-                subparser = self._prepare_subcommand_parser(Trainer, str(name), **kwargs.get(name, {}))
-                if name == "fit":
-                    subparser.add_argument("--resume", choices=["auto"], default=None)
-            else:
-                subparser = self.init_parser(description=command.help)
-                self._add_arguments(subparser)
-                self._subcommand_method_arguments[name] = command.extend(subparser)
-            self._subcommand_parsers[name] = subparser
-            subcommands.add_subcommand(name, subparser)
+    def extend_trainer_command(self, command: str, parser: LightningArgumentParser) -> None:
+        if command == "fit":
+            parser.add_argument("--resume", choices=["auto"], default=None)
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -173,18 +162,14 @@ class KDLightningCLI(LightningCLI):
     def _owners(self, command: str) -> dict[str, Callable[..., Any]]:
         """Return the keys of a command, each with the function or class that has an argument of this name."""
         function = self.commands[command].function if command in self.commands else getattr(Trainer, command)
-        own = dict.fromkeys(self._subcommand_method_arguments[command], function)
+        own: dict[str, Any] = dict.fromkeys(self.own_arguments(command), function)
         return own | dict.fromkeys(inspect.signature(_settings).parameters, _settings)
-
-    @override
-    def _parse_ckpt_path(self) -> None:
-        """Keep the typed options, over which Lightning would write the checkpoint's hyper-parameters."""
 
     # ---- running ----------------------------------------------------------------------------------------------------
 
     @override
     def before_instantiate_classes(self) -> None:
-        num_threads = self._get(self.config, "num_threads")
+        num_threads = self.setting("num_threads")
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         command = self.commands.get(str(self.subcommand))
@@ -203,23 +188,22 @@ class KDLightningCLI(LightningCLI):
             refused = error
         if refused is not None:
             # jsonargparse wraps a class's own error in one per type of a union, each with the whole configuration
-            cause = first_error({part: self._get(self.config, part) for part in ("model", "data", "trainer")})
+            cause = first_error({part: self.setting(part) for part in ("model", "data", "trainer")})
             known = cause is not None and " ".join(str(cause).split()) in " ".join(str(refused).split())
             raise cause if cause is not None and known else refused
 
     @override
-    def _run_subcommand(self, subcommand: str) -> None:
-        command = self.commands.get(subcommand)
-        if command is None:
-            if subcommand != "fit" and not self.config[subcommand].get("ckpt_path"):
-                rank_zero_info(f"{subcommand} without --ckpt_path: the network has the weights that it was built with.")
-            super()._run_subcommand(subcommand)
-        elif command.builds:
-            command.function(trainer=self.trainer, **self._prepare_subcommand_kwargs(subcommand))
+    def run_command(self, command: str) -> None:
+        ours = self.commands.get(command)
+        if ours is None:
+            if command != "fit" and not self.config[command].get("ckpt_path"):
+                rank_zero_info(f"{command} without --ckpt_path: the network has the weights that it was built with.")
+            super().run_command(command)
+        elif ours.builds:
+            ours.function(trainer=self.trainer, **self.values(command))
         else:
-            config = self.config[subcommand].as_dict()
-            arguments = {name: config[name] for name in self._subcommand_method_arguments[subcommand]}
-            command.function(config=config, **arguments)
+            config = self.config[command].as_dict()
+            ours.function(config=config, **{name: config[name] for name in self.own_arguments(command)})
 
     def before_fit(self) -> None:
         """Find the checkpoint that ``--resume auto`` and ``--ckpt_path last`` mean."""

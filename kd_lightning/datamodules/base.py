@@ -134,11 +134,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.persistent_workers = persistent_workers
         self.train_transform = train_transform
         self.eval_transform = eval_transform
-        self.wrap_train: Callable[..., Any] | None = None
-        """Function of the training dataset and its collate function, set by a module whose teacher has a cache.
-
-        Returns a dataset whose batches hold the indices of their samples; its ``collate`` becomes the loader's.
-        """
+        self._index: Callable[..., Any] | None = None
         self.train_dataset: ImageDataset | None = None
         self.val_dataset: ImageDataset | None = None
         self.test_dataset: ImageDataset | None = None
@@ -229,6 +225,14 @@ class ImageDataModule(LightningDataModule, ABC):
             transform = chain(pipeline.resize, pipeline.augment, self.normalization())
         return ImageDataset(images, targets, transform)
 
+    def index_training(self, index: Callable[..., Any] | None) -> None:
+        """Have training batches name their samples, as a teacher's cache needs; a DistillationModule calls it.
+
+        Args:
+            index: ``teacher.index``: a function of the training dataset and its collate function. None: plain batches.
+        """
+        self._index = index
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of shuffled, augmented batches of the training part."""
         return self._loader(self.train_dataset, "fit", self.batch_size, shuffle=True)
@@ -256,8 +260,8 @@ class ImageDataModule(LightningDataModule, ABC):
             )
         source: Any = dataset
         collate_fn: Callable[[Any], Any] = collate
-        if dataset is self.train_dataset and self.wrap_train is not None:
-            source = self.wrap_train(dataset, collate)
+        if dataset is self.train_dataset and self._index is not None:
+            source = self._index(dataset, collate)
             collate_fn = source.collate
         return DataLoader(
             source,

@@ -32,6 +32,7 @@ from kd_lightning.modules.run import DistillationRun, HoldsDistiller, is_logging
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.modules.temperature_state import KeepsTemperatureState
 from kd_lightning.teachers import Teacher, split_index
+from kd_lightning.teachers.indexed import IndexesTraining
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 from kd_lightning.temperature.extra import take_extra
 
@@ -260,11 +261,11 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
                     "metrics that compare it with the teacher."
                 )
 
-    def _index_data(self, wrap: Callable[..., Any] | None) -> None:
-        """Have the data module wrap its training data, if it is one of those that can."""
-        datamodule: Any = datamodule_of(self.trainer)
-        if hasattr(datamodule, "wrap_train"):
-            datamodule.wrap_train = wrap
+    def _index_data(self, index: Callable[..., Any] | None) -> None:
+        """Have the data module index its training data, if it is one of those that can."""
+        datamodule = datamodule_of(self.trainer)
+        if isinstance(datamodule, IndexesTraining):
+            datamodule.index_training(index)
 
     def _set_cache_epoch(self, epoch: int) -> None:
         for cache in self.teacher.caches if self.teacher is not None else ():

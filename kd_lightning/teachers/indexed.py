@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from typing_extensions import override
 
-__all__ = ["Indexed", "IndexedDataset", "input_fingerprints", "split_index"]
+__all__ = ["Indexed", "IndexedDataset", "IndexesTraining", "Rows", "input_fingerprints", "split_index"]
 
 _PROBES = 32  # samples that are hashed to distinguish datasets and transforms
 
@@ -139,6 +139,15 @@ class _Samples(Sequence[Indexed]):
 
     def __getitem__(self, position: Any) -> Any:
         return Indexed(self.samples[position], self.rows[position])  # pyright: ignore[reportArgumentType]  (one row)
+
+
+@runtime_checkable
+class IndexesTraining(Protocol):
+    """A data module that has its training batches name their samples on request."""
+
+    def index_training(self, index: Callable[..., Any] | None) -> None:
+        """Make the training loader of ``index(dataset, collate)``, with its ``collate``; None: as without a cache."""
+        ...
 
 
 class Rows(Dataset[Any]):

@@ -96,7 +96,7 @@ def test_data_that_do_not_say_which_samples(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "mine.py").write_text(
         "from kd_lightning.datamodules import DigitsDataModule\n"
         "class Mine(DigitsDataModule):\n"
-        "    wrap_train = property(lambda self: None, lambda self, value: None)\n"
+        "    def index_training(self, index): pass\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     config = yaml.safe_load((ROOT / "configs" / "digits_cached.yaml").read_text())

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from kd_lightning import ClassificationModule, DistillationModule, FrozenTeacher
 from kd_lightning.datamodules import DigitsDataModule
 from kd_lightning.models import DigitsCNN
-from kd_lightning.teachers import Indexed, TeacherCache
+from kd_lightning.teachers import Indexed, IndexedDataset, TeacherCache
 from tests.helpers import make_data, make_loader, make_network
 
 pytestmark = pytest.mark.slow
@@ -135,7 +135,7 @@ def test_augmentation_is_replayed(
     assert warm.losses == cold.losses
     assert warm.runs == 1
     assert cold.runs == 4 * slots + 1
-    assert data.wrap_train is None
+    assert not isinstance(data.train_dataloader().dataset, IndexedDataset)  # the fit has left the data as they were
     frozen = FrozenTeacher(DigitsCNN(), TEACHER)
     assert cache.dataset is not None
     for row in (0, 40, 66 * slots - 1):  # what the student saw is what the teacher was asked for

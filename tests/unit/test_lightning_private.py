@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 from pathlib import Path
 from typing import Any, cast
@@ -254,6 +255,87 @@ def test_the_first_look_comes_before_the_hooks() -> None:
 
     make_trainer().fit(Module(), make_loader(1))
     assert seen == ["first", "before", "transfer", "after"] * 2
+
+
+def test_state_keys_of_a_class_differ_by_their_settings() -> None:
+    assert _lightning.state_key(Watch(None), monitor="a") == "Watch{'monitor': 'a'}"
+
+
+class Count:
+    """A command that is a function."""
+
+    help = "Count."
+
+    def extend(self, parser: Any) -> list[str]:
+        parser.add_argument("--to", type=int, default=2)
+        return ["to"]
+
+
+class Remembers(BoringModel):
+    """Has a hyper-parameter, which a checkpoint holds."""
+
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.width = width
+
+
+def test_commands_that_are_functions_and_options_that_a_checkpoint_leaves_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Any] = []
+
+    class CLI(_lightning.CommandLine):
+        commands: Any = {"count": Count()}  # noqa: RUF012
+        parsed = ("count", "validate")
+
+        def run_command(self, command: str) -> None:
+            ran.append((command, self.setting("seed_everything"), self.own_arguments(command), self.values(command)))
+            if command == "validate":
+                super().run_command(command)
+
+    def run(*args: str) -> Any:
+        monkeypatch.setattr("sys.argv", ["test"])
+        quiet = ["--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+        quiet += ["--trainer.limit_val_batches=1", "--trainer.enable_model_summary=false", "--seed_everything=5"]
+        return CLI(Remembers, save_config_callback=None, args=[*args, *quiet], auto_configure_optimizers=False)
+
+    monkeypatch.chdir(tmp_path)
+    cli = run("count", "--to=3")
+    assert ran == [("count", 5, ["to"], {"to": 3, "model": cli.model})]
+    trainer = make_trainer()
+    trainer.fit(cli.model, make_loader(1))
+    trainer.save_checkpoint("a.ckpt")
+    content = torch.load("a.ckpt")
+    assert content["hyper_parameters"]["width"] == 3
+    cli = run("validate", "--ckpt_path=a.ckpt", "--model.width=7")
+    assert cli.model.width == 7
+    assert "ckpt_path" in ran[-1][2]
+    assert cli.trainer.state.finished
+
+
+def private_names(tree: ast.AST) -> tuple[set[str], set[str]]:
+    """Return the private names that a module defines, and those that it takes from elsewhere or overrides."""
+    defined, used = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            overrides = "override" in [ast.unparse(each) for each in node.decorator_list]
+            (used if overrides else defined).add(node.name)
+        elif isinstance(node, ast.Attribute):
+            sets = isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
+            (defined if sets else used).add(node.attr)
+    return tuple({name for name in names if name[0] == "_" != name[-1]} for names in (defined, used))  # pyright: ignore
+
+
+def test_no_private_name_of_lightning_stands_elsewhere() -> None:
+    files = Path(_lightning.__file__).parent.rglob("*.py")
+    modules = [private_names(ast.parse(path.read_text())) for path in files if path.name != "_lightning.py"]
+    trainer = make_trainer()
+    things = [trainer, trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer.strategy, LightningCLI, CombinedLoader]
+    theirs = {name for thing in [*things, BoringModel(), Callback(), LightningDataModule()] for name in dir(thing)}
+    ours = set().union(*(defined for defined, _ in modules)) | set(dir(torch.nn.Module()))
+    assert "_generate_state_key" in theirs
+    assert set().union(*(used for _, used in modules)) & (theirs - ours) == set()
 
 
 def test_load_file_reads_paths_and_open_files(tmp_path: Path) -> None:
