@@ -155,7 +155,7 @@ class Distiller(DistillerParts):
         loss = kd_weight * kd_loss + task_weight * task_loss
         for term in layers.values():
             loss = loss + term.weight * term.loss
-        return DistillationOutput(
+        output = DistillationOutput(
             loss=loss,
             kd_loss=kd_loss,
             task_loss=task_loss,
@@ -168,6 +168,7 @@ class Distiller(DistillerParts):
             class_dim=self.class_dim,
             layers=layers,
         )
+        return self._keep(output)
 
     def _from_hidden(
         self,

@@ -11,6 +11,7 @@ from typing_extensions import Self, override
 
 from kd_lightning.layers import LayerTerms
 from kd_lightning.losses.task import as_loss, check_ignore_index
+from kd_lightning.output import DistillationOutput
 from kd_lightning.schedules import Progress, as_schedule
 from kd_lightning.teachers import GivenLogits, Teacher, as_teacher
 from kd_lightning.temperature import TemperaturePolicy, as_policy
@@ -39,6 +40,10 @@ class DistillerParts(nn.Module):
     task_weight: Callable[[Progress], float]
     layers: LayerTerms
     kd_enabled: bool
+    keeps_output: bool = False
+    """Whether :attr:`last_output` is kept; callbacks that read it turn this on."""
+    last_output: DistillationOutput | None = None
+    """The output of the last call in train mode, if it is kept."""
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
@@ -75,6 +80,14 @@ class DistillerParts(nn.Module):
     @property
     def _teaching(self) -> Teacher:
         return _NO_TEACHER if self.teacher is None else self.teacher
+
+    def _keep(self, output: DistillationOutput) -> DistillationOutput:
+        if self.keeps_output and self.training:
+            self.last_output = output
+        return output
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "last_output": None}  # because a copy of a graph is an error
 
     def policies(self) -> dict[str, TemperaturePolicy]:
         """Return all temperature policies by their names as submodules.

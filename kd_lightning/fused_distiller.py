@@ -91,7 +91,7 @@ class FusedDistiller(Distiller):
         counting = counting_positions(targets, inputs, shape[:-1])
         terms = kd_loss.from_hidden(student, teacher, temperature, counting, kd_weight, task_weight)
         empty = student.hidden.new_empty(0, shape[-1])
-        return DistillationOutput(
+        output = DistillationOutput(
             *terms,
             temperature=temperature,
             student_logits=empty,
@@ -100,6 +100,7 @@ class FusedDistiller(Distiller):
             task_weight=task_weight,
             scale_rule=kd_loss.scale,
         )
+        return self._keep(output)
 
     def _check(self) -> None:
         policy, task, kd_loss = self.temperature, self.task_loss, self.kd_loss

@@ -27,7 +27,7 @@ from kd_lightning.callbacks.common import (
     check_following,
     check_validates,
     count_checks,
-    find_holder,
+    find_distiller,
     is_validation_check,
     read_metric,
 )
@@ -185,7 +185,9 @@ class AdaptiveTemperature(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_validates(trainer, self)
-        policy = find_holder(trainer, pl_module).distiller.temperature
+        distiller = find_distiller(trainer, pl_module)
+        distiller.keeps_output = True
+        policy = distiller.temperature
         low, high = self._bounds(policy)
         if low >= high:
             raise ValueError(
@@ -200,17 +202,17 @@ class AdaptiveTemperature(Callback):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        holder = find_holder(trainer, pl_module)
-        if holder.last_output is not None:  # kept as tensors: the host reads them at the next check, not before
-            terms = holder.last_output.temperatures
-            multiplier = holder.distiller.temperature.multiplier.clone()
+        distiller = find_distiller(trainer, pl_module)
+        if distiller.last_output is not None:  # kept as tensors: the host reads them at the next check, not before
+            terms = distiller.last_output.temperatures
+            multiplier = distiller.temperature.multiplier.clone()
             self._last_batch = [t.student.detach() for t in terms], [t.teacher.detach() for t in terms], multiplier
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not is_validation_check(trainer):
             return
-        policy = find_holder(trainer, pl_module).distiller.temperature
+        policy = find_distiller(trainer, pl_module).temperature
         low, high = self._bounds(policy)
         multiplier = policy.multiplier.item()
         here = read_metric(trainer, self.monitor, self), self._read_temperature() * multiplier
@@ -267,8 +269,8 @@ class AdaptiveTemperature(Callback):
             self._last_batch = None
         if self._temperature is None:
             raise RuntimeError(
-                "AdaptiveTemperature saw no temperature before this validation: what has the Distiller must keep the "
-                "training batch's output in `last_output` until on_train_batch_end, as DistillationModule does."
+                "AdaptiveTemperature saw no temperature before this validation: no training step has called the "
+                "Distiller in train mode. Call self.distiller(...) in training_step."
             )
         return self._temperature
 

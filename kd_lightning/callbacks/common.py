@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from kd_lightning._lightning import callbacks_of
-from kd_lightning.distiller import DistillationOutput, Distiller
+from kd_lightning.distiller import Distiller
 from kd_lightning.functional.temperature import check_number
+from kd_lightning.modules.run import HoldsDistiller
 from kd_lightning.ranking import Mode, check_counts, check_mode, check_name
 
 __all__ = [
-    "DistillationHolder",
     "Mode",
     "check_following",
     "check_validates",
     "count_checks",
+    "find_distiller",
     "find_holder",
     "is_validation_check",
     "mean_over_ranks",
@@ -28,28 +28,27 @@ __all__ = [
 ]
 
 
-class DistillationHolder(Protocol):
-    """The owner of a run's Distiller: the module or a callback."""
-
-    distiller: Distiller
-    last_output: DistillationOutput | None
-    """The output for the current training batch, set in ``on_before_backward`` and ``on_train_batch_end``."""
+def find_holder(trainer: Trainer, pl_module: LightningModule) -> HoldsDistiller | None:
+    """Return the module or callback of this library that distils; None for a Distiller in a module of one's own."""
+    return next((each for each in (pl_module, *callbacks_of(trainer)) if isinstance(each, HoldsDistiller)), None)
 
 
-def find_holder(trainer: Trainer, pl_module: LightningModule) -> DistillationHolder:
-    """Return the owner of the run's Distiller: the module, or else the first callback with an attribute ``distiller``.
+def find_distiller(trainer: Trainer, pl_module: LightningModule) -> Distiller:
+    """Return the run's Distiller.
 
     Raises:
         TypeError: If neither the module nor a callback has a Distiller.
     """
-    holder: Any
-    for holder in (pl_module, *callbacks_of(trainer)):
-        if isinstance(getattr(holder, "distiller", None), Distiller):
-            return holder
+    holder = find_holder(trainer, pl_module)
+    if holder is not None:
+        return holder.distiller
+    for child in pl_module.children():
+        if isinstance(child, Distiller):
+            return child
     raise TypeError(
-        f"found no Distiller in this run: neither {type(pl_module).__name__} nor a callback has an attribute "
-        "`distiller`. Train a DistillationModule, add a DistillationCallback, or give your LightningModule "
-        "`self.distiller = Distiller(...)` and `self.last_output`, the last training batch's output."
+        f"found no Distiller in this run: neither {type(pl_module).__name__} nor a callback has one. Train a "
+        "DistillationModule, add a DistillationCallback, or give your LightningModule one: "
+        "self.distiller = Distiller(...)."
     )
 
 

@@ -114,7 +114,7 @@ class DistillationCallback(HoldsDistiller, Callback):
         self.targets = targets
         self.forward_call = forward_call
         self.validate = validate
-        self.last_output: DistillationOutput | None = None
+        self.distiller.keeps_output = True
         self._run = DistillationRun(self.distiller, type(self).__name__)
         self._scores = TeacherScores()
         self._trainer: Trainer | None = None
@@ -123,6 +123,7 @@ class DistillationCallback(HoldsDistiller, Callback):
         self._calls: list[StudentCall] | None = None
 
     @property
+    @override
     def progress(self) -> Progress:
         """Where training stands."""
         return self._run.progress(self._trainer)
@@ -140,7 +141,7 @@ class DistillationCallback(HoldsDistiller, Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if isinstance(getattr(pl_module, "distiller", None), Distiller):
+        if any(isinstance(child, Distiller) for child in pl_module.children()):
             raise ValueError(
                 f"{type(pl_module).__name__} distils by itself: train it without DistillationCallback, or give its "
                 "student in a LightningModule of its own."
@@ -255,7 +256,6 @@ class DistillationCallback(HoldsDistiller, Callback):
                 raise RuntimeError(self._says_unseen(pl_module, step, args, kwargs, calls))
             batch = args[0] if args else next(iter(kwargs.values()), None)
             out, _ = self._distil(self._choose(learning), batch, task_loss)
-            self.last_output = out
             return {**output, "loss": out.loss} if isinstance(output, Mapping) else out.loss
 
         return training_step

@@ -16,6 +16,7 @@ from kd_lightning.callbacks.common import (
     check_following,
     check_validates,
     count_checks,
+    find_distiller,
     find_holder,
     is_validation_check,
     mean_over_ranks,
@@ -91,14 +92,14 @@ class EarlyStopDistillation(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_validates(trainer, self)
-        holder = find_holder(trainer, pl_module)
-        if self.stopped_step is not None:  # resumed, and not every holder keeps it
-            holder.distiller.kd_enabled = False
+        distiller = find_distiller(trainer, pl_module)
+        if self.stopped_step is not None:  # resumed, and a module of one's own does not keep it
+            distiller.kd_enabled = False
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        holder = find_holder(trainer, pl_module)
-        if not is_validation_check(trainer) or not holder.distiller.kd_enabled:
+        distiller = find_distiller(trainer, pl_module)
+        if not is_validation_check(trainer) or not distiller.kd_enabled:
             return
         value = mean_over_ranks(gather(trainer, read_metric(trainer, self.monitor, self)))
         if math.isnan(value):
@@ -113,12 +114,13 @@ class EarlyStopDistillation(Callback):
         self.wait_count += 1
         if self.wait_count < self.patience:
             return
-        if holder.distiller.task_weight(getattr(holder, "progress", Progress())) == 0:
+        holder = find_holder(trainer, pl_module)
+        if distiller.task_weight(Progress() if holder is None else holder.progress) == 0:
             self._warn_once(
                 "EarlyStopDistillation leaves distillation on: task_weight is 0, so nothing would be left to learn."
             )
             return
-        holder.distiller.kd_enabled = False
+        distiller.kd_enabled = False
         self.stopped_step = trainer.global_step
         relation = "above" if self.mode == "max" else "below"
         rank_zero_info(

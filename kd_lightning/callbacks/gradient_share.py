@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from kd_lightning._lightning import accumulates
-from kd_lightning.callbacks.common import find_holder
+from kd_lightning.callbacks.common import find_distiller
 from kd_lightning.distiller import DistillationOutput
 from kd_lightning.modules.run import is_logging_step
 from kd_lightning.schedules import ConstantSchedule, Progress
@@ -76,14 +76,15 @@ class GradientShare(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # in every stage, because a checkpoint is compared with the settings as it is loaded
-        distiller = find_holder(trainer, pl_module).distiller
+        distiller = find_distiller(trainer, pl_module)
         before = distiller.kd_weight
         if not (isinstance(before, _Weight) and before.share is self):
             distiller.kd_weight = _Weight(self, before)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        distiller = find_holder(trainer, pl_module).distiller
+        distiller = find_distiller(trainer, pl_module)
+        distiller.keeps_output = True
         if distiller.task_weight == ConstantSchedule(0):
             raise ValueError(
                 "GradientShare shares the gradient between distillation and the task, but task_weight is 0. Give it a "
@@ -98,8 +99,8 @@ class GradientShare(Callback):
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         due = self.kd_weight is None or is_logging_step(trainer)
-        holder = find_holder(trainer, pl_module)
-        out, distiller = holder.last_output, holder.distiller
+        distiller = find_distiller(trainer, pl_module)
+        out = distiller.last_output
         if not due or accumulates(trainer) or out is None or not (out.kd_weight and out.task_weight):
             return
         if not out.kd_loss.requires_grad:

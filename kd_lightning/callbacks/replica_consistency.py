@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from kd_lightning._lightning import callbacks_of
-from kd_lightning.callbacks.common import find_holder
+from kd_lightning.callbacks.common import find_distiller, find_holder
 from kd_lightning.modules.replicas import check_replicas, distiller_state
 from kd_lightning.ranking import check_counts
 
@@ -68,7 +68,8 @@ class ReplicaConsistency(Callback):
         if trainer.world_size == 1:
             return
         holder = find_holder(trainer, pl_module)
-        state = distiller_state(holder.distiller, getattr(holder, "progress", None))
+        distiller = find_distiller(trainer, pl_module)
+        state = distiller_state(distiller, None if holder is None else holder.progress)
         for callback in callbacks_of(trainer):
             counters = getattr(callback, "replicated_state", None)
             if counters is not None:

@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from kd_lightning._lightning import data_sources
-from kd_lightning.callbacks.common import DistillationHolder, check_validates, find_holder, mean_over_ranks, read_metric
+from kd_lightning.callbacks.common import check_validates, find_distiller, find_holder, mean_over_ranks, read_metric
 from kd_lightning.callbacks.snapshot import Snapshot
 from kd_lightning.callbacks.trial import TrialWatch, short_run
+from kd_lightning.distiller import Distiller
 from kd_lightning.modules.metric_names import naming_callbacks
 from kd_lightning.modules.replicas import gather
 from kd_lightning.ranking import (
@@ -33,7 +34,7 @@ from kd_lightning.ranking import (
     rank,
 )
 from kd_lightning.schedules import as_schedule
-from kd_lightning.temperature import ConstantTemperature
+from kd_lightning.temperature import ConstantTemperature, TemperaturePolicy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -203,12 +204,12 @@ class TemperatureFinder(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        holder = find_holder(trainer, pl_module)
+        distiller = find_distiller(trainer, pl_module)
         check_validates(trainer, self)
-        self._check(trainer, holder)
+        self._check(trainer, distiller.temperature)
         if trainer.ckpt_path is not None or trainer.global_step > 0:
             if self.best is not None:
-                self._set(self.best, holder, multiplier=False)  # because the checkpoint holds the multiplier
+                self._set(self.best, pl_module, distiller, multiplier=False)  # the checkpoint holds the multiplier
             rank_zero_info(
                 "TemperatureFinder searches nothing in a resumed run"
                 + ("." if self.best is None else f": {self.best.name(self._unit)}, as found before.")
@@ -219,7 +220,7 @@ class TemperatureFinder(Callback):
         if self.best is None:
             rank_zero_warn(f"no candidate has a finite {self.monitor}: TemperatureFinder leaves the temperature alone.")
         else:
-            self._set(self.best, holder)
+            self._set(self.best, pl_module, distiller)
         if self.plot_path is not None:
             path = (
                 Path(trainer.log_dir or trainer.default_root_dir) / self.plot_path
@@ -233,13 +234,14 @@ class TemperatureFinder(Callback):
 
     def search(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Try all candidates, fill :attr:`results`, and restore the run's state."""
-        holder = find_holder(trainer, pl_module)
+        holder, distiller = find_holder(trainer, pl_module), find_distiller(trainer, pl_module)
+        distiller.keeps_output = True
         weights = [None] if self.kd_weights is None else self.kd_weights
         self.results = [Trial(candidate, weight) for weight in weights for candidate in self.candidates]
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         callbacks = [holder] if isinstance(holder, Callback) else []
-        own = [vars(holder.distiller), *map(vars, callbacks)]
+        own = [vars(distiller), *map(vars, callbacks)]
         kept = Snapshot(pl_module, trainer.optimizers, schedulers, scaler, data_sources(trainer), *own)
         bar = tqdm(
             total=len(self.results) * self.seeds * self.steps,
@@ -253,7 +255,7 @@ class TemperatureFinder(Callback):
                     watch = TrialWatch(self.steps, bar.update)
                     try:
                         with short_run(trainer, [*naming_callbacks(trainer), *callbacks, watch], seed):
-                            self._set(trial, holder)
+                            self._set(trial, pl_module, distiller)
                             trainer.fit_loop.run()
                             score = read_metric(trainer, self.monitor, self)
                     finally:
@@ -261,8 +263,7 @@ class TemperatureFinder(Callback):
                     trial.scores.append(mean_over_ranks(gather(trainer, score)))
                     trial.temperature = mean_over_ranks(gather(trainer, watch.temperature))
 
-    def _check(self, trainer: Trainer, holder: DistillationHolder) -> None:
-        policy = holder.distiller.temperature
+    def _check(self, trainer: Trainer, policy: TemperaturePolicy) -> None:
         if isinstance(policy, ConstantTemperature):
             outside = [c for c in self.candidates if not policy.min_temperature <= c <= policy.max_temperature]
             if outside:
@@ -281,18 +282,21 @@ class TemperatureFinder(Callback):
                 "that. Take validation data out of the training part."
             )
 
-    def _set(self, trial: Trial, holder: DistillationHolder, multiplier: bool = True) -> None:
-        distiller, policy = holder.distiller, holder.distiller.temperature
+    def _set(self, trial: Trial, module: LightningModule, distiller: Distiller, multiplier: bool = True) -> None:
+        policy, owns = distiller.temperature, any(child is distiller for child in module.children())
+        hparams = module.hparams if owns else {}  # from which load_from_checkpoint rebuilds the module
         if isinstance(policy, ConstantTemperature):
             policy.value = trial.candidate
             if multiplier:
                 policy.multiplier.fill_(1.0)
-            _update_hparam(holder, "temperature", trial.candidate)
+            if isinstance(hparams.get("temperature"), (int, float)):
+                hparams["temperature"] = trial.candidate
         elif multiplier:
             policy.multiplier.mul_(trial.candidate)
         if trial.kd_weight is not None:
             distiller.kd_weight = as_schedule(trial.kd_weight)
-            _update_hparam(holder, "kd_weight", trial.kd_weight)
+            if isinstance(hparams.get("kd_weight"), (int, float)):
+                hparams["kd_weight"] = trial.kd_weight
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -301,9 +305,3 @@ class TemperatureFinder(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.results = [Trial(**trial) for trial in state_dict.get("results", [])]
-
-
-def _update_hparam(holder: DistillationHolder, name: str, value: float) -> None:
-    """Update a numeric hyper-parameter, from which ``load_from_checkpoint`` rebuilds the module."""
-    if isinstance(holder, LightningModule) and isinstance(holder.hparams.get(name), (int, float)):
-        holder.hparams[name] = value

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from kd_lightning._lightning import accumulates, callbacks_of, logged_step, updates_logs
-from kd_lightning.callbacks.common import check_validates, find_holder, is_validation_check, read_metric
+from kd_lightning.callbacks.common import check_validates, find_distiller, is_validation_check, read_metric
 from kd_lightning.callbacks.gradient_share import gradient_share
 from kd_lightning.distiller import DistillationOutput
 from kd_lightning.modules.metric_names import metric_name
@@ -99,7 +99,9 @@ class TemperatureMonitor(TemperatureLogger):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        policy = find_holder(trainer, pl_module).distiller.temperature
+        distiller = find_distiller(trainer, pl_module)
+        distiller.keeps_output = True
+        policy = distiller.temperature
         self._every_step = (
             not isinstance(policy, ConstantTemperature)
             if self.logging_interval is None
@@ -120,19 +122,20 @@ class TemperatureMonitor(TemperatureLogger):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         every = self.gradient_share_every_n_steps
         if every is not None and (trainer.global_step + 1) % every == 0:
-            output = find_holder(trainer, pl_module).last_output
+            output = find_distiller(trainer, pl_module).last_output
             if output is not None:
                 parameters = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
                 self._share = gradient_share(output, parameters)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        holder = find_holder(trainer, pl_module)
-        if holder.last_output is None or not self._is_due(trainer):
+        distiller = find_distiller(trainer, pl_module)
+        output = distiller.last_output
+        if output is None or not self._is_due(trainer):
             return
         step = logged_step(trainer)  # as the step's losses are logged
-        readings = holder.last_output.readings() | _ranges(holder.last_output)
-        readings["temperature_multiplier"] = holder.distiller.temperature.multiplier.detach().float().mean()
+        readings = output.readings() | _ranges(output)
+        readings["temperature_multiplier"] = distiller.temperature.multiplier.detach().float().mean()
         if self._share is not None:
             readings["kd_gradient_share"], self._share = self._share, None
         trainer.callback_metrics.update(readings)
@@ -143,7 +146,7 @@ class TemperatureMonitor(TemperatureLogger):
             shown = readings["temperature_student"]
             pl_module.log("temperature_student", shown, prog_bar=True, logger=False, batch_size=1)
         if self.histogram:
-            self._log_histograms(trainer, holder.last_output, step)
+            self._log_histograms(trainer, output, step)
         if self.plot:
             self.history.append([float(trainer.global_step), *_row(values, "student"), *_row(values, "teacher")])
 

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from kd_lightning._lightning import forget_run
-from kd_lightning.callbacks.common import find_holder
+from kd_lightning.callbacks.common import find_distiller
 from kd_lightning.modules.non_finite import NonFiniteHandler
 
 __all__ = ["TrialWatch", "quiet", "short_run"]
@@ -48,7 +48,7 @@ class TrialWatch(NonFiniteHandler):
         if trainer.global_step >= self.steps:
             trainer.should_stop = True
         if trainer.should_stop or trainer.is_last_batch:
-            output = find_holder(trainer, pl_module).last_output
+            output = find_distiller(trainer, pl_module).last_output
             if output is not None:
                 self.temperature = output.readings()["temperature_student"].item()
 

@@ -121,7 +121,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
         self._save_plain_hyperparameters()
         self.student = student
         self.distiller = make_distiller(teacher, temperature, kd_loss, task_loss, kd_weight, task_weight, layers)
-        self.last_output: DistillationOutput | None = None
+        self.distiller.keeps_output = True
         self._rows: Tensor | None = None  # of the batch at hand in the teacher's cache
         self._run = DistillationRun(self.distiller, type(self).__name__)
         self._run.check_student(student)
@@ -153,6 +153,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
         return self.distiller.task_ignore_index
 
     @property
+    @override
     def progress(self) -> Progress:
         """Where training stands; outside of ``fit`` where the last fit, or the checkpoint, left it."""
         return self._run.progress(attached_trainer(self))
@@ -171,8 +172,8 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         # no more than the computation, so that torch.compile(module) sees one graph; book-keeping comes after it
         progress = _progress_outside_the_graph(self)  # not as an argument: torch 2.8 recompiles for what waits for it
-        self.last_output, self._last_targets = self._distil(batch, progress)
-        return self.last_output.loss
+        out, self._last_targets = self._distil(batch, progress)
+        return out.loss
 
     @override
     def take_batch(self, batch: Any) -> Any:

@@ -60,6 +60,14 @@ class HoldsDistiller:
     kd_loss: Any = _of_distiller("kd_loss", "The distillation loss.")
     kd_weight: Any = _of_distiller("kd_weight", "The schedule of the distillation term's weight.")
     task_weight: Any = _of_distiller("task_weight", "The schedule of the task term's weight.")
+    last_output: Any = _of_distiller(
+        "last_output", "The output for the current training batch, until the ``on_train_batch_end`` of callbacks."
+    )
+
+    @property
+    def progress(self) -> Progress:
+        """Where training stands."""
+        raise NotImplementedError
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:

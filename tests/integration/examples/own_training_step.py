@@ -20,13 +20,13 @@ class Classifier(LightningModule):
         self.distiller = Distiller(teacher, temperature=CosineSchedule(8.0, 2.0))  # Lightning moves it, and the teacher
 
     def training_step(self, batch, batch_idx):
-        """The loss; `last_output` is what the callbacks look for."""
+        """The loss; the callbacks find the Distiller by themselves."""
         images, targets = batch
         steps = int(self.trainer.estimated_stepping_batches)
         progress = Progress(self.global_step, steps, self.current_epoch, self.trainer.max_epochs)
-        self.last_output = self.distiller(images, self.net(images), targets, progress)
-        self.log_dict({"train_loss": self.last_output.loss, **self.last_output.readings()})
-        return self.last_output.loss
+        out = self.distiller(images, self.net(images), targets, progress)
+        self.log_dict({"train_loss": out.loss, **out.readings()})
+        return out.loss
 
     def validation_step(self, batch, batch_idx):
         """Accuracy."""
