@@ -76,7 +76,7 @@ def imported_modules(path: Path, files: Mapping[str, Path]) -> set[str]:
             wholes = [f"{node.module}.{alias.name}" for alias in node.names]
             names |= {whole if whole in files else node.module for whole in wholes}
         elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
-            names |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+            names |= {str(arg.value) for arg in node.args if isinstance(arg, ast.Constant)}
     return names & files.keys()
 
 
