@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kd_lightning.distiller import DistillationOutput, Distiller
     from kd_lightning.layers import FeatureExtractor, LayerTerm
     from kd_lightning.modules import ClassificationModule, DistillationModule
+    from kd_lightning.outputs_distiller import OutputsKDLoss, OutputTerm
     from kd_lightning.teachers import FrozenTeacher, TeacherCache, TeacherEnsemble
 
 __version__ = "0.1.0"
@@ -22,6 +23,8 @@ __all__ = [
     "FeatureExtractor",
     "FrozenTeacher",
     "LayerTerm",
+    "OutputTerm",
+    "OutputsKDLoss",
     "TeacherCache",
     "TeacherEnsemble",
 ]
@@ -34,6 +37,8 @@ _ROOMS = {
     "FeatureExtractor": "layers",
     "FrozenTeacher": "teachers",
     "LayerTerm": "layers",
+    "OutputTerm": "outputs_distiller",
+    "OutputsKDLoss": "outputs_distiller",
     "TeacherCache": "teachers",
     "TeacherEnsemble": "teachers",
 }

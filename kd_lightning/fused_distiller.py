@@ -135,5 +135,5 @@ def make_distiller(
     teacher: Any, temperature: Any, kd_loss: nn.Module | None, task_loss: nn.Module | None, *args: Any
 ) -> Distiller:
     """Return the Distiller that computes this loss; arguments are those of :class:`~kd_lightning.Distiller`."""
-    kind = FusedDistiller if isinstance(kd_loss, FusedLinearKDLoss) else Distiller
+    kind = FusedDistiller if isinstance(kd_loss, FusedLinearKDLoss) else getattr(kd_loss, "distiller", Distiller)
     return kind(teacher, temperature, kd_loss, task_loss, *args)

@@ -101,7 +101,8 @@ class DistillationCallback(HoldsDistiller, Callback):
         validate: bool = False,
     ) -> None:
         super().__init__()
-        self.distiller = Distiller(teacher, temperature, kd_loss, None, kd_weight, task_weight)
+        kind = getattr(kd_loss, "distiller", Distiller)
+        self.distiller = kind(teacher, temperature, kd_loss, None, kd_weight, task_weight)
         if self.distiller.teacher is None:
             raise TypeError("DistillationCallback needs a teacher, got None.")
         if self.distiller.teacher.caches:
@@ -133,7 +134,7 @@ class DistillationCallback(HoldsDistiller, Callback):
 
         By default the tensor itself, ``.logits`` as in Hugging Face's outputs, ``["logits"]`` or ``["out"]``.
         """
-        return extract_logits(output)
+        return getattr(self.distiller.kd_loss, "prediction", extract_logits)(output)
 
     # ---- onto the module, and off it --------------------------------------------------------------------------------
 
@@ -275,12 +276,14 @@ class DistillationCallback(HoldsDistiller, Callback):
                 f"training_step changed the inputs of {self._student} in place, so the teacher would see others than "
                 "the student did. Make a copy there, or say what the teacher gets: inputs=lambda batch: …"
             )
-        if changed(logits, call.returned):
+        if changed((logits, call.output), call.returned):
             raise RuntimeError(
                 f"training_step changed the output of {self._student} in place, so its logits are gone: write "
                 "x = x / 2, not x /= 2."
             )
-        teacher_logits = self._run.teacher.logits(inputs, extract=self.extract_logits)
+        teacher_logits = self.distiller.teacher_logits(inputs, extract=self.extract_logits)
+        recorded: Any = lambda *_, **__: call.output  # noqa: E731  (the student has run already)
+        student = self.distiller.run_student(lambda _: logits, recorded, inputs)
         if self.targets is None:
             targets = find_targets(batch, logits, self.distiller.class_dim)
         else:
@@ -290,7 +293,7 @@ class DistillationCallback(HoldsDistiller, Callback):
             targets = counting_positions(None, call.by_name(self._layer), positions)
         given: dict[str, Any] = {"teacher_logits": teacher_logits, "task_loss": task_loss}
         given["extra"] = take_extra(batch, self.distiller.batch_keys)[1]
-        out = self.distiller(inputs, logits, targets, self.progress, **given)
+        out = self.distiller(inputs, student, targets, self.progress, **given)
         check_scalar(out.loss)
         return out, targets
 

@@ -15,7 +15,7 @@ from kd_lightning.temperature import TemperaturePolicy
 
 __all__ = ["fit_optimizer", "fit_policies"]
 
-_OF_A_POLICY = re.compile(r"(temperature|teacher_temperatures\.\d+|layers\.\d+\.temperature)\.(.+)")
+_OF_A_POLICY = re.compile(r"(temperature|teacher_temperatures\.\d+|(?:layers\.\d+|outputs\.[^.]+)\.temperature)\.(.+)")
 
 
 def fit_policies(

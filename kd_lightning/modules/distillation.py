@@ -169,6 +169,10 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
         return inputs if self.teacher is None else self.teacher.student_inputs(inputs)
 
     @override
+    def extract_logits(self, output: Any) -> Tensor:
+        return getattr(self.distiller.kd_loss, "prediction", super().extract_logits)(output)
+
+    @override
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         # no more than the computation, so that torch.compile(module) sees one graph; book-keeping comes after it
         progress = _progress_outside_the_graph(self)  # not as an argument: torch 2.8 recompiles for what waits for it

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from kd_lightning.functional import Sparse
@@ -95,7 +96,7 @@ class FunctionTeacher(MadeAt):
             if isinstance(output, Sparse):
                 return self.as_given(output.to(device))
             values = torch.from_numpy(output) if isinstance(output, np.ndarray) else extract(output)
-            return self.to_logits(values.detach().to(device))
+            return tree_map_only(Tensor, lambda part: self.to_logits(part.detach().to(device)), values)
 
         if self.cache is None or index is None:
             return compute()

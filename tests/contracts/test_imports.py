@@ -15,7 +15,7 @@ LAYERS = [
     {"temperature", "losses", "models"},
     {"teachers"},
     {"layers"},
-    {"output", "distiller_parts", "distiller", "fused_distiller", "plotting", "export"},
+    {"output", "distiller_parts", "distiller", "fused_distiller", "outputs_distiller", "plotting", "export"},
     {"metrics", "modules", "_lightning"},
     {"callbacks"},
     {"configuration"},
