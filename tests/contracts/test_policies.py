@@ -85,7 +85,11 @@ POLICIES: dict[type[TemperaturePolicy], list[Case]] = {
         Case(DisagreementTemperature),
         Case(lambda: DisagreementTemperature(beta=10.0, gamma=0.5, by="confidence")),
     ],
-    EnergyTemperature: [Case(EnergyTemperature), Case(lambda: EnergyTemperature(share=0.3))],
+    EnergyTemperature: [
+        Case(EnergyTemperature),
+        Case(lambda: EnergyTemperature(share=0.3)),
+        Case(lambda: EnergyTemperature(threshold=-2.0)),
+    ],
     EntropyTemperature: [Case(EntropyTemperature)],
     GroupTemperature: [
         Case(lambda: GroupTemperature("source", {0: 2.0, 1: CosineSchedule(8.0, 2.0)}, default=4.0)),

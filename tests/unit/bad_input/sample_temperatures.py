@@ -49,6 +49,18 @@ CASES = [
     *map(ratio, (0.0, -1.0, math.inf, math.nan)),
     *map(share, (-0.1, 1.1, math.nan)),
     Case(
+        "energy's share and threshold",
+        lambda: EnergyTemperature(share=0.5, threshold=-2.0),
+        ValueError,
+        "a share ranks each batch and a threshold does not, got share=0.5 and threshold=-2.0. Give one of them.",
+    ),
+    Case(
+        "energy's threshold is no number",
+        lambda: EnergyTemperature(threshold=math.nan),
+        ValueError,
+        "threshold is an energy, a finite number such as a quantile of EnergyTemperature.energy(logits), got nan.",
+    ),
+    Case(
         "energy's temperature outside the bounds",
         lambda: EnergyTemperature(low_energy=500.0),
         ValueError,

@@ -50,6 +50,20 @@ def test_energy_by_the_formula(tokens, share, shift):
     assert got.teacher is got.student
 
 
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_energy_by_a_threshold_of_the_whole_data(share: float) -> None:
+    """As published: whatever the batches, those samples are high whose energy is among the data's highest."""
+    logits = 3 * torch.randn(40, 6, dtype=torch.float64) + 20 * torch.rand(40, 1, dtype=torch.float64)
+    z = logits.numpy()
+    energy = -np.log(np.exp(z - z.mean(-1, keepdims=True)).sum(-1))
+    threshold = EnergyTemperature.energy(logits).quantile(1 - share).item()
+    policy = EnergyTemperature(low_energy=5.0, high_energy=1.0, threshold=threshold)
+    expected = np.where(np.argsort(np.argsort(-energy)) < share * 40, 1.0, 5.0)
+    for size in (40, 8, 3):
+        got = [policy(Signals(part, part)).student for part in logits.split(size)]
+        np.testing.assert_array_equal(torch.cat(got).squeeze(-1).numpy(), expected)
+
+
 def test_energy_of_equal_logits_is_low():
     zeros = torch.zeros(4, 3)
     assert EnergyTemperature()(Signals(zeros, zeros)).student.eq(6.0).all()
