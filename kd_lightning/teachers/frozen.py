@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -24,6 +25,8 @@ from kd_lightning.teachers.calls import (
     in_micro_batches,
 )
 from kd_lightning.teachers.freeze import freeze
+from kd_lightning.teachers.made_at import device_of
+from kd_lightning.teachers.placement import placement_of
 from kd_lightning.teachers.teacher import Teacher
 from kd_lightning.teachers.transforms import Renormalize, apply_transform, check_transform, with_transform
 from kd_lightning.teachers.weights import check_finite, load_weights, looks_untrained
@@ -66,11 +69,17 @@ class FrozenTeacher(Teacher):
         transform: From the inputs to those that the teacher takes, where it was trained on others: a function of the
             batch, a transform of torchvision, or :class:`Renormalize`. Runs on the device, before casts. Part of the
             fingerprint, and so of the cache's, by its ``repr`` or a function's name.
+        device: Where the network stays while the module around it moves, such as ``"cpu"`` or ``"cuda:1"``: its inputs
+            are copied to it, and its outputs to where the inputs were. Layer terms need features beside the student's
+            and cannot be had of it. None: where the module around is.
+        offload: Keep the weights on the host, and have those of a layer on the inputs' device only while that layer
+            runs: for a teacher that the device has no room for. Each forward copies all weights.
 
     Raises:
         TypeError: ``module`` is no ``nn.Module``.
         ValueError: An unknown precision, a ``micro_batch_size`` below 1, an empty ``fingerprint``, a program exported
-            in training mode, or weights on the meta device with neither ``checkpoint`` nor ``fingerprint``.
+            in training mode, weights on the meta device with neither ``checkpoint`` nor ``fingerprint``, a ``device``
+            that is not there, or two places for the weights.
         FileNotFoundError: On first use: there is no such file.
         ValueError: On first use: the file holds no weights, or its names or shapes do not fit; says which.
 
@@ -98,6 +107,8 @@ class FrozenTeacher(Teacher):
         micro_batch_size: int | None = None,
         fingerprint: str | None = None,
         transform: Renormalize | Callable | None = None,  # YAML: Renormalize, or a class by its path
+        device: str | torch.device | None = None,
+        offload: bool = False,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(
@@ -118,6 +129,11 @@ class FrozenTeacher(Teacher):
                 "FrozenTeacher(module, checkpoint=...), or FrozenTeacher(module, fingerprint='model v3') if accelerate "
                 "offloads them."
             )
+        if offload and compile:
+            raise ValueError(
+                "offload=True moves weights while the network runs, which a compiled network does not allow: leave out "
+                "compile or offload."
+            )
         check_transform(transform)
         self._can_eval = freeze(module)
         self.transform = transform
@@ -132,9 +148,9 @@ class FrozenTeacher(Teacher):
         self._parts = tuple(module.modules())
         self._compiled: Callable[..., Any] | None = None
         self._fingerprint: str | None = fingerprint
-        # accelerate's hooks bring each layer's inputs to its device, so that a move would break the placement
-        devices = set((getattr(module, "hf_device_map", None) or {}).values())
-        self._placed = len(devices) > 1 or (without_values and checkpoint is None)
+        self.device = device
+        self.offload = offload
+        self._placement = placement_of(module, device, offload, checkpoint is not None)
         self.loaded = checkpoint is None
         if self.loaded:
             check_finite(module, "weights in place")
@@ -144,8 +160,10 @@ class FrozenTeacher(Teacher):
                 "be taught noise. Give FrozenTeacher(module, checkpoint=...) or load its weights first.",
                 stacklevel=2,
             )
-        if precision is not None and not self._placed:
-            module.to(_DTYPES[precision])
+        if precision is not None:
+            self._placement.move(module, partial(_cast, dtype=_DTYPES[precision]))
+        if not without_values:
+            self._placement.place(module)
         if channels_last:
             module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
@@ -159,6 +177,7 @@ class FrozenTeacher(Teacher):
             assert self.checkpoint is not None
             load_weights(self.module, self.checkpoint, self.prefix)
             check_finite(self.module, self.checkpoint)
+            self._placement.place(self.module)
             self.loaded = True
         return self
 
@@ -192,11 +211,15 @@ class FrozenTeacher(Teacher):
         inputs = apply_transform(self.transform, inputs)
         if self.precision is not None or self.channels_last:
             inputs = tree_map_only(Tensor, self._prepared, inputs)
-        with torch.no_grad():
+
+        def run(inputs: Any) -> Any:
+            autocast = nullcontext()
             if self.precision is not None:
-                with torch.autocast("cpu" if self._a_weight is None else self._a_weight.device.type, enabled=False):
-                    return call(inputs)
-            return call(inputs)
+                autocast = torch.autocast(device_of(inputs).type, enabled=False)
+            with torch.no_grad(), autocast:
+                return call(inputs)
+
+        return self._placement.call(run, self.module, inputs)
 
     def logits(
         self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
@@ -208,13 +231,20 @@ class FrozenTeacher(Teacher):
             index: The samples' rows in the cache, as batches of :meth:`index` carry them. None: the network is run.
             extract: Finds the logits in the network's output.
         """
-        if self.cache is None or index is None:
-            return extract(self(inputs))
-        return _outside_graphs(self._cached_logits)(self.cache, index, lambda: extract(self(inputs)))
 
-    def _cached_logits(self, cache: TeacherCache, index: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        def compute() -> Tensor:
+            return self._frozen(lambda inputs: extract(self._run(inputs)), inputs)
+
+        if self.cache is None or index is None:
+            return compute()
+        device = self._placement.device_of_logits(inputs, self._a_weight)
+        return _outside_graphs(self._cached_logits)(self.cache, index, compute, device)
+
+    def _cached_logits(
+        self, cache: TeacherCache, index: Tensor, compute: Callable[[], Tensor], device: torch.device
+    ) -> Tensor:
         weight = self._a_weight
-        logits = cache.logits(index, compute, None if weight is None else weight.device)
+        logits = cache.logits(index, compute, device)
         return (
             logits
             if weight is None or not isinstance(logits, Tensor)
@@ -247,17 +277,23 @@ class FrozenTeacher(Teacher):
                 "layers need the features of the whole batch, but the teacher has micro_batch_size="
                 f"{self.micro_batch_size}: leave it out."
             )
+        if not self._placement.gives_features:
+            raise ValueError(
+                f"layers need the teacher's features on the student's device, but the teacher has device="
+                f"{str(self.device)!r}: leave it out, or take offload=True."
+            )
         return self.module
 
     def to(self, *args: Any, **kwargs: Any) -> FrozenTeacher:
         """Move or cast the network, as ``nn.Module.to``; a ``precision`` of its own stays."""
-        if not self._movable():
-            return self
-        if self.precision is None:
-            self.module.to(*args, **kwargs)
-        else:
-            device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-            self.module.to(device=device, non_blocking=non_blocking)
+        device, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+        def convert(tensor: Tensor) -> Tensor:
+            kind = dtype if tensor.is_floating_point() or tensor.is_complex() else None
+            shape = {"memory_format": layout} if layout is not None and tensor.dim() in (4, 5) else {}
+            return tensor.to(device, kind, non_blocking, **shape)
+
+        self._apply(convert)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -265,14 +301,9 @@ class FrozenTeacher(Teacher):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        if self._movable():
-            self.module._apply(fn if self.precision is None else keep_dtype)
-
-    def _movable(self) -> bool:
-        """Return False if accelerate has placed the weights; read them first if they are on the meta device."""
-        if not self._placed and any(parameter.is_meta for parameter in self.module.parameters()):
+        if any(parameter.is_meta for parameter in self.module.parameters()):
             self.load()
-        return not self._placed
+        self._placement.move(self.module, fn if self.precision is None else keep_dtype)
 
     def _run(self, inputs: Any) -> Any:
         network: Callable[..., Any] = self.module
@@ -299,10 +330,14 @@ class FrozenTeacher(Teacher):
         count = sum(parameter.numel() for parameter in self.module.parameters())
         parts = [type(self.module).__name__, f"{count:,} frozen parameters"]
         parts.append("weights in place" if self.checkpoint is None else f"checkpoint={self.checkpoint!r}")
-        options = ("transform", "precision", "channels_last", "compile", "micro_batch_size")
+        options = ("transform", "precision", "channels_last", "compile", "micro_batch_size", "device", "offload")
         parts += [f"{name}={getattr(self, name)!r}" for name in options if getattr(self, name)]
         parts += [f"cache={str(cache.path)!r}" for cache in self.caches]
         return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() or tensor.is_complex() else tensor
 
 
 # a memory map is nothing for torch.compile

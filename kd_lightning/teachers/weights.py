@@ -261,5 +261,8 @@ def looks_untrained(module: nn.Module) -> bool:
         return all(bool((tensor == value).all()) for tensor, value in marks)
     layers = [part for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
     return bool(layers) and all(
-        bool((part.weight.abs() <= part.weight[0].numel() ** -0.5).all()) for part in layers if part.weight.numel()
+        _is_plain(part.weight)  # because nobody quantizes a network before its training
+        and bool((part.weight.abs() <= part.weight[0].numel() ** -0.5).all())
+        for part in layers
+        if part.weight.numel()
     )
