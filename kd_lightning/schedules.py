@@ -69,7 +69,23 @@ class ConstantSchedule(Schedule):
 
 
 @dataclass(frozen=True)
-class LinearSchedule(Schedule):
+class _Ramp(Schedule):
+    """A way from one value to another, which ends at a share of the run."""
+
+    init_value: float
+    end_value: float
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_values(self, "init_value", "end_value")
+        _check_until(self.until)
+
+    def _share(self, progress: Progress) -> float:
+        return min(progress.fraction / self.until, 1.0)
+
+
+@dataclass(frozen=True)
+class LinearSchedule(_Ramp):
     r"""A straight line, then flat: :math:`v = v_0 + (v_1 - v_0) \min(f / u, 1)` with the fraction :math:`f` of the run.
 
     Attributes:
@@ -85,22 +101,14 @@ class LinearSchedule(Schedule):
         [10.0, 6.0, 2.0, 2.0]
     """
 
-    init_value: float
-    end_value: float
-    until: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_values(self, "init_value", "end_value")
-        _check_until(self.until)
-
     @override
     def __call__(self, progress: Progress) -> float:
-        fraction = min(progress.fraction / self.until, 1.0)
+        fraction = self._share(progress)
         return self.init_value + (self.end_value - self.init_value) * fraction
 
 
 @dataclass(frozen=True)
-class CosineSchedule(Schedule):
+class CosineSchedule(_Ramp):
     r"""Half a cosine, flat at both ends: :math:`v = v_1 + (v_0 - v_1) \, \tfrac12 (1 + \cos(\pi \min(f / u, 1)))`.
 
     Attributes:
@@ -116,17 +124,9 @@ class CosineSchedule(Schedule):
         [8.0, 5.0, 2.0]
     """
 
-    init_value: float
-    end_value: float
-    until: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_values(self, "init_value", "end_value")
-        _check_until(self.until)
-
     @override
     def __call__(self, progress: Progress) -> float:
-        fraction = min(progress.fraction / self.until, 1.0)
+        fraction = self._share(progress)
         return self.end_value + (self.init_value - self.end_value) * 0.5 * (1.0 + math.cos(math.pi * fraction))
 
 
