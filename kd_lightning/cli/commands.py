@@ -19,6 +19,7 @@ from kd_lightning.configuration.diagnosis import import_class
 from kd_lightning.configuration.parser import Command
 from kd_lightning.export import SUFFIXES, ExportFormat, export_student, inputs_like
 from kd_lightning.modules import ClassificationModule, DistillationModule
+from kd_lightning.modules.checkpoint_settings import read_checkpoint
 from kd_lightning.plotting import plot_schedule, plot_softening
 from kd_lightning.sweep import sweep as run_sweep
 from kd_lightning.teachers import IndexedDataset, TeacherCache, split_index
@@ -204,7 +205,7 @@ def export(
             f"{type(model).__name__}. kd_lightning.export.export_student(network, path) takes any network."
         )
     name = next(name for name, child in model.named_children() if child is model.network)
-    content = torch.load(ckpt_path, weights_only=True, map_location="cpu")
+    content = read_checkpoint(ckpt_path)
     held = {key.partition(".")[0] for key in content.get("state_dict", ())}
     if name not in held:
         raise ValueError(
@@ -282,5 +283,5 @@ COMMANDS = {
     "find-temperature": Command(find_temperature, _add_finder, adjust=_override_finder),
     "cache-teacher": Command(cache_teacher),
     "export": Command(export, _add_export, _export_option),
-    "sweep": Command(sweep, _add_sweep, _sweep_option, builds=False),
+    "sweep": Command(sweep, _add_sweep, _sweep_option, builds=False, owner=run_sweep),
 }

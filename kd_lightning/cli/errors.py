@@ -9,22 +9,29 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
+from kd_lightning.cli.foreign import explain
+from kd_lightning.cli.project import writes
 from kd_lightning.configuration.written import CommandLineError, Key, Written
 
-__all__ = ["paragraph"]
+__all__ = ["is_drawing", "paragraph"]
 
 _PACKAGE = str(Path(__file__).parents[1])
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-_MESSAGES = ("ValueError", "TypeError", "FileNotFoundError", "MisconfigurationException")
+_MESSAGES = (
+    *("ValueError", "TypeError", "FileNotFoundError", "MisconfigurationException", "ImportError"),
+    "ModuleNotFoundError",
+)
+_YAML = {"True": "true", "False": "false", "None": "null"}
 
 
 def paragraph(error: Exception, args: list[str]) -> str | None:
     """Return an error as one paragraph with its place in the settings; None if its traceback is needed.
 
     A message to the user is an error that a ``raise`` statement of this library raises, or one of an installed package
-    that is raised for what it was given: a ValueError, TypeError, FileNotFoundError or MisconfigurationException with
-    no line of the user's own code between. An error that happens without ``raise``, and one that the user's own code
-    raises, is a bug.
+    that is raised for what it was given: a ValueError, TypeError, FileNotFoundError, ImportError or
+    MisconfigurationException with no line of the user's own code between. What else a user's settings cause in another
+    package is told by :mod:`kd_lightning.cli.foreign`. Any other error that happens without ``raise``, and one that the
+    user's own code raises, is a bug.
 
     Args:
         error: The error.
@@ -34,18 +41,58 @@ def paragraph(error: Exception, args: list[str]) -> str | None:
         return str(error)
     frames = list(traceback.walk_tb(error.__traceback__))
     ours = [index for index, (frame, _) in enumerate(frames) if frame.f_code.co_filename.startswith(_PACKAGE)]
-    if not ours or isinstance(error, AssertionError) or not _raises(error):
+    if not ours or isinstance(error, AssertionError):
         return None
     own = [(frame, line) for frame, line in frames[ours[0] :] if _of_user(frame)]
-    if ours[-1] < len(frames) - 1 and (own or type(error).__name__ not in _MESSAGES):
+    calls, written, text = [frame for frame, _ in frames], Written(args), _sentence(error)
+    foreign = ours[-1] < len(frames) - 1
+    if (foreign or not _raises(error)) and not own and (told := explain(error, text, calls, written)) is not None:
+        return told
+    if not _raises(error) or (foreign and (own or type(error).__name__ not in _MESSAGES)):
         return None
-    text = " ".join(str(error).split())
-    text += "" if text.endswith((".", "!", "?")) else "."
+    text = _as_settings(text, calls)
     if own:
         frame, line = own[-1]
         return f"{text} It was called from {Path(frame.f_code.co_filename).name}, line {line}."
-    place = _place(error, [frame for frame, _ in frames], Written(args), text)
-    return f"{place}: {text}" if place else text
+    place = _place(error, calls, written, text)
+    return (f"{place}: {text}" if place else text) + _first_step(text, written)
+
+
+def is_drawing(error: Exception) -> bool:
+    """Return True if a Trainer with a progress bar was running, whose line the cursor is in."""
+    trainers = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(getattr(trainer, "progress_bar_callback", None) is not None for trainer in trainers)
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if text.endswith((".", "!", "?")) else f"{text or type(error).__name__}."
+
+
+def _as_settings(text: str, frames: list[FrameType]) -> str:
+    """Return a message with arguments such as ``overwrite=True`` as options of the command, or as YAML has them."""
+    codes = [
+        frame.f_code for frame in frames if frame.f_code.co_filename == str(Path(__file__).with_name("commands.py"))
+    ]
+    options = {name for code in codes for name in code.co_varnames[: code.co_argcount]}
+
+    def spell(match: re.Match[str]) -> str:
+        before, name, value = text[: match.start()], match[1], _YAML[match[2]]
+        if before.count("(") > before.count(")"):
+            return match[0]  # an argument in a call, which is Python
+        return f"--{name}={value}" if name in options else f"{name}: {value}"
+
+    return re.sub(rf"\b(\w+)=({'|'.join(_YAML)})\b", spell, text)
+
+
+def _first_step(text: str, written: Written) -> str:
+    """Return which configuration beside the user's writes the teacher that is absent, with a space before it."""
+    absent = re.match("there is no teacher checkpoint at '(.*?)'", text)
+    for file in written.files if absent else ():
+        for other in sorted(file.parent.glob("*.y*ml")):
+            if other != file and absent is not None and writes(other, Path(absent[1])):
+                return f" kd-lightning fit --config {other} writes it, without fast_dev_run, which keeps no checkpoint."
+    return ""
 
 
 def _raises(error: Exception) -> bool:
@@ -64,12 +111,10 @@ def _of_user(frame: FrameType) -> bool:
 def _place(error: Exception, frames: list[FrameType], written: Written, text: str) -> str:
     """Return where the class that raised the error, or its argument that the text is about, was written."""
     key: Key | None = getattr(error, "key", None)
-    classes = list(written.classes())
     for frame in reversed(frames if key is None else []):
-        name = type(frame.f_locals.get("self")).__name__
-        keys = [where for where, path in classes if path.rpartition(".")[2] == name]
-        if len(keys) == 1:
-            key = keys[0]
+        owners = [type(frame.f_locals.get(name)).__name__ for name in ("self", "callback")]
+        key = next((found for owner in owners if (found := written.class_key(owner)) is not None), None)
+        if key is not None:
             break
     found = written.at(("trainer",) if key is None else key)
     inner: Key = key or ("trainer",)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_lightning import __version__
-from kd_lightning.cli.errors import paragraph
 from kd_lightning.cli.help import HELP, describe_command, describe_commands
 from kd_lightning.cli.project import write_project
 from kd_lightning.configuration.written import CommandLineError
@@ -36,11 +35,13 @@ def main(args: ArgsType = None) -> None:
     try:
         _run([arg for arg in given if arg != "--traceback"])
     except Exception as error:
+        from kd_lightning.cli.errors import is_drawing, paragraph  # torch, which help and init do without
+
         known = args is None or isinstance(error, CommandLineError)
         text = paragraph(error, given) if known else None
         if text is None or "--traceback" in given:
             raise
-        print(f"error: {text}", file=sys.stderr)
+        print("\n" * is_drawing(error) + f"error: {text}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -6,27 +6,38 @@ Here each class and argument that was written is checked by itself, with jsonarg
 
 from __future__ import annotations
 
-import collections.abc
+import difflib
 import inspect
 import re
-import sys
-import types
+import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from pathlib import Path, PurePath
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
-from typing_extensions import is_typeddict
+from torch import nn
 
-from kd_lightning.configuration.written import Key, Written, guess
+from kd_lightning import models
+from kd_lightning.configuration.annotations import (
+    annotation_of,
+    callables_of,
+    class_names,
+    classes_of,
+    describe,
+    plain_types,
+    subclasses_of,
+)
+from kd_lightning.configuration.written import Key, Written, dotted, guess
+from kd_lightning.models.named import builds_module
 
 __all__ = ["diagnose", "first_error", "import_class"]
 
 _SPEC = ("class_path", "init_args", "dict_kwargs")
-_NOUNS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
 
 
 def diagnose(written: Written, owners: Mapping[str, Callable[..., Any]], error: Exception) -> str:
@@ -37,15 +48,23 @@ def diagnose(written: Written, owners: Mapping[str, Callable[..., Any]], error: 
         owners: The keys that the command accepts, each with the function that has an argument of this name.
         error: The parser's error, whose text is taken if no mistake is found here.
     """
+    if written.early:
+        return (
+            f"{' '.join(written.early)} stands before the command, where nothing is read. Write kd-lightning "
+            f"{written.command} {' '.join(written.early)}."
+        )
     if written.stray:
-        return f"{written.stray[0]!r} belongs to no option. Write --config FILE or --key=value."
-    absent: _Absent = []
-    for key, text in _in_top(written, owners, absent):
+        close = " Did you mean --config?" if re.fullmatch("-{0,2}con?fi?g", written.stray[0]) else ""
+        return f"{written.stray[0]!r} belongs to no option.{close} Write --config FILE or --key=value."
+    for option, text in [*written.misplaced, *_in_helps(_Walk(written, owners))]:
+        return f"{option}: {text}"
+    walk = _Walk(written, owners)
+    for key, text in _in_top(walk):
         return f"{written.place(key)}: {text}"
     alone = Written([str(written.command), *(f"--config={file}" for file in written.files)])
-    for key, text in _in_top(alone, owners, []):  # an option may stand in place of what is wrong in a file
+    for key, text in _in_top(_Walk(alone, owners)):  # an option may stand in place of what is wrong in a file
         return f"{alone.place(key)}: {text}"
-    for key, text in absent:
+    for key, text in walk.absent if "expected one argument" not in str(error) else []:
         return f"{written.place(key)}: {text}" if key else text
     return _shorten(str(error))
 
@@ -96,80 +115,145 @@ def _build(config: Any, key: Key) -> Any:
 # ---- the walk through the settings ---------------------------------------------------------------------------------
 
 _Mistakes = Iterator[tuple[Key, str]]
-_Absent = list[tuple[Key, str]]  # required arguments that were not written, told where nothing else is wrong
 
 
-def _in_top(written: Written, owners: Mapping[str, Callable[..., Any]], absent: _Absent) -> _Mistakes:
+@dataclass(frozen=True)
+class _Walk:
+    """What is walked through, and the required arguments that are absent, which are told if nothing else is wrong."""
+
+    written: Written
+    owners: Mapping[str, Callable[..., Any]]
+    absent: list[tuple[Key, str]] = field(default_factory=list)
+
+
+def _in_helps(walk: _Walk) -> Iterator[tuple[str, str]]:
+    """Yield the mistakes in the classes of ``--KEY.help CLASS``."""
+    written = walk.written
+    for option, key, named in written.helps:
+        owner, annotation = walk.owners.get(str(key[0])), None
+        for length, name in enumerate(key, 1):
+            annotation = None if owner is None else annotation_of(owner, str(name))
+            owner = _written_class(written, key[:length], annotation)
+        if annotation is not None and named is not None:
+            yield from ((option, text) for _, text in _in_class(named, {}, annotation, key, key, _Walk(written, {})))
+        elif annotation is not None:
+            yield option, f"name the class.{_list('It may be', class_names(classes_of(annotation)))}"
+
+
+def _written_class(written: Written, key: Key, annotation: Any) -> type | None:
+    """Return the class that was written under a key, or else the only one that the annotation has."""
+    bases, value = classes_of(annotation), written.at(key)
+    path = value.get("class_path") if isinstance(value, dict) else value
+    try:
+        found = _find(path, bases) if isinstance(path, str) else None
+    except ImportError:
+        return None
+    return found if isinstance(found, type) else bases[0] if len(bases) == 1 else None
+
+
+def _elsewhere(walk: _Walk, name: str, key: Key, similar: bool) -> str:
+    """Return a sentence that proposes the setting of this name in another place, with a space before it; or nothing."""
+    written, known = walk.written, dict[str, str]()
+    places: list[tuple[str, type | None]] = [
+        (part, _written_class(written, (part,), annotation_of(owner, part))) for part, owner in walk.owners.items()
+    ]
+    for where, _ in written.classes():
+        place = dotted(tuple(part for part in where if part != "init_args" and not isinstance(part, int)))
+        places.append((place, _written_class(written, where, None)))
+    for place, cls in places:
+        for argument in () if cls is None else _arguments(cls):
+            known.setdefault(argument, f"{place}.{argument}")
+
+    def similarity(other: str) -> float:
+        return difflib.SequenceMatcher(None, name, other).ratio()
+
+    best = name if name in known else max(known, key=similarity, default="")
+    if best != name and not (similar and similarity(best) > 0.7):
+        return ""
+    return f" Did you mean {'--' if written.place(key).startswith('-') else ''}{known[best]}?"
+
+
+def _in_top(walk: _Walk) -> _Mistakes:
+    written, owners = walk.written, walk.owners
     for name in written.tree:
         if name not in owners:
-            yield (name,), f"{written.command} has no setting {name!r}.{guess(name, owners)}{_list('It has', owners)}"
+            close = guess(name, [*owners, "config"]) or _elsewhere(walk, name, (name,), similar=True)
+            yield (name,), f"{written.command} has no setting {name!r}.{close}{_list('It has', owners)}"
     for name, owner in owners.items():
         if name in written.tree:
-            yield from _in_argument(owner, name, written.tree[name], (name,), absent)
+            value = written.tree[name]
+            if written.place((name,)).startswith("-") and not isinstance(value, (str, list, dict)):
+                value = [value] if describe(annotation_of(owner, name)).startswith("a list") else value
+            yield from _in_argument(owner, name, value, (name,), walk)
     required = [name for owner in {*owners.values()} for name in _required(owner) if owners.get(name) is owner]
     missing = sorted(name for name in required if name not in written.tree)
     if missing and not ("ckpt_path" in written.tree and missing == ["model"]):
         options = " and ".join(f"--{name}" for name in missing)
-        absent.append(((), f"{written.command} needs {options}, or a configuration with the same: --config FILE."))
+        walk.absent.append(((), f"{written.command} needs {options}, or a configuration with the same: --config FILE."))
 
 
 def _in_arguments(
-    function: Callable[..., Any], values: Mapping[str, Any], key: Key, absent: _Absent, given: int = 0
+    function: Callable[..., Any], values: Mapping[str, Any], key: Key, walk: _Walk, given: int = 0
 ) -> _Mistakes:
     """Yield the mistakes in arguments of a function or class, of which the first ``given`` are not for the user."""
     accepted, title = _arguments(function)[given:], getattr(function, "__name__", str(function))
     for name in values:
         if name not in accepted:
-            text = f"{title} has no argument {name!r}.{guess(str(name), accepted)}{_list('It has', accepted)}"
+            close = guess(str(name), accepted) or _elsewhere(walk, str(name), (*key, name), similar=False)
+            text = f"{title} has no argument {name!r}.{close}{_list('It has', accepted)}"
             yield (*key, name), text
     for name, value in values.items():
-        yield from _in_argument(function, name, value, (*key, name), absent)
+        yield from _in_argument(function, name, value, (*key, name), walk)
     missing = [name for name in _required(function) if name in accepted and name not in values]
     if missing:
-        absent.append((key[:-1] if key[-1:] == ("init_args",) else key, f"{title} needs {' and '.join(missing)}."))
+        walk.absent.append((key[:-1] if key[-1:] == ("init_args",) else key, f"{title} needs {' and '.join(missing)}."))
 
 
-def _in_argument(function: Callable[..., Any], name: str, value: Any, key: Key, absent: _Absent) -> _Mistakes:
-    annotation, before = _annotation(function, name), len(absent)
-    inner = list(_in_value(value, annotation, key, absent))
+def _in_argument(function: Callable[..., Any], name: str, value: Any, key: Key, walk: _Walk) -> _Mistakes:
+    annotation, before = annotation_of(function, name), len(walk.absent)
+    inner = list(_in_value(value, annotation, key, walk))
     yield from inner
-    if not inner and len(absent) == before and annotation is not None and _refuses(function, name, value):
+    if not inner and len(walk.absent) == before and annotation is not None and _refuses(function, name, value):
         shown = value.get("class_path", value) if isinstance(value, dict) else value
-        yield key, f"must be {_describe(annotation)}, got {_short(repr(shown), 100)}."
+        text = f"must be {describe(annotation)}, got {_short(repr(shown), 100)}."
+        if len(key) == 1 and describe(annotation) == "a list of numbers":
+            text += f" Write the numbers with spaces, as in --{name} 1 2."
+        yield key, text
 
 
-def _in_value(value: Any, annotation: Any, key: Key, absent: _Absent) -> _Mistakes:
-    bases = _classes(annotation)
+def _in_value(value: Any, annotation: Any, key: Key, walk: _Walk) -> _Mistakes:
+    bases = classes_of(annotation)
     if isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _in_value(item, annotation, (*key, index), absent)
-    elif isinstance(value, str) and bases and str not in _plain(annotation) and not Path(value).is_file():
-        yield from _in_class(value, {}, annotation, key, key, absent)
+            yield from _in_value(item, annotation, (*key, index), walk)
+    elif isinstance(value, str) and bases and str not in plain_types(annotation) and not Path(value).is_file():
+        yield from _in_class(value, {}, annotation, key, key, walk)
     elif isinstance(value, dict) and isinstance(value.get("class_path"), str):
         for name in set(value).difference(_SPEC):
             yield (*key, name), f"a class has class_path and init_args, not {name!r}.{guess(str(name), _SPEC)}"
         where = (*key, "class_path"), (*key, "init_args")
-        yield from _in_class(value["class_path"], value.get("init_args") or {}, annotation, *where, absent)
+        yield from _in_class(value["class_path"], value.get("init_args") or {}, annotation, *where, walk)
     elif isinstance(value, dict) and bases and not set(value).isdisjoint(_SPEC):
-        yield key, f"class_path is missing, which names the class.{_list('It may be', _names(bases))}"
+        yield key, f"class_path is missing, which names the class.{_list('It may be', class_names(bases))}"
     elif isinstance(value, dict) and len(bases) == 1:
-        yield from _in_arguments(bases[0], value, key, absent)
+        yield from _in_arguments(bases[0], value, key, walk)
 
 
 def _in_class(
-    path: str, arguments: Mapping[str, Any], annotation: Any, key: Key, arguments_key: Key, absent: _Absent
+    path: str, arguments: Mapping[str, Any], annotation: Any, key: Key, arguments_key: Key, walk: _Walk
 ) -> _Mistakes:
-    bases = _classes(annotation)
+    bases = classes_of(annotation)
+    number = re.fullmatch(r"""['"]?([-+]?\d+(?:[.,]\d+)?(?:e[-+]?\d+)?)['"]?""", path, re.IGNORECASE)
+    if number is not None and {int, float} & {*plain_types(annotation)}:
+        way_out = f"{number[1].replace(',', '.')}, {'with a point' if ',' in path else 'without quotes'}"
+        yield key, f"must be {describe(annotation)}, got the text {path!r}. Write {way_out}."
+        return
     if "." in path:
         module, _, name = path.rpartition(".")
         try:
             found = import_module(module)
         except ModuleNotFoundError as error:
-            if error.name is None or not module.startswith(error.name):
-                raise  # an import within the user's own module
-            close = guess(error.name, [file.stem for file in Path.cwd().glob("*.py")])
-            text = f"there is no module {error.name!r} for {path!r}.{close} Modules are looked for in the folder"
-            yield key, f"{text} {str(Path.cwd())!r} and among the installed packages."
+            yield key, _absent_module(path, error)
             return
         target = getattr(found, name, None)
         if target is None:
@@ -177,25 +261,76 @@ def _in_class(
             yield key, f"the module {module} has no {name!r}.{guess(name, names)}"
             return
     else:
-        target = next((cls for base in bases for cls in _subclasses(base) if cls.__name__ == path), None)
-        if target is None:
-            wanted = " or ".join(base.__name__ for base in bases)
-            close = guess(path, _names(bases))
-            text = f"{path!r} names no {wanted}.{close or _list('Known are', _names(bases))}"
-            if _plain(annotation) != [type(None)] and _plain(annotation):
-                text += f" Allowed is {_describe(annotation)}."
-            if not close and path[:1].isupper():
-                text += f" A class of your own is written with its module, such as mine.{path}."
-            yield key, text
+        found = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _named(path, bases)}
+        if len(found) != 1:
+            yield (
+                key,
+                _no_class(path, key, annotation)
+                if not found
+                else (f"{path!r} is the name of several classes. Write {' or '.join(found)}."),
+            )
             return
-    if isinstance(target, type) and bases and not (issubclass(target, tuple(bases)) or [*_callables(annotation)]):
-        yield key, f"must be {_describe(annotation)}, got {path!r}."
+        (target,) = found.values()
+    if isinstance(target, type) and bases and not (issubclass(target, tuple(bases)) or [*callables_of(annotation)]):
+        yield key, f"must be {describe(annotation)}, got {path!r}."
         return
     given = 0
-    for parameters, result in _callables(annotation):
-        if isinstance(target, type) and isinstance(parameters, list) and issubclass(target, tuple(_classes(result))):
+    for parameters, result in callables_of(annotation):
+        if isinstance(target, type) and isinstance(parameters, list) and issubclass(target, tuple(classes_of(result))):
             given = len(parameters)
-    yield from _in_arguments(target, arguments, arguments_key, absent, given)
+    yield from _in_arguments(target, arguments, arguments_key, walk, given)
+
+
+def _named(name: str, bases: Iterable[type]) -> list[type]:
+    return [cls for base in bases for cls in subclasses_of(base) if cls.__name__ == name]
+
+
+def _find(path: str, bases: Iterable[type]) -> Any:
+    """Return the class or function of a path or of a short name; None if there is none."""
+    if "." not in path:
+        return next(iter(_named(path, bases)), None)
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name, None)
+
+
+def _absent_module(path: str, error: ModuleNotFoundError) -> str:
+    """Return what to say of a class path whose import fails for an absent module.
+
+    Raises:
+        ModuleNotFoundError: If the user's own code imports what an installed package does not have.
+    """
+    module, absent = path.rpartition(".")[0], error.name or ""
+    if f"{module}.".startswith(f"{absent}."):
+        close = guess(absent, [file.stem for file in Path.cwd().glob("*.py")])
+        text = f"there is no module {absent!r} for {path!r}.{close} Modules are looked for in the folder"
+        return f"{text} {str(Path.cwd())!r} and among the installed packages."
+    package = absent.partition(".")[0]
+    if not package or find_spec(package) is not None:
+        raise error
+    frame = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")][-1]
+    return (
+        f"{Path(frame.filename).name}, line {frame.lineno}, imports {package!r}, which is not installed. Install it, "
+        f"as in pip install {package}, or correct the import."
+    )
+
+
+def _no_class(path: str, key: Key, annotation: Any) -> str:
+    """Return what to say of a short name that no known class has."""
+    bases = classes_of(annotation)
+    names = class_names(bases)
+    argument = next(str(part) for part in reversed(key) if part != "class_path" and not isinstance(part, int))
+    close = guess(path, names)
+    if any(issubclass(nn.Module, base) for base in bases) and builds_module(getattr(models, path, None)):
+        close = f" Did you mean {models.__name__}.{path}?"
+    kind = argument.rpartition("_")[2]
+    own = [name for name in class_names(bases, own=True) if kind in name.lower()]
+    known = _list("Known are", names) or _list("Known are among others", own, most=50)
+    text = f"{path!r} names no {' or '.join(base.__name__ for base in bases)}.{close or known}"
+    if plain_types(annotation) != [type(None)] and plain_types(annotation):
+        text += f" Allowed is {describe(annotation)}."
+    if not close and path[:1].isupper():
+        text += f" A class of your own is written with its module, such as mine.{path}."
+    return text
 
 
 # ---- what jsonargparse accepts -------------------------------------------------------------------------------------
@@ -232,93 +367,13 @@ def _add(parser: ArgumentParser, function: Callable[..., Any], skip: set[str]) -
     return add(function, "of", fail_untyped=False, sub_configs=True, skip=skip)  # pyright: ignore[reportArgumentType]
 
 
-# ---- annotations ---------------------------------------------------------------------------------------------------
-
-
-def _annotation(function: Callable[..., Any], name: str) -> Any:
-    """Return the annotation of an argument, of a base class if it is passed on; None if it is not found."""
-    functions = [cls.__init__ for cls in function.__mro__] if isinstance(function, type) else [function]
-    for one in functions:
-        try:
-            hints = get_type_hints(one)
-        except (NameError, TypeError):
-            continue
-        if name in hints:
-            return hints[name]
-    return None
-
-
-def _leaves(annotation: Any) -> Iterator[Any]:
-    """Yield the types of which an annotation consists, the results of callables included."""
-    arguments = get_args(annotation)
-    if get_origin(annotation) is Literal or not arguments:
-        yield annotation
-    for argument in () if get_origin(annotation) is Literal else arguments:
-        if not isinstance(argument, list):
-            yield from _leaves(argument)
-
-
-def _plain(annotation: Any) -> list[Any]:
-    return [leaf for leaf in _leaves(annotation) if leaf in _NOUNS or get_origin(leaf) is Literal]
-
-
-def _classes(annotation: Any) -> list[type]:
-    classes = [leaf for leaf in _leaves(annotation) if isinstance(leaf, type) and leaf.__module__ != "builtins"]
-    return [cls for cls in dict.fromkeys(classes) if not is_typeddict(cls) and not issubclass(cls, PurePath)]
-
-
-def _callables(annotation: Any) -> Iterator[tuple[Any, Any]]:
-    if get_origin(annotation) is collections.abc.Callable:
-        yield get_args(annotation)[0], get_args(annotation)[1]
-    elif get_origin(annotation) is not Literal:
-        for argument in get_args(annotation):
-            yield from _callables(argument)
-
-
-def _describe(annotation: Any) -> str:
-    """Return the values that an annotation allows, in words."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if annotation in _NOUNS:
-        return _NOUNS[annotation]
-    if origin is Literal:
-        return f"one of {', '.join(map(repr, arguments))}"
-    if origin in (Union, types.UnionType):
-        words = list(dict.fromkeys(_describe(argument) for argument in arguments))
-        return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-    if origin is collections.abc.Callable:
-        return f"a function that gives {_describe(arguments[1])}" if arguments else "a function"
-    if origin in (list, tuple, set, collections.abc.Sequence, collections.abc.Iterable):
-        inner = [argument for argument in arguments if argument is not Ellipsis]
-        return f"a list of {' and '.join(dict.fromkeys(map(_describe, inner)))}".replace(" of a ", " of ")
-    name = getattr(annotation, "__name__", str(annotation))
-    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
-
-
-def _subclasses(base: type) -> Iterator[type]:
-    """Yield a class and its subclasses that are known by now."""
-    yield base
-    for subclass in base.__subclasses__():
-        yield from _subclasses(subclass)
-
-
-def _names(bases: Iterable[type]) -> list[str]:
-    """Return the names of the classes that a user may write for one of the base classes."""
-    classes = [cls for base in bases for cls in _subclasses(base) if cls is not base and not inspect.isabstract(cls)]
-    rooms = [sys.modules.get(".".join(cls.__module__.split(".")[:2])) for cls in classes]
-    return [
-        cls.__name__
-        for cls, room in zip(classes, rooms, strict=True)
-        if cls.__name__ in getattr(room, "__all__", ()) or not cls.__module__.startswith(("kd_lightning", "_"))
-    ]
-
-
 # ---- texts ---------------------------------------------------------------------------------------------------------
 
 
-def _list(start: str, names: Iterable[str]) -> str:
+def _list(start: str, names: Iterable[str], most: int = 30) -> str:
     """Return a sentence with all names, with a space before it; empty if they are more than a reader looks through."""
     names = sorted(set(names))
-    return f" {start} {', '.join(names)}." if 0 < len(names) <= 30 else ""
+    return f" {start} {', '.join(names)}." if 0 < len(names) <= most else ""
 
 
 def _short(text: str, length: int) -> str:

@@ -8,7 +8,7 @@ from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import torch
 import yaml
@@ -17,6 +17,7 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 # YAML accepts the short name of a class only once its module is imported
@@ -29,7 +30,7 @@ import kd_lightning.temperature  # noqa: F401
 from kd_lightning._lightning import CommandLine
 from kd_lightning.configuration.diagnosis import diagnose, first_error
 from kd_lightning.configuration.resume import checkpoint_to_resume
-from kd_lightning.configuration.written import CommandLineError, Written, guess
+from kd_lightning.configuration.written import CommandLineError, Key, Written, dotted, guess
 from kd_lightning.modules.checkpoint_settings import check_settings, read_checkpoint
 
 __all__ = ["Command", "KDLightningCLI", "SaveRunConfig", "find_checkpoints"]
@@ -45,6 +46,7 @@ class Command:
         add_arguments: Adds the command's own arguments to its parser and returns their names. None: the arguments of
             ``function`` are added.
         spelling: Maps an option as typed, without its value, to the option of the parser.
+        owner: The function that has the command's arguments, if ``function`` passes them on.
         builds: Whether trainer, model and data are built beforehand. Otherwise ``function`` receives the parsed
             configuration, ``config``, in their place.
         adjust: Changes the parsed configuration before anything is built, given the settings as they were written.
@@ -55,6 +57,7 @@ class Command:
     spelling: Callable[[str], str] = str
     builds: bool = True
     adjust: Callable[[Any, Mapping[str, Any]], None] | None = None
+    owner: Callable[..., Any] | None = None
 
     @property
     def help(self) -> str:
@@ -157,13 +160,23 @@ class KDLightningCLI(CommandLine):
                 refused = error  # explained below, so that an error in the user's own module has a traceback of its own
         if refused is not None:
             raise CommandLineError(diagnose(written, self._owners(str(written.command)), refused)) from refused
+        owners, config = self._owners(str(written.command)), self.config[str(written.command)]
+        unknown = next((key for key in written.empty() if not _has(config, key)), None)
+        if unknown is not None:  # the parser passes over an empty mapping that it does not know
+            raise CommandLineError(diagnose(written, owners, ArgumentError(None, f"unknown key {dotted(unknown)}.")))
         find_checkpoints(self.config, written.files)
+        _check_trainer(config, written)
+        path = config.get("ckpt_path")
+        if path is not None and path not in _OF_A_RUN:
+            _check_checkpoint(path, config.get("weights_only") is not False)
 
     def _owners(self, command: str) -> dict[str, Callable[..., Any]]:
         """Return the keys of a command, each with the function or class that has an argument of this name."""
-        function = self.commands[command].function if command in self.commands else getattr(Trainer, command)
-        own: dict[str, Any] = dict.fromkeys(self.own_arguments(command), function)
-        return own | dict.fromkeys(inspect.signature(_settings).parameters, _settings)
+        own = self.commands.get(command)
+        function = getattr(Trainer, command) if own is None else own.owner or own.function
+        arguments: dict[str, Any] = dict.fromkeys(self.own_arguments(command), function)
+        arguments |= {"resume": _resume} if command == "fit" else {}
+        return arguments | dict.fromkeys(inspect.signature(_settings).parameters, _settings)
 
     # ---- running ----------------------------------------------------------------------------------------------------
 
@@ -196,6 +209,7 @@ class KDLightningCLI(CommandLine):
     def run_command(self, command: str) -> None:
         ours = self.commands.get(command)
         if ours is None:
+            self._check_data(command)
             if command != "fit" and not self.config[command].get("ckpt_path"):
                 rank_zero_info(f"{command} without --ckpt_path: the network has the weights that it was built with.")
             super().run_command(command)
@@ -210,6 +224,24 @@ class KDLightningCLI(CommandLine):
         settings = self.config_init["fit"]
         settings["ckpt_path"] = checkpoint_to_resume(self.trainer, settings["resume"], settings["ckpt_path"])
         self.config["fit"]["resume"] = None  # so that the saved configuration repeats the run
+
+    def _check_data(self, subcommand: str) -> None:
+        """Raise if neither the data nor the model has the loader that a command reads.
+
+        Raises:
+            CommandLineError: If there is none.
+        """
+        loader = f"{ {'fit': 'train', 'validate': 'val'}.get(subcommand, subcommand) }_dataloader"
+        if self.datamodule is None and not is_overridden(loader, self.model):
+            raise CommandLineError(
+                f"{subcommand} needs data: give --data CLASS with its options, such as --data DigitsDataModule, or a "
+                "configuration with the same, --config FILE."
+            )
+        if self.datamodule is not None and not is_overridden(loader, self.datamodule):
+            raise CommandLineError(
+                f"{subcommand} needs a {loader}, which {type(self.datamodule).__name__} does not define. Give other "
+                "data, or define it."
+            )
 
     def predict(self, **arguments: Any) -> None:
         """Predict, and write the predictions to ``predictions.pt`` in the log folder, one file per process."""
@@ -233,6 +265,68 @@ def _settings(
     print_config: str = "",
 ) -> None:
     """Stand for the settings that all commands have, in messages about them."""
+
+
+def _resume(resume: Literal["auto"] | None = None) -> None:
+    """Stand for the setting that fit alone has."""
+
+
+_LEAST = {
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "log_every_n_steps": 0,
+    "num_sanity_val_steps": -1,
+}
+
+
+def _check_trainer(config: Any, written: Written) -> None:
+    """Raise if a setting of the Trainer is one that Lightning fails on later, or takes in silence and does not do.
+
+    Raises:
+        CommandLineError: If a number is below the least of its setting, or a fit has no batches.
+    """
+    for name, least in _LEAST.items():
+        value = config.trainer.get(name)
+        if isinstance(value, (int, float)) and not value >= least:
+            raise CommandLineError(f"{written.place(('trainer', name))}: must be {least} or more, got {value}.")
+    if written.command == "fit" and config.trainer.get("limit_train_batches") == 0:
+        place = written.place(("trainer", "limit_train_batches"))
+        raise CommandLineError(f"{place}: fit trains on no batch with 0. Give 1 or more, or a fraction of the data.")
+
+
+_OF_A_RUN = ("best", "last", "hpc", "registry")
+"""What ``ckpt_path`` may be in place of a file: Lightning looks for it among those of the configured run."""
+
+
+def _has(config: Any, key: Key) -> bool:
+    """Return True if the parsed configuration has a setting that was written."""
+    for part in key:
+        try:
+            config = config[part]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return True
+
+
+def _check_checkpoint(path: str | Path, weights_only: bool) -> dict[str, Any]:
+    """Return the content of the file of ``--ckpt_path``; empty for folders of sharded checkpoints and for URLs.
+
+    Raises:
+        CommandLineError: If there is no file, or if it is no checkpoint.
+    """
+    if "://" in str(path) or any((Path(path) / name).exists() for name in ("meta.pt", "checkpoint")):
+        return {}
+    try:
+        content = read_checkpoint(path, weights_only)
+    except (OSError, ValueError) as error:
+        raise CommandLineError(str(error)) from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise CommandLineError(
+            f"{path} is no checkpoint of the Trainer: it has no state_dict. Weights alone are for a "
+            "network or a teacher, FrozenTeacher(network, checkpoint=...)."
+        )
+    return content
 
 
 def _no_command(given: str | None, commands: list[str]) -> str:
@@ -270,18 +364,22 @@ def _with_model_of_checkpoint(args: list[str], folder: Path) -> list[str]:
         folder: Where to write the configuration of the checkpoint's model.
 
     Raises:
-        FileNotFoundError: If there is no file at ``--ckpt_path``.
+        CommandLineError: If there is no checkpoint at ``--ckpt_path``.
         ValueError: If the checkpoint does not record its model's class, or names what is no part of a model.
     """
     options = [arg.partition("=")[0] for arg in args]
     if any(option in ("-c", "--config", "--model") for option in options) or "--ckpt_path" not in options:
         return args
     position = options.index("--ckpt_path")
-    path = Path(args[position].partition("=")[2] or "".join(args[position + 1 : position + 2]))
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint at {str(path)!r} (from the folder {str(Path.cwd())!r}).")
-    content = read_checkpoint(path)
-    hparams = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
+    path = args[position].partition("=")[2] or "".join(args[position + 1 : position + 2])
+    if not path or path.startswith("-"):
+        return args  # for the parser, which says that the value is absent
+    if path in _OF_A_RUN:
+        raise CommandLineError(
+            f"--ckpt_path {path} is of the run that a configuration describes. Give it as well, --config FILE, or the "
+            "path of a checkpoint."
+        )
+    hparams = _check_checkpoint(path, "--weights_only=false" not in args).get("hyper_parameters", {})
     if "_class_path" not in hparams:
         raise ValueError(
             f"{path} was not made by this command, so it does not say which model it is of. Name a configuration as "

@@ -14,6 +14,13 @@ __all__ = ["CommandLineError", "Key", "Written", "dotted", "guess"]
 Key = tuple[str | int, ...]
 
 _CONFIG = ("-c", "--config")
+_YAML_HINTS = {
+    "'\\t'": " Indent with spaces: YAML takes no tabs.",
+    "mapping values are not allowed": " Indent the keys of a mapping alike, and put a space after each colon, also in "
+    "the line before.",
+    "did not find expected key": " Indent the keys of a mapping alike.",
+    "block end": " Indent the entries of a mapping or list alike.",
+}
 
 
 class CommandLineError(ValueError):
@@ -28,7 +35,9 @@ def dotted(key: Key) -> str:
 def guess(name: str, known: Iterable[str]) -> str:
     """Return a sentence that proposes the most similar known name, with a space before it; empty if none is similar."""
     lower = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(name.lower().replace("-", "_"), lower, n=1, cutoff=0.6)
+    word = name.lower().replace("-", "_")
+    begun = [candidate for candidate in lower if len(word) > 3 and candidate.startswith(word)]
+    close = difflib.get_close_matches(word, lower, n=1, cutoff=0.6) or begun
     return f" Did you mean {lower[close[0]]}?" if close else ""
 
 
@@ -42,10 +51,13 @@ class Written:
         command: The command; None if there is none. A configuration before it is not read here.
         tree: The merged settings. Options stand where the YAML would have them, under ``init_args`` of a class.
         files: The configuration files, in the order in which they are read.
+        early: Arguments before the command.
         stray: Arguments that belong to no option.
+        helps: The options ``--KEY.help``, each with its key and the class that was named, or None.
+        misplaced: Options below a setting that is a plain value, each with the reason why they are wrong.
 
     Raises:
-        CommandLineError: If a configuration is absent, is not readable as YAML, or is no mapping.
+        CommandLineError: If a configuration is absent, is not readable as YAML, has a key twice, or is no mapping.
     """
 
     def __init__(self, args: list[str]) -> None:
@@ -55,8 +67,11 @@ class Written:
         self.tree: dict[str, Any] = {}
         self.files: list[Path] = []
         self.stray: list[str] = []
+        self.helps: list[tuple[str, Key, str | None]] = []
+        self.misplaced: list[tuple[str, str]] = []
         self._places: dict[Key, str] = {}
-        rest = [*args] if self.command is None else args[args.index(self.command) + 1 :]
+        start = 0 if self.command is None else args.index(self.command) + 1
+        self.early, rest = args[: max(start - 1, 0)], args[start:]
         while rest:
             option, equals, value = rest.pop(0).partition("=")
             values = [value] if equals else []
@@ -65,6 +80,8 @@ class Written:
             if option in _CONFIG:
                 self.stray += values[1:]
                 self._read(Path(values[0])) if values else None
+            elif option.endswith(".help"):
+                self.helps.append((option, tuple(option[2:-5].split(".")), values[0] if values else None))
             elif option.startswith("--") and values:
                 self._set(option, _load(values[0]) if len(values) == 1 else [_load(value) for value in values])
             elif not option.startswith("--"):
@@ -109,13 +126,30 @@ class Written:
         elif isinstance(value, str) and value.isidentifier() and key:
             yield key, value
 
+    def class_key(self, name: str) -> Key | None:
+        """Return the key of the only class of this name that was written; None if there are none or several."""
+        keys = [key for key, path in self.classes() if path.rpartition(".")[2] == name]
+        return keys[0] if len(keys) == 1 else None
+
+    def empty(self, value: Any = None, key: Key = ()) -> Iterable[Key]:
+        """Yield the key of each setting that is an empty mapping, which a parser does not miss if it is unknown."""
+        value = self.tree if value is None and not key else value
+        parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for name, part in parts:
+            if part == {}:
+                yield (*key, name)
+            yield from self.empty(part, (*key, name))
+
     def _read(self, path: Path) -> None:
         if not path.is_file():
-            names = [str(other) for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-            raise CommandLineError(
-                f"there is no configuration at {str(path)!r} (from the folder {str(Path.cwd())!r})."
-                f"{guess(str(path), names)}"
-            )
+            folder = path if path.is_dir() else path.parent
+            names = [str(other) for other in folder.glob("*.y*ml") if other.is_file()] if folder.is_dir() else []
+            if path.is_dir():
+                raise CommandLineError(
+                    f"{str(path)!r} is a folder, and --config takes a file.{_listed('It holds', names)}"
+                )
+            text = f"there is no configuration at {str(path)!r} (from the folder {str(Path.cwd())!r})."
+            raise CommandLineError(text + guess(str(path), names))
         try:
             loader = yaml.SafeLoader(path.read_text())
             node = loader.get_single_node()
@@ -123,8 +157,9 @@ class Written:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             mark = getattr(error, "problem_mark", None)
             line = "" if mark is None else f":{mark.line + 1}"
-            problem = getattr(error, "problem", None) or error
-            raise CommandLineError(f"{path}{line} is not readable as YAML: {problem}.") from error
+            problem = str(getattr(error, "problem", None) or error)
+            hint = next((text for part, text in _YAML_HINTS.items() if part in problem), "")
+            raise CommandLineError(f"{path}{line} is not readable as YAML: {problem}.{hint}") from error
         if not isinstance(content, dict):
             raise CommandLineError(
                 f"{path} must be a mapping with keys such as trainer, model and data, got a {type(content).__name__}."
@@ -135,13 +170,21 @@ class Written:
             self._mark(node, (), str(path))
 
     def _mark(self, node: yaml.Node, key: Key, file: str) -> None:
+        """Record where each setting stands, and raise if a mapping has a key twice, of which YAML takes the last."""
         pairs: list[tuple[str | int, yaml.Node, yaml.Node]] = []
         if isinstance(node, yaml.MappingNode):
             pairs = [(name.value, name, value) for name, value in node.value]
         elif isinstance(node, yaml.SequenceNode):
             pairs = [(index, value, value) for index, value in enumerate(node.value)]
+        lines: dict[str | int, int] = {}
         for name, start, value in pairs:
-            self._places[(*key, name)] = f"{file}:{start.start_mark.line + 1}"
+            line = start.start_mark.line + 1
+            if name in lines and name != "<<":
+                raise CommandLineError(
+                    f"{file} has {dotted((*key, name))} twice, in lines {lines[name]} and {line}. Keep one of them."
+                )
+            lines[name] = line
+            self._places[(*key, name)] = f"{file}:{line}"
             self._mark(value, (*key, name), file)
 
     def _merge(self, target: dict[str, Any], source: dict[str, Any], key: Key) -> None:
@@ -156,12 +199,12 @@ class Written:
     def _set(self, option: str, value: Any) -> None:
         parts = option[2:].rstrip("+").split(".")
         last = parts[-1]
-        if last == "help":
-            return
         node: Any = self.tree
         key: Key = ()
         for index, part in enumerate(parts):
             if isinstance(node, list) and node:
+                if isinstance(node[-1], str):
+                    node[-1] = {"class_path": node[-1], "init_args": {}}
                 node, key = node[-1], (*key, len(node) - 1)
             if not isinstance(node, dict):
                 return
@@ -170,6 +213,10 @@ class Written:
             key = (*key, part)
             if index < len(parts) - 1:
                 child = node.get(part)
+                if child is not None and not isinstance(child, (str, dict, list)):
+                    text = f"{self.place(key)} is {child!r}, which has no {'.'.join(parts[index + 1 :])}. Name a class "
+                    self.misplaced.append((option, f"{text}first, as in --{'.'.join(parts[: index + 1])}=CLASS."))
+                    return
                 node[part] = {"class_path": child, "init_args": {}} if isinstance(child, str) else child or {}
                 node = node[part]
         old = node.get(last)
@@ -183,6 +230,10 @@ class Written:
             node[last] = value
         self._places = {other: place for other, place in self._places.items() if other[: len(key)] != key}
         self._places[key] = option
+
+
+def _listed(start: str, names: list[str]) -> str:
+    return f" {start} {', '.join(sorted(names))}." if names else ""
 
 
 def _load(text: str) -> Any:

@@ -54,9 +54,21 @@ class CIFAR10DataModule(ImageDataModule):
         return 3, 32, 32
 
     def prepare_data(self) -> None:
-        """Download missing data if ``download`` is set."""
-        if self.download:
+        """Download missing data if ``download`` is set.
+
+        Raises:
+            FileNotFoundError: If the download fails.
+        """
+        if not self.download:
+            return
+        try:
             self._source(self.root, download=True)
+        except (OSError, RuntimeError) as error:  # no network; a file that is damaged
+            raise FileNotFoundError(
+                f"{self._source.__name__} could not be downloaded ({str(error).strip('<>')}). Without a network, put "
+                f"the folder {self._source.base_folder} of {self._source.url} into {self.root!r} and set "
+                "download=False."
+            ) from error
 
     def load_split(self, split: Split) -> tuple[Tensor, Tensor] | None:
         """Return images and classes of train or test; None for ``"val"``."""

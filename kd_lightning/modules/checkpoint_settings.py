@@ -21,6 +21,7 @@ from kd_lightning._lightning import load_file
 from kd_lightning.models.named import builds_module, locate
 from kd_lightning.schedules import Schedule
 from kd_lightning.teachers import Renormalize, Teacher, TeacherCache
+from kd_lightning.teachers.weights import no_torch_file
 
 __all__ = ["check_settings", "read_checkpoint"]
 
@@ -31,20 +32,32 @@ def read_checkpoint(path: str | Path | IO[bytes], weights_only: bool = True) -> 
     """Return the content of a checkpoint on the CPU, without reading the weights of a local file.
 
     Raises:
-        ValueError: If the file holds objects, under ``weights_only``.
+        FileNotFoundError: If there is nothing at the path.
+        ValueError: If the path is a folder, if the file is no checkpoint, or if it holds objects, under
+            ``weights_only``.
     """
+    local = Path(path) if isinstance(path, (str, Path)) and "://" not in str(path) else None
+    if local is not None and not local.exists():
+        raise FileNotFoundError(f"there is no checkpoint at {str(path)!r} (from the folder {str(Path.cwd())!r}).")
+    if local is not None and local.is_dir():
+        inside = ", ".join(sorted(file.name for file in local.rglob("*.ckpt"))) or "none"
+        raise ValueError(f"{str(path)!r} is a folder, and a checkpoint is a file. Its files *.ckpt: {inside}.")
     try:
         if isinstance(path, (str, Path)):
-            if Path(path).is_file() and zipfile.is_zipfile(path):
+            if local is not None and zipfile.is_zipfile(local):
                 return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
             return load_file(path, weights_only)
         position = path.tell()
         content = load_file(path, weights_only)
         path.seek(position)
         return content
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
         source = path if isinstance(path, (str, Path)) else "the file"
+        if local is not None and (kind := no_torch_file(local)):
+            raise ValueError(f"{source} is no checkpoint: {kind}. Give a file that the Trainer wrote.") from error
+        if not isinstance(error, pickle.UnpicklingError):
+            raise ValueError(f"{source} cannot be read as a checkpoint: it is truncated or damaged.") from error
+        named = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
             f"{source} cannot be read as data: {f'it holds {named[1]}' if named else 'it is damaged'}. A checkpoint is "
             "read without running code. If you trust its origin, read it with load_from_checkpoint(..., "

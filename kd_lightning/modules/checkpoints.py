@@ -12,11 +12,13 @@ from typing import IO, Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from typing_extensions import Self, override
 
 from kd_lightning._lightning import attached_trainer, init_arguments, is_given_by_cli, restricted_classmethod
+from kd_lightning.modules.checkpoint_fit import check_optimizers, describe_misfit
 from kd_lightning.modules.checkpoint_settings import check_settings, read_checkpoint
 from kd_lightning.schedules import Schedule
 
@@ -32,6 +34,7 @@ class CheckpointedModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self._built: dict[str, str] = {}
+        self._saved_optimizers: list[Any] = []  # of the checkpoint that a fit goes on from
 
     @restricted_classmethod
     @override
@@ -95,16 +98,40 @@ class CheckpointedModule(LightningModule):
         self._built = {name: as_code(value) for name, value in built.items()}
 
     @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights as ``torch.nn.Module`` does; the error for those that do not fit says in what they differ.
+
+        Raises:
+            RuntimeError: If names or shapes do not fit the module.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            if not str(error).startswith("Error(s) in loading state_dict"):
+                raise
+            networks = [name for name, child in self.named_children() if child is getattr(self, "network", None)]
+            text = describe_misfit(type(self).__name__, state_dict, self.state_dict(), networks)
+            raise RuntimeError(text) from error
+
+    @override
+    def on_fit_start(self) -> None:
+        check_optimizers(self._saved_optimizers, self.trainer.optimizers)
+        self._saved_optimizers = []
+
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._built:
             checkpoint[_BUILT] = self._built
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trainer = attached_trainer(self)
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._saved_optimizers = checkpoint.get("optimizer_states", [])
         for state in states_of(checkpoint):
             self._keep_class_weights(state)
         hparams = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
-        if hparams and "_instantiator" in hparams and attached_trainer(self) is None:
+        if hparams and "_instantiator" in hparams and trainer is None:
             # load_from_checkpoint of a file from the command line: keep its plain configuration rather than the objects
             # that were made of it, or that the caller gave, or the next checkpoint could not be loaded
             self.hparams.update({name: value for name, value in hparams.items() if _is_data(value)})

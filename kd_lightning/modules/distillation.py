@@ -291,6 +291,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
     @override
     def on_fit_start(self) -> None:
         self._run.fit_optimizer(self.trainer)
+        super().on_fit_start()
         self._run.teacher.to(self.device)  # strategies that do not move the module, such as FSDP
         self._run.check_ranks(self.trainer)
         if self._syncs_the_distiller:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from kd_lightning._lightning import callbacks_of
 
-__all__ = ["NamesMetrics", "metric_name", "naming_callbacks"]
+__all__ = ["NamesMetrics", "check_monitors", "metric_name", "naming_callbacks"]
 
 
 class NamesMetrics(Callback):
@@ -26,3 +27,19 @@ def metric_name(trainer: Trainer | None, stage: str, name: str) -> str:
     for callback in naming_callbacks(trainer) if trainer is not None else []:
         return callback.pattern.format(stage=stage, name=name)
     return f"{stage}_{name}"
+
+
+def check_monitors(trainer: Trainer) -> None:
+    """Raise if a callback follows a metric of validation in a fit without validation, where Lightning writes nothing.
+
+    Raises:
+        MisconfigurationException: If a callback's ``monitor`` is a metric of validation, and there is none.
+    """
+    stage = metric_name(trainer, "val", "acc").removesuffix("acc")
+    for callback in callbacks_of(trainer) if not trainer.enable_validation else ():
+        monitor = getattr(callback, "monitor", None)
+        if isinstance(monitor, str) and monitor.startswith(stage):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} follows {monitor}, a metric of validation, but this run has none. Give fit "
+                "validation data and the Trainer limit_val_batches above 0; or let the callback follow train_loss."
+            )

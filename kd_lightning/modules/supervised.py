@@ -25,7 +25,7 @@ from kd_lightning.losses.task import as_targets
 from kd_lightning.metrics import ClassificationMetrics, Task, task_of
 from kd_lightning.modules.added_groups import add_groups
 from kd_lightning.modules.checkpoints import CheckpointedModule, as_code
-from kd_lightning.modules.metric_names import metric_name
+from kd_lightning.modules.metric_names import check_monitors, metric_name
 from kd_lightning.modules.optimization import (
     LRSchedulerConfig,
     check_optimization,
@@ -375,6 +375,11 @@ class SupervisedModule(CheckpointedModule):
             return len(logits)
         # times the ranks: Lightning takes the weights' mean over them in integers, and cuts what is left over
         return int((targets != self.ignore_index).sum()) * self.trainer.world_size
+
+    @override
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        check_monitors(self.trainer)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

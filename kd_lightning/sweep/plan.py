@@ -130,10 +130,10 @@ def refuse_changes(study: Study, settings: dict[str, Any]) -> None:
         study.set_user_attr("fingerprint", digest)
     elif before != settings:
         names = sorted(name for name in {*before, *settings} if before.get(name, ...) != settings.get(name, ...))
-        changes = [f"  {name}: {before.get(name, 'not set')} → {settings.get(name, 'not set')}" for name in names]
+        changes = [f"{name} {before.get(name, 'not set')} → {settings.get(name, 'not set')}" for name in names]
         raise ValueError(
             f"the study {study.study_name!r} was started with another configuration, and its runs could not be "
-            "compared:\n" + "\n".join(changes) + "\nGo on with the former one, or start another sweep: --output, or "
+            f"compared: {'; '.join(changes)}. Go on with the former one, or start another sweep: --output, or "
             "--study-name."
         )
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_finite", "fingerprint", "load_weights", "looks_untrained"]
+__all__ = ["check_finite", "fingerprint", "load_weights", "looks_untrained", "misfit", "no_torch_file"]
 
 _Primitive: TypeAlias = bool | int | float | str | bytes | torch.dtype | None
 _KEYS = (
@@ -108,27 +108,10 @@ def load_weights(module: nn.Module, checkpoint: str | Path, prefix: str | None =
     found = {name[len(prefix) :]: value for name, value in saved.items() if name.startswith(prefix)}
     found = {name: value for name, value in found.items() if isinstance(value, Tensor) or name in wanted}
 
-    missing = [name for name in wanted if name not in found]
-    unexpected = [name for name in found if name not in wanted]
-    reshaped = [name for name in wanted if name in found and _shape(found[name]) != _shape(wanted[name])]
-    if missing or unexpected or reshaped:
+    differences = misfit(found, wanted)
+    if differences:
         what = f"the weights in {checkpoint}" + (f" under the prefix {prefix!r}" if prefix else "")
-        lines = [f"{what} do not fit {type(module).__name__}:"]
-        if missing:
-            lines.append(f"  missing in the file: {_listing(missing)}")
-        if unexpected:
-            lines.append(f"  not in the module: {_listing(unexpected)}")
-        if reshaped:
-            shapes = [f"{name} {_shape(found[name])} in the file, {_shape(wanted[name])} in the module"
-                      for name in reshaped]  # fmt: skip
-            lines.append(f"  other shapes: {_listing(shapes, '; ')}")
-        counts = {(_shape(found[name])[:1], _shape(wanted[name])[:1]) for name in reshaped if _shape(wanted[name])}
-        if not missing and not unexpected and len(counts) == 1 and len(reshaped) <= 2:
-            ((have, *_), (want, *_)), *_ = counts
-            lines.append(f"Most likely the class counts differ: {have} in the file, {want} in the module.")
-        else:
-            lines.append("Is it another architecture? FrozenTeacher(..., prefix=...) names the part of the file.")
-        raise ValueError("\n".join(lines))
+        raise ValueError(f"{what} do not fit {type(module).__name__}: {differences}")
     meta = any(isinstance(value, Tensor) and value.is_meta for value in wanted.values())
     if meta:  # nothing can be copied into a tensor without storage: the file's tensors take its place
         found = {name: value.to(wanted[name].dtype) if name in wanted else value for name, value in found.items()}
@@ -142,6 +125,44 @@ def load_weights(module: nn.Module, checkpoint: str | Path, prefix: str | None =
             f"{checkpoint} has no values for {_listing(lost)}, buffers that state dicts leave out and that are on the "
             "meta device. Build the module on a real device."
         )
+
+
+def no_torch_file(path: Path) -> str:
+    """Return what a file is that cannot be one of ``torch.save``, by its first bytes; empty if it may be one."""
+    with path.open("rb") as file:
+        start = file.read(20)
+    if not start or start.startswith((b"PK\x03\x04", b"\x80")):
+        return ""
+    return f"it is no file of torch.save, and begins with {start.decode(errors='replace')!r}"
+
+
+def misfit(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Return in what saved weights differ from a module's, by names and shapes, in sentences; empty if they fit.
+
+    Args:
+        saved: The weights of a file, by the module's names.
+        wanted: The module's state dict.
+
+    Example:
+        >>> misfit({"weight": torch.ones(3, 2)}, nn.Linear(2, 3).state_dict())
+        'missing in the file: bias. Is it another architecture? An argument prefix names the part of the file.'
+    """
+    missing = [name for name in wanted if name not in saved]
+    unexpected = [name for name in saved if name not in wanted]
+    reshaped = [name for name in wanted if name in saved and _shape(saved[name]) != _shape(wanted[name])]
+    shapes = [f"{name} {_shape(saved[name])} in the file, {_shape(wanted[name])} in the module" for name in reshaped]
+    parts = [f"missing in the file: {_listing(missing, most=4)}"] if missing else []
+    parts += [f"not in the module: {_listing(unexpected, most=4)}"] if unexpected else []
+    parts += [f"other shapes: {_listing(shapes, '; ', most=4)}"] if shapes else []
+    counts = {(_shape(saved[name])[:1], _shape(wanted[name])[:1]) for name in reshaped if _shape(wanted[name])}
+    if not parts:
+        return ""
+    if not missing and not unexpected and len(counts) == 1 and len(reshaped) <= 2:
+        ((have, *_), (want, *_)), *_ = counts
+        advice = f"Most likely the class counts differ: {have} in the file, {want} in the module."
+    else:
+        advice = "Is it another architecture? An argument prefix names the part of the file."
+    return f"{'; '.join(parts)}. {advice}"
 
 
 def _shape(value: Any) -> tuple[int, ...]:
@@ -166,7 +187,12 @@ def _read_state_dict(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} is no readable safetensors file: {error}.") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, OSError) as error:
+        if kind := no_torch_file(path):
+            raise ValueError(
+                f"{path} could not be read as weights: {kind}. Give a file of torch.save, a Lightning checkpoint or "
+                "safetensors."
+            ) from error
         if isinstance(error, EOFError) or "PytorchStreamReader failed" in str(error):
             raise ValueError(
                 f"{path} could not be read as weights: its {path.stat().st_size:,} bytes are truncated or no file of "

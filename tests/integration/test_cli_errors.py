@@ -38,7 +38,7 @@ COMMANDS = (
     "init; "
     "kd-lightning COMMAND --help describes one."
 )
-FIT = "It has ckpt_path, data, model, num_threads, print_config, seed_everything, trainer, weights_only."
+FIT = "It has ckpt_path, data, model, num_threads, print_config, resume, seed_everything, trainer, weights_only."
 SCHEDULES = (
     "ConstantSchedule, CosineSchedule, CyclicSchedule, ExponentialSchedule, JoinedSchedule, LinearSchedule, "
     "StepSchedule"

@@ -1,0 +1,103 @@
+"""Errors of torch, Lightning and the operating system that a user's settings cause, told in this library's words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+from torch import OutOfMemoryError
+
+from kd_lightning.configuration.written import Key, Written, guess
+
+__all__ = ["explain"]
+
+
+@dataclass(frozen=True)
+class _Foreign:
+    """An error of another package, by its type's name and a pattern of its text, and what to say in its place.
+
+    Attributes:
+        types: Names of the error's classes, its bases included.
+        pattern: Searched for in the text, whose lines are joined.
+        text: Makes the paragraph of the match.
+        key: Makes the key of the setting, of the match and of what was written; None if there is none.
+    """
+
+    types: tuple[str, ...]
+    pattern: str
+    text: Callable[[re.Match[str]], str]
+    key: Callable[[re.Match[str], Written], Key | None] = lambda match, written: None
+
+
+def explain(error: Exception, text: str, frames: Sequence[FrameType], written: Written) -> str | None:
+    """Return a paragraph about an error of another package; None if it is not known here.
+
+    Args:
+        error: The error.
+        text: Its text in one line.
+        frames: Where it was raised, the innermost last.
+        written: What the user wrote.
+    """
+    names = {cls.__name__ for cls in type(error).__mro__}
+    for foreign in _FOREIGN:
+        match = re.search(foreign.pattern, text)
+        if match is not None and names.intersection(foreign.types):
+            key = foreign.key(match, written)
+            return (f"{written.place(key)}: " if key else "") + foreign.text(match)
+    for frame in frames if "RuntimeError" in names and "CUDA" not in text else ():
+        if frame.f_code.co_name == "call_model" and "args" in frame.f_locals:
+            network = type(frame.f_locals["module"]).__name__
+            shapes = [str(tuple(value.shape)) for value in frame.f_locals["args"] if hasattr(value, "shape")]
+            return _at(network, written) + (
+                f"{network} cannot take inputs of shape {', '.join(shapes) or 'this batch'}: {text} Give a network for "
+                "such data, or data of the shape that the network takes."
+            )
+    owner = type(frames[-1].f_locals.get("self"))
+    if owner.__module__.startswith("torch.optim") and not isinstance(error, (ValueError, TypeError)):
+        return f"{_at(owner.__name__, written)}{owner.__name__} fails with these arguments: {text} Correct init_args."
+    return None
+
+
+def _at(name: str, written: Written) -> str:
+    key = written.class_key(name)
+    return f"{written.place(key)}: " if key else ""
+
+
+def _monitor_key(match: re.Match[str], written: Written) -> Key | None:
+    for key, _ in written.classes():
+        for inner in ((*key, "init_args", "monitor"), (*key, "monitor")):
+            if written.at(inner) == match[1]:
+                return inner
+    return None
+
+
+def _no_metric(match: re.Match[str]) -> str:
+    names = [name for name in re.findall(r"[\w/-]+(?:\.\w+)*", match[2]) if name not in ("epoch", "step")]
+    return f"no metric has the name {match[1]!r}.{guess(match[1], names)} This run logs {', '.join(sorted(names))}."
+
+
+def _os_error(match: re.Match[str]) -> str:
+    return f"the operating system refuses: {match[0].rstrip('.')}. Correct the path, or its permissions and space."
+
+
+_CONFIG = ("MisconfigurationException",)
+_FOREIGN = [
+    _Foreign(("RuntimeError",), r"Early stopping conditioned on metric `(.*?)` .*? following: (.*)", _no_metric,
+             _monitor_key),
+    _Foreign(_CONFIG, r"ModelCheckpoint\(monitor='(.*?)'\)` could not find .*? metrics: \[(.*?)\]", _no_metric,
+             _monitor_key),
+    _Foreign(_CONFIG, r"ReduceLROnPlateau conditioned on metric (\S+) which .*? are: \[(.*?)\]", _no_metric,
+             _monitor_key),
+    _Foreign(_CONFIG, r"No supported gpu backend found", lambda match: "torch finds no GPU that it can use. Leave the "
+             "accelerator out to take what there is, or set it to cpu.",
+             lambda match, written: ("trainer", "accelerator")),
+    _Foreign((OutOfMemoryError.__name__,), r"[^.]*\. .*?\. ", lambda match: f"the device is out of memory: "
+             f"{match[0].strip()} Take a smaller data.batch_size, with trainer.accumulate_grad_batches for the same "
+             "step, or trainer.precision bf16-mixed."),
+    _Foreign(("URLError",), r".+", lambda match: f"a download failed: {match[0]} Give a file that is there already, or "
+             "try again with a network."),
+    _Foreign(("OSError",), r".+", _os_error),
+]  # fmt: skip
+"""What a first match decides; the operating system's errors come last, because FileNotFoundError is one of ours too."""
