@@ -111,7 +111,7 @@ class FusedDistiller(Distiller):
         if len(self.layers) or not self._teaching.gives_hidden_states:
             raise ValueError(
                 "FusedLinearKDLoss takes the hidden states of one teacher that runs: no ensemble, no cache and no "
-                "layers go with it. Take KDLoss."
+                "layers go with it, and no targets of a few classes, as functions and servers give. Take KDLoss."
             )
         if self.class_dim != -1 or kd_loss.reduction != "mean":
             raise ValueError(f"from hidden states the classes are last and the loss is a mean, got {kd_loss!r}.")

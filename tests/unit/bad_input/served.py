@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from kd_lightning.functional import Sparse
+from kd_lightning.fused_distiller import FusedDistiller
+from kd_lightning.losses import FusedLinearKDLoss
 from kd_lightning.teachers import ServedTeacher, TeacherCache
 from tests.unit.bad_input.case import Case
 
@@ -83,6 +85,13 @@ CASES = [
         "no server", asked(IDS), ConnectionError,
         "there is no answer from http://127.0.0.1:9/v1/completions after 1 attempts, at last [Errno 111] Connection "
         "refused. Start the server, or correct the url.",
+    ),
+    Case(
+        "served targets for the fused loss",
+        lambda: FusedDistiller(ServedTeacher(URL, "tiny"), 1.0, FusedLinearKDLoss()),
+        ValueError,
+        "FusedLinearKDLoss takes the hidden states of one teacher that runs: no ensemble, no cache and no layers go "
+        "with it, and no targets of a few classes, as functions and servers give. Take KDLoss.",
     ),
     Case("a cache of logits for targets", kept([-1.0, -2.0]), TypeError,
          "a TeacherCache without top_k keeps logits, got Sparse targets of 2 classes: TeacherCache(..., top_k=2)."),

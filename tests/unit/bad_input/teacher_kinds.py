@@ -311,6 +311,6 @@ CASES = [
         lambda: FusedDistiller(EMATeacher(temperature=2.0), 4.0, FusedLinearKDLoss()),
         ValueError,
         "FusedLinearKDLoss takes the hidden states of one teacher that runs: no ensemble, no cache and no layers go "
-        "with it. Take KDLoss.",
+        "with it, and no targets of a few classes, as functions and servers give. Take KDLoss.",
     ),
 ]
