@@ -19,7 +19,6 @@ __all__ = [
     "Task",
     "TopKAccuracy",
     "agreement",
-    "as_two_classes",
     "task_loss_among",
     "task_of",
 ]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kd_lightning.functional import Scale, Temperature, predictive_entropy
-from kd_lightning.functional.rows import loss_scale
+from kd_lightning.functional import Temperature, predictive_entropy
+from kd_lightning.functional.rows import Scale, loss_scale
 from kd_lightning.layers import LayerResult
 from kd_lightning.temperature.base import Temperatures
 

@@ -1,4 +1,4 @@
-"""The rule by which a temperature follows a validation metric: no trainer, no policy."""
+"""The rule by which a temperature follows a validation metric, without trainer or policy."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["AdaptiveRule", "AdaptiveState", "Direction", "Move", "TemperatureRan
 Direction = Literal["decrease", "increase", "keep"]
 
 _LEAST_MOVE = 1e-3
-"""A ratio closer to 1 is no move: what is left before a bound, or float32 rounding at it."""
+"""A ratio closer to 1 is no move, because at a bound it is float32 rounding."""
 
 
 class TemperatureRange(NamedTuple):
-    """The temperatures of a batch: the mean over its samples, for student and teacher, in each term.
+    """The temperatures of a batch: means over its samples, for student and teacher in each loss term.
 
     Attributes:
-        mean: The student's, averaged over the terms.
-        coldest: The smallest of all these means.
-        hottest: The largest.
+        mean: The student's mean, averaged over the terms.
+        coldest: The smallest of all means.
+        hottest: The largest of all means.
     """
 
     mean: float
@@ -34,7 +34,7 @@ class TemperatureRange(NamedTuple):
 
 
 def agree(ranks: Sequence[tuple[float, TemperatureRange]]) -> tuple[float, TemperatureRange]:
-    """Return the metric and the temperatures that all ranks use, from each rank's, in whatever order."""
+    """Return the metric and the temperatures that all ranks use, independent of the ranks' order."""
     temperatures = [temperature for _, temperature in ranks]
     return mean_over_ranks([value for value, _ in ranks]), TemperatureRange(
         mean=mean_over_ranks([t.mean for t in temperatures]),
@@ -44,7 +44,7 @@ def agree(ranks: Sequence[tuple[float, TemperatureRange]]) -> tuple[float, Tempe
 
 
 class Move(NamedTuple):
-    """What to do: multiply the temperature by ``ratio``, because of ``reason``."""
+    """A factor on the temperature, and the reason for it."""
 
     ratio: float
     reason: str
@@ -62,19 +62,19 @@ class AdaptiveState:
 
 
 class AdaptiveRule:
-    r"""When to move the temperature, as a state machine over metric values; :class:`AdaptiveTemperature` has the words.
+    r"""The rule of :class:`AdaptiveTemperature`: a state machine over metric values that returns moves.
 
     With values oriented so that larger is better, :math:`\delta(x)` being ``degrade_delta`` or
     :math:`\text{degrade\_delta} \cdot |x|`, at each check with value :math:`v`:
 
-    * :math:`v > \text{best} + \text{min\_delta}`: the new best and reference; nothing else happens.
+    * :math:`v > \text{best} + \text{min\_delta}`: the new best and reference, and no move.
     * :math:`v < \text{reference} - \delta(\text{reference})`, ``degrade_patience`` checks in a row: degradation.
     * :math:`v \ge \text{best} - \delta(\text{best})`, ``patience`` checks in a row: plateau.
 
-    A move makes its value :math:`v` the reference, until there is a new best. A direction of ``"keep"``, or a bound
-    that leaves no room, makes no move and so leaves the reference alone.
+    After a move its value :math:`v` is the reference until there is a new best. The direction ``"keep"``, or a bound
+    that leaves no room, makes no move and keeps the reference.
 
-    Args: as :class:`AdaptiveTemperature`, which checks them.
+    The arguments are those of :class:`AdaptiveTemperature`, which checks them.
 
     Example:
         >>> rule = AdaptiveRule(monitor="val_acc", mode="max", factor=0.5, patience=2, min_delta=0.0,
@@ -116,14 +116,14 @@ class AdaptiveRule:
     def check(
         self, value: float, temperature: TemperatureRange, low: float, high: float, counting: bool = True
     ) -> Move | None:
-        """Take one value of the metric in.
+        """Update the counters with a value of the metric, and return the move that follows, if any.
 
         Args:
-            value: Finite.
-            temperature: Of the last training batch.
+            value: A finite value of the metric.
+            temperature: The temperatures of the last training batch.
             low: Lower bound of the coldest temperature.
             high: Upper bound of the hottest temperature.
-            counting: False while warming up: the best is kept, and nothing is counted.
+            counting: False during the warm-up, in which only the best is updated.
         """
         state, now = self.state, self._sign * value
         if state.best is None or state.reference is None or now > state.best + self.min_delta:
@@ -148,7 +148,7 @@ class AdaptiveRule:
             return None
 
         wanted = {"decrease": self.factor, "increase": 1 / self.factor, "keep": 1.0}[direction]
-        # never past a bound, and never against the direction where the policy itself is outside of the bounds
+        # not past a bound, and not against the direction if the policy itself lies outside the bounds
         ratio = max(wanted, min(1.0, low / temperature.coldest))
         ratio = min(ratio, max(1.0, high / temperature.hottest))
         if abs(ratio - 1) < _LEAST_MOVE:
@@ -181,10 +181,10 @@ class AdaptiveRule:
 
 
 def return_ratio(temperature: TemperatureRange, multiplier: float, low: float, high: float) -> float:
-    """Return the ratio that brings the temperature back into the bounds by undoing part of the multiplier.
+    """Return the ratio that moves the temperature back into the bounds by undoing part of the multiplier.
 
-    A schedule goes on after a move: 3 · 0.5 may have been within bounds, and 1 · 0.5 is not. Nothing beyond a
-    multiplier of 1 is asked for: bounds hold back the moves, not the policy.
+    A schedule can carry a moved temperature across a bound: 3 · 0.5 may be within bounds, and 1 · 0.5 is not. The ratio
+    undoes no more than the multiplier, because the bounds limit the moves and not the policy.
 
     Example:
         >>> return_ratio(TemperatureRange(0.5, 0.5, 0.5), multiplier=0.5, low=0.8, high=20.0)

@@ -1,4 +1,4 @@
-"""A temperature that follows a validation metric."""
+"""Moving the temperature by a validation metric."""
 
 from __future__ import annotations
 
@@ -40,58 +40,55 @@ __all__ = ["AdaptiveTemperature"]
 
 
 class AdaptiveTemperature(Callback):
-    """Moves the temperature when a validation metric stands still or falls.
+    """A callback that moves the temperature when a validation metric stagnates or falls.
 
-    *Plateau*: no improvement over the best by more than ``min_delta`` for ``patience`` validation checks, the metric
-    staying within ``degrade_delta`` of the best: T × factor. *Degradation*: the metric falls below its reference by
-    more than ``degrade_delta`` for ``degrade_patience`` checks: T ÷ factor. The reference is the best, and after a move
-    the value at that move, until there is a new best: one drop gives one move, not one per check, whatever the metric
-    does on its way back, and jitter under the best is a plateau. :class:`AdaptiveRule` has it in symbols.
+    *Plateau*: for ``patience`` validation checks the metric does not exceed the best by more than ``min_delta``, and
+    stays within ``degrade_delta`` of it: T × factor. *Degradation*: for ``degrade_patience`` checks the metric is below
+    its reference by more than ``degrade_delta``: T ÷ factor. The reference is the best, and after a move the value at
+    that move until there is a new best, so that one drop causes one move. :class:`AdaptiveRule` has the equations.
 
-    What is moved is the policy's ``multiplier``, so every policy follows, scheduled, per-sample and learned ones
-    included. A check is a validation in ``fit``, several per epoch with ``val_check_interval``; the sanity check and
-    ``validate`` change nothing. All ranks take the same decision, on the metric's mean over ranks, so that a metric
-    logged without ``sync_dist`` does no harm. Each move is told with its reason::
+    The callback moves the policy's ``multiplier``, so it works with every policy. A check is a validation in ``fit``,
+    several per epoch with ``val_check_interval``; the sanity check and ``validate`` do not count. All ranks decide
+    alike, by the metric's mean over ranks, also without ``sync_dist``. Each move is logged with its reason::
 
         val_acc 0.912 not above 0.915 for 2 checks: temperature × 0.8 → 3.2
 
     *Bounds.* ``min_temperature`` and ``max_temperature``, and the policy's own, hold for the means of the last training
-    batch: the colder of student's and teacher's mean temperature must not be moved below the one, nor the hotter above
-    the other (single samples, of a per-sample policy, may lie outside of them; the policy's own bounds hold for each).
-    A move that would cross a bound ends at it; at a bound the multiplier stays as it is. Where a schedule
-    later carries a moved temperature across a bound, the next check takes back that part of the multiplier.
+    batch: a move takes neither the lower of student's and teacher's mean below the one, nor the higher above the other.
+    Single samples may lie outside; the policy's own bounds hold for each. A move that would cross a bound ends at it.
+    If a schedule later carries a moved temperature across a bound, the next check undoes that part of the multiplier.
 
-    *Resuming* makes the moves that the run without interruption makes. Lightning sets the limit: a checkpoint written
-    between a training step and the validation due after that step loses this validation, and with it a check. Write
-    checkpoints at the end of validation (``ModelCheckpoint(monitor=...)``), or at steps with no validation due.
+    *Resuming* makes the same moves as a run without interruption, except that Lightning omits a validation if the
+    checkpoint was written between it and the training step before. Write checkpoints at the end of validation
+    (``ModelCheckpoint(monitor=...)``), or at steps without one.
 
     Args:
-        monitor: A metric that is logged in validation. Do not take ``val_loss`` or ``val_kd_loss``: they move with the
+        monitor: A metric that is logged in validation; not ``val_loss`` or ``val_kd_loss``, which change with the
             temperature itself. ``val_task_loss`` does not.
         mode: ``"max"`` if larger is better, ``"min"`` if smaller.
-        factor: In (0, 1). ``"decrease"`` multiplies T by it, ``"increase"`` divides.
+        factor: Factor in (0, 1), by which ``"decrease"`` multiplies T and ``"increase"`` divides it.
         patience: Checks without improvement that make a plateau.
-        min_delta: An improvement is larger than this; absolute, as in Lightning's ``EarlyStopping``.
-        degrade_delta: How far under the best is still jitter. An accuracy p on n samples has a standard error of
-            √(p(1 − p)/n), 0.01 for p = 0.9 and n = 1000: take two of them or more.
-        delta_mode: ``"rel"``: ``degrade_delta`` is a part of the best (or reference) value; ``"abs"``: in its units.
+        min_delta: A change must exceed this to be an improvement; absolute, as in Lightning's ``EarlyStopping``.
+        degrade_delta: Distance below the best that still counts as noise. An accuracy p on n samples has a standard
+            error of √(p(1 − p)/n), 0.01 for p = 0.9 and n = 1000: use twice that or more.
+        delta_mode: ``"rel"``: ``degrade_delta`` is a part of the best or reference value; ``"abs"``: it is absolute.
         on_plateau: ``"decrease"``, ``"increase"`` or ``"keep"``.
         on_degrade: ``"decrease"``, ``"increase"`` or ``"keep"``.
         degrade_patience: Checks in a row that make a degradation.
         cooldown: Checks after a move in which nothing is counted.
         min_temperature: Lower bound; None: the policy's own alone.
         max_temperature: Upper bound; None: the policy's own alone.
-        warmup_epochs: Epochs at the start in which nothing is counted; the best is kept.
-        verbose: Tell also what checks without a move saw.
+        warmup_epochs: Epochs at the start in which only the best is updated.
+        verbose: Whether to report checks without a move too.
 
     Raises:
         ValueError: If an argument is outside its range.
         MisconfigurationException: If the run has no validation.
-        RuntimeError: If the metric was not logged; names the logged metrics.
+        RuntimeError: If the metric was not logged; the message names the logged metrics.
         TypeError: If an argument is of another type, or if the run has no Distiller.
 
-    State: the counters and moves, per *monitor, mode, on_plateau, on_degrade*, in which several instances may differ;
-    after a change of one of them a resumed run starts counting anew. The multiplier itself is the policy's state.
+    State: the counters and moves, per *monitor, mode, on_plateau, on_degrade*; a resumed run with another of these
+    resets the counters. The multiplier is the policy's state.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -203,7 +200,7 @@ class AdaptiveTemperature(Callback):
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         distiller = find_distiller(trainer, pl_module)
-        if distiller.last_output is not None:  # kept as tensors: the host reads them at the next check, not before
+        if distiller.last_output is not None:  # tensors, so that only a check needs a host sync
             terms = distiller.last_output.temperatures
             multiplier = distiller.temperature.multiplier.clone()
             self._last_batch = [t.student.detach() for t in terms], [t.teacher.detach() for t in terms], multiplier
@@ -258,7 +255,7 @@ class AdaptiveTemperature(Callback):
         )
 
     def _read_temperature(self) -> TemperatureRange:
-        """Return the last training batch's temperatures over their multiplier, which callbacks may have moved since."""
+        """Return the last training batch's temperatures, divided by the multiplier at that time."""
         if self._last_batch is not None:
             student, teacher, multiplier = self._last_batch
             means = torch.stack([side.mean() for side in (*student, *teacher)]) / multiplier

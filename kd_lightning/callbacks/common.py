@@ -61,7 +61,7 @@ def read_metric(trainer: Trainer, monitor: str, owner: object) -> float:
     """Return the monitored metric's last value on this rank, which may be NaN.
 
     Raises:
-        RuntimeError: If the metric was not logged; names the logged metrics.
+        RuntimeError: If the metric was not logged; the message names the logged metrics.
     """
     metrics = trainer.callback_metrics
     if monitor not in metrics:
@@ -102,7 +102,7 @@ def check_validates(trainer: Trainer, owner: object) -> None:
 
 
 def mean_over_ranks(values: Sequence[float]) -> float:
-    """Return the mean, whatever the order: exactly the value if all are equal, NaN if one is not finite.
+    """Return the mean, independent of the order: exactly the value if all are equal, NaN if one is not finite.
 
     Example:
         >>> mean_over_ranks([0.1, 0.1, 0.1]), mean_over_ranks([0.1, float("inf")])
@@ -115,5 +115,5 @@ def mean_over_ranks(values: Sequence[float]) -> float:
 
 
 def count_checks(count: int) -> str:
-    """``1 check``, ``2 checks``."""
+    """Return ``1 check``, ``2 checks`` and so on."""
     return f"{count} check" if count == 1 else f"{count} checks"

@@ -1,4 +1,4 @@
-"""Distillation into a LightningModule that knows nothing of it."""
+"""Distillation into a LightningModule that has no code for it."""
 
 from __future__ import annotations
 
@@ -37,48 +37,47 @@ _ABSENT: Any = object()
 
 
 class DistillationCallback(HoldsDistiller, Callback):
-    r"""Adds a teacher to a LightningModule as it is: :math:`L = w_{kd} L_{kd} + w_{task} L_{module}`.
+    r"""A callback that adds a teacher to an unchanged LightningModule: :math:`L = w_{kd} L_{kd} + w_{task} L_{module}`.
 
-    :math:`L_{module}` is what the module's own ``training_step`` returns. The student's logits are what ``forward``, or
-    the submodule ``student_layer``, returned in that step; the teacher is run on what it was called with. Optimiser,
-    schedulers, metrics, validation and checkpoints stay the module's. After ``fit``, also after an exception, nothing
-    is left on it; its ``state_dict``, in checkpoints too, never has a key of ours, so it loads in the module's class.
+    :math:`L_{module}` is the loss of the module's ``training_step``. The student's logits are the output of
+    ``forward``, or of the submodule ``student_layer``, in that step; the teacher receives the same arguments.
+    Optimiser, schedulers, metrics, validation and checkpoints stay the module's. After ``fit``, also after an
+    exception, the module is as before; its ``state_dict`` has no further key, so checkpoints load into its own class.
 
-    The step may return a tensor, a dictionary with ``"loss"`` (the other keys are kept) or None (no optimisation in
-    this step). Calls of the student under ``no_grad`` do not count. With several that do, say which by
-    ``forward_call``.
+    The step may return a tensor, a dictionary with ``"loss"`` (other keys are kept) or None (no optimisation in this
+    step). Calls of the student under ``no_grad`` do not count; of several others, ``forward_call`` selects one.
 
-    Logged, when the logger writes: ``train_kd_loss``, ``train_task_loss`` (the module's own), and of the temperature
-    what :class:`~kd_lightning.DistillationModule` logs; ``val_kd_loss`` and ``val_agreement`` on request. The callbacks
-    of this package find the Distiller here.
+    When the logger writes, the callback logs ``train_kd_loss``, ``train_task_loss`` (the module's loss), and the
+    temperature as :class:`~kd_lightning.DistillationModule` does; ``validate=True`` adds ``val_kd_loss`` and
+    ``val_agreement``. The callbacks of this package use its Distiller.
 
-    Automatic optimisation only. A policy that learns has a group of its own, without weight decay, in the module's
-    optimiser: resuming such a run needs this callback, and ``LBFGS`` has no room for it.
+    Only automatic optimisation is supported. A learned policy has its own group, without weight decay, in the module's
+    optimiser, so resuming such a run needs this callback, and ``LBFGS``, which takes one group, cannot be used.
 
     Args:
         teacher: A trained network or a :class:`~kd_lightning.FrozenTeacher`.
-        student_layer: Dotted name of the submodule whose output has the logits, such as ``"net"`` or ``"model.head"``.
+        student_layer: Dotted name of the submodule that returns the logits, such as ``"net"`` or ``"model.head"``.
             None: the module's ``forward``.
         temperature: A number, a schedule or a :class:`~kd_lightning.temperature.TemperaturePolicy`.
         kd_loss: See :class:`~kd_lightning.Distiller`.
-        kd_weight: Number or schedule.
-        task_weight: Number or schedule; of the module's own loss.
-        inputs: What the teacher is called with: a key or an index of the batch, or a function of it. None: what the
-            student was called with; that does not do for a layer within the network, which sees features.
-        targets: Labels for losses and policies that ask for them, and for ``ignore_index``: a key, an index or a
-            function of the batch. None: the second of two, ``"labels"`` or ``"targets"``, where their shape fits; for
-            token logits ``(B, L, V)``, which task and label may align in two ways, that is an error.
-        forward_call: Which call of the student counts, where a step has several: 0 the first, −1 the last. None: there
-            must be one.
+        kd_weight: Weight of the distillation term: a number or a schedule.
+        task_weight: Weight of the module's loss: a number or a schedule.
+        inputs: The teacher's inputs: a key or an index of the batch, or a function of it. None: the student's
+            arguments, which a layer within the network cannot provide, because they are features.
+        targets: Labels for losses and policies that need them, and for ``ignore_index``: a key, an index or a function
+            of the batch. None: the second of two parts, ``"labels"`` or ``"targets"``, if their shape fits; an error
+            for token logits ``(B, L, V)``, where labels can be aligned in two ways.
+        forward_call: Index of the call of the student that counts in a step: 0 the first, −1 the last. None: the step
+            must have one.
         validate: Whether to run the teacher in validation too, and log ``val_kd_loss`` and ``val_agreement``.
 
     Raises:
-        ValueError: At fit: manual optimisation, no such layer, a module that distils already, parameters that student
-            and teacher share.
-        RuntimeError: In the first step: the logits were not seen, or seen several times; when resuming, another
-            teacher.
+        ValueError: At fit, if the module optimises manually, lacks the layer, distils itself, or shares parameters with
+            the teacher.
+        RuntimeError: In the first step, if it does not call the student, or calls it several times without
+            ``forward_call``; when resuming, if the teacher differs from the checkpoint's.
 
-    State: the policy's and the losses', whether distillation is on, the teacher's fingerprint.
+    State: that of the policy and the losses, whether distillation is on, the teacher's fingerprint.
 
     Example:
         >>> teacher = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -126,13 +125,13 @@ class DistillationCallback(HoldsDistiller, Callback):
     @property
     @override
     def progress(self) -> Progress:
-        """Where training stands."""
+        """The progress of training."""
         return self._run.progress(self._trainer)
 
     def extract_logits(self, output: Any) -> Tensor:
-        """Return the logits in an output of the student or the teacher. Override for outputs of another kind.
+        """Return the logits of an output of the student or the teacher. Override this for other outputs.
 
-        By default the tensor itself, ``.logits`` as in Hugging Face's outputs, ``["logits"]`` or ``["out"]``.
+        By default: the tensor itself, ``.logits`` as in Hugging Face's outputs, ``["logits"]`` or ``["out"]``.
         """
         return getattr(self.distiller.kd_loss, "prediction", extract_logits)(output)
 
@@ -153,7 +152,7 @@ class DistillationCallback(HoldsDistiller, Callback):
         self._wrap(pl_module, "configure_optimizers", self._configuring)
 
     def _configuring(self, configure: Callable[[], Any], pl_module: LightningModule) -> Callable[[], Any]:
-        """By the time optimisers are configured the module is whole, and on its device."""
+        """Start distillation when optimisers are configured, because the module is then complete and on its device."""
 
         def configure_optimizers() -> Any:
             self._start(pl_module)
@@ -203,7 +202,7 @@ class DistillationCallback(HoldsDistiller, Callback):
             ) from None
 
     def _wrap(self, module: nn.Module, name: str, wrapper: Callable[..., Callable[..., Any]]) -> None:
-        """Put ``wrapper(method, module)`` over a method of this instance, until :meth:`_leave`."""
+        """Replace a method of this instance by ``wrapper(method, module)`` until :meth:`_leave`."""
         method = getattr(module, name)
         self._wrapped.append((module, name, vars(module).get(name, _ABSENT)))
         vars(module)[name] = functools.wraps(method)(wrapper(method, module))
@@ -251,7 +250,7 @@ class DistillationCallback(HoldsDistiller, Callback):
                 self._calls = None
             task_loss = output.get("loss") if isinstance(output, Mapping) else output
             if not isinstance(task_loss, Tensor):
-                return output  # a step that is skipped; or one that Lightning objects to
+                return output  # a skipped step, or one that Lightning refuses
             learning = [call for call in calls if self.extract_logits(call.output).requires_grad]
             if not learning:
                 raise RuntimeError(self._says_unseen(pl_module, step, args, kwargs, calls))
@@ -262,7 +261,7 @@ class DistillationCallback(HoldsDistiller, Callback):
         return training_step
 
     def _distil(self, call: StudentCall, batch: Any, task_loss: Tensor) -> tuple[DistillationOutput, Tensor | None]:
-        """Return the output, and the targets or the mask by which positions count."""
+        """Return the output, and the targets or the mask of the valid positions."""
         logits = self.extract_logits(call.output)
         from_call = self.inputs is None and not self._run.teacher.reads_batch
         inputs = call.inputs() if from_call else batch if self.inputs is None else select(batch, self.inputs, "inputs")
@@ -317,7 +316,7 @@ class DistillationCallback(HoldsDistiller, Callback):
     def _says_unseen(
         self, pl_module: LightningModule, step: Callable[..., Any], args: Any, kwargs: Any, calls: list[StudentCall]
     ) -> str:
-        """Return the message for logits that were not seen; runs the step once more to list the layers it calls."""
+        """Return the message for missing logits; runs the step once more to list the layers that it calls."""
         if calls:
             return (
                 f"training_step calls {self._student} without gradient, so distillation would teach it nothing. Was it "
@@ -356,7 +355,7 @@ class DistillationCallback(HoldsDistiller, Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._run.progress(trainer)  # for a checkpoint that is written after the fit
+        self._run.progress(trainer)  # because a checkpoint may be written after the fit
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -375,7 +374,7 @@ class DistillationCallback(HoldsDistiller, Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.last_output = None  # the callbacks have seen it; the memory is needed
+        self.last_output = None  # to free memory, because no callback needs it any more
 
     @override
     def on_validation_batch_start(

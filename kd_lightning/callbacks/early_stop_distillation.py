@@ -1,4 +1,4 @@
-"""Distillation that ends when it stops helping, while training goes on."""
+"""Ending distillation when it stops helping, while training continues."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ __all__ = ["EarlyStopDistillation"]
 
 
 class EarlyStopDistillation(Callback):
-    """Turns the distillation term off when a validation metric stops improving; the task loss trains on.
+    """A callback that turns the distillation term off when a validation metric stops improving.
 
-    After ``patience`` validation checks without an improvement the Distiller's ``kd_enabled`` becomes False: from the
-    next step on ``kd_weight`` is 0, for good, also after resuming and in the loaded checkpoint. A student that has
-    learned what its teacher can teach goes on with the labels, which a much stronger teacher would otherwise drown
-    (J. H. Cho, B. Hariharan, 2019, "On the efficacy of knowledge distillation").
+    After ``patience`` validation checks without an improvement the Distiller's ``kd_enabled`` becomes False:
+    ``kd_weight`` is 0 from the next step on, also after resuming. The task loss continues to train, because a much
+    stronger teacher can harm a student in the late phase (J. H. Cho, B. Hariharan, 2019, "On the efficacy of knowledge
+    distillation").
 
-    The task term keeps its weight, so with ``task_weight=0.1`` the loss becomes a tenth of the task loss: with SGD mind
-    the learning rate. The teacher still runs, for the metrics that compare it with the student.
+    The task term keeps its weight, so with ``task_weight=0.1`` the loss becomes a tenth of the task loss, which with
+    SGD acts as a lower learning rate. The teacher still runs, for the metrics that compare it with the student.
 
-    A check is a validation in ``fit``; the sanity check and ``validate`` do not count. All ranks take the same
-    decision, on the metric's mean over ranks. A metric that is not finite counts no check, and is warned of once.
+    A check is a validation in ``fit``; the sanity check and ``validate`` do not count. All ranks decide alike, by the
+    metric's mean over ranks. A metric that is not finite is no check and causes one warning.
 
     Args:
-        monitor: A metric that is logged in validation. Do not take ``val_loss`` or ``val_kd_loss``, of which the
-            distillation term is a part.
+        monitor: A metric that is logged in validation; not ``val_loss`` or ``val_kd_loss``, which contain the
+            distillation term.
         patience: Checks without improvement.
         mode: ``"max"`` if larger is better, ``"min"`` if smaller.
-        min_delta: An improvement is larger than this.
-        verbose: Tell also of improvements.
+        min_delta: A change must exceed this to be an improvement.
+        verbose: Whether to report improvements too.
 
     Raises:
         ValueError: If an argument is outside its range.
         MisconfigurationException: If the run has no validation.
-        RuntimeError: If the metric was not logged; names the logged metrics.
+        RuntimeError: If the metric was not logged; the message names the logged metrics.
         TypeError: If an argument is of another type, or if the run has no Distiller.
 
-    State: the counters, per *monitor, mode*. That distillation is off is the module's state.
+    State: the counters, per *monitor, mode*. ``kd_enabled`` is the Distiller's state.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -93,7 +93,7 @@ class EarlyStopDistillation(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_validates(trainer, self)
         distiller = find_distiller(trainer, pl_module)
-        if self.stopped_step is not None:  # resumed, and a module of one's own does not keep it
+        if self.stopped_step is not None:  # because a user's module does not restore it
             distiller.kd_enabled = False
 
     @override

@@ -1,4 +1,4 @@
-"""The weight that holds distillation's share of the gradient."""
+"""A weight that keeps distillation's share of the gradient constant."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ __all__ = ["GradientShare", "gradient_norms", "gradient_share"]
 
 
 class GradientShare(Callback):
-    r"""Sets ``kd_weight`` so that distillation has a given share of the gradient while the temperature moves.
+    r"""A callback that sets ``kd_weight`` so that distillation keeps its share of the gradient at any temperature.
 
     .. math::
         \frac{\|w_{kd} \, g_{kd}\|}{\|w_{kd} \, g_{kd}\| + \|w_{task} \, g_{task}\|} = \rho
         \quad\Longleftrightarrow\quad
         w_{kd} = w_{task} \, \frac{\|g_{task}\|}{\|g_{kd}\|} \, \frac{\rho}{1 - \rho}
 
-    with the gradients of the two unweighted terms by the student's parameters, on the batch at hand; terms between
-    layers have no part in it. They are measured in the run's first step and in those whose values the loggers write, by
-    two backward passes more, and the weight holds from the next step on. No other step computes or waits for anything.
-    Over the measurements the weight's logarithm is averaged, :math:`\log w \leftarrow \delta \log w + (1 - \delta) \log
-    w_{kd}`, with the norms' mean square over the ranks, so that the weight is the same on all of them.
+    with the gradients of the two unweighted terms with respect to the student's parameters; layer terms are left out.
+    The first step and each step that the loggers write measure them, with two further backward passes, and set the
+    weight of the next step. No other step has a cost. The weight's logarithm is averaged over the measurements,
+    :math:`\log w \leftarrow \delta \log w + (1 - \delta) \log w_{kd}`, with the norms' mean square over the ranks, so
+    that ranks agree.
 
-    It takes over from ``kd_weight``, whose value is that of the first step, and is its schedule from then on. Where a
-    gradient is 0 or not finite, or distillation is off, the weight stays. The share that comes out is
-    ``kd_gradient_share`` of a :class:`~kd_lightning.callbacks.TemperatureMonitor`.
+    The callback replaces the schedule of ``kd_weight``, whose value the first step uses. The weight stays where a
+    gradient is 0 or not finite, or distillation is off. A :class:`~kd_lightning.callbacks.TemperatureMonitor` logs the
+    share as ``kd_gradient_share``.
 
     Args:
         target: :math:`\rho`, between 0 and 1.
-        decay: :math:`\delta` in [0, 1): 0 follows the last measurement alone, 0.9 the last ten or so.
+        decay: :math:`\delta` in [0, 1): 0 follows the last measurement alone, 0.9 about the last ten.
 
     Raises:
         ValueError: If an argument is outside its range; at fit, if ``task_weight`` is 0, or if the strategy shards the
             parameters.
         TypeError: At fit, if the run has no Distiller.
-        RuntimeError: In the first step, if the loss does not give its terms apart, as FusedLinearKDLoss does.
+        RuntimeError: In the first step, if the loss gives no separate terms, as FusedLinearKDLoss.
 
     State: the weight.
 
@@ -71,11 +71,11 @@ class GradientShare(Callback):
         self.target = target
         self.decay = decay
         self.kd_weight: float | None = None
-        """The weight that was set last; None before the first measurement."""
+        """The latest weight; None before the first measurement."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # in every stage, because a checkpoint is compared with the settings as it is loaded
+        # in every stage, because loading compares a checkpoint with the settings
         distiller = find_distiller(trainer, pl_module)
         before = distiller.kd_weight
         if not (isinstance(before, _Weight) and before.share is self):
@@ -132,9 +132,9 @@ class GradientShare(Callback):
 
 
 class _Weight:
-    """The schedule of a :class:`GradientShare`: its weight, and before the first measurement that of the run.
+    """The schedule of a :class:`GradientShare`: the run's weight until the first measurement, then the callback's.
 
-    Checkpoints compare its text, which says who sets the weight and not what it is.
+    Its text, which checkpoints compare, does not hold the weight.
     """
 
     def __init__(self, share: GradientShare, before: Callable[[Progress], float]) -> None:
@@ -152,8 +152,8 @@ def gradient_norms(output: DistillationOutput, parameters: Sequence[Tensor]) -> 
     """Return the gradient norms of the weighted distillation term and of the weighted task term, ``(2,)`` in float32.
 
     Args:
-        output: Before its loss is differentiated; it can be afterwards.
-        parameters: Those to differentiate by. Their gradients are not touched.
+        output: An output whose loss is not yet differentiated, and can be afterwards.
+        parameters: The parameters to differentiate by; their ``grad`` is not changed.
     """
     norms = []
     for term in (output.kd_weight * output.kd_loss, output.task_weight * output.task_loss):
@@ -169,8 +169,8 @@ def gradient_share(output: DistillationOutput, parameters: Sequence[Tensor]) -> 
     r"""Return the distillation term's share :math:`\|g_{kd}\| / (\|g_{kd}\| + \|g_{task}\|)` in the gradient norm.
 
     Args:
-        output: Before its loss is differentiated; it can be afterwards.
-        parameters: Those to differentiate by. Their gradients are not touched.
+        output: An output whose loss is not yet differentiated, and can be afterwards.
+        parameters: The parameters to differentiate by; their ``grad`` is not changed.
 
     Returns:
         A float32 scalar in [0, 1]; NaN where both gradients are 0.
@@ -180,7 +180,7 @@ def gradient_share(output: DistillationOutput, parameters: Sequence[Tensor]) -> 
         >>> weight = torch.eye(3, requires_grad=True)
         >>> distiller = Distiller(None, temperature=1.0, kd_weight=1.0, task_weight=1.0)
         >>> x, targets = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0])
-        >>> hard = torch.tensor([[99.0, 0.0, 0.0]])  # a teacher that says what the label says
+        >>> hard = torch.tensor([[99.0, 0.0, 0.0]])  # a teacher as certain as the label
         >>> gradient_share(distiller(x, x @ weight, targets, teacher_logits=hard), [weight])
         tensor(0.5000)
     """

@@ -1,4 +1,4 @@
-"""The names under which metrics are logged."""
+"""Other names for the logged metrics."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ __all__ = ["MetricNames"]
 
 
 class MetricNames(NamesMetrics):
-    """Names the metrics of the modules and callbacks of this library after a pattern, ``val/acc`` for ``val_acc``.
+    """A pattern for the names of this library's metrics, such as ``val/acc`` for ``val_acc``.
 
-    What belongs to a stage is renamed: ``train/kd_loss``, ``val/acc``, ``test/acc``. What belongs to none keeps its
-    name: ``temperature_student``, ``effective_kd_weight``. Give callbacks that follow a metric the new name:
-    ``EarlyStopping(monitor="val/acc")``. A ``ModelCheckpoint`` whose ``filename`` has such a metric needs
-    ``auto_insert_metric_name=False``, because ``/`` would make a folder.
+    Metrics of a stage are renamed: ``train/kd_loss``, ``val/acc``, ``test/acc``. Others keep their names, such as
+    ``temperature_student``. Callbacks that follow a metric need its new name: ``EarlyStopping(monitor="val/acc")``. A
+    ``ModelCheckpoint`` whose ``filename`` has such a metric needs ``auto_insert_metric_name=False``, because ``/``
+    would create a folder.
 
     Args:
-        pattern: A format string with ``{stage}``, which is train, val or test, and ``{name}``.
+        pattern: A format string with ``{stage}`` (train, val or test) and ``{name}``.
 
     Raises:
-        ValueError: If the pattern lacks one of the two fields or has another.
+        ValueError: If the pattern lacks one of the two fields or has a third.
 
     Example:
         >>> from lightning.pytorch import Trainer

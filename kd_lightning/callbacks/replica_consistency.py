@@ -17,25 +17,24 @@ __all__ = ["ReplicaConsistency"]
 
 
 class ReplicaConsistency(Callback):
-    """Stops a run whose ranks no longer agree, between the comparisons that each epoch begins with.
+    """A check that stops the run when its ranks differ.
 
-    Every ``every_n_steps`` optimiser steps, and at the end of training, ranks compare a hash of the policies'
-    parameters and buffers (``multiplier`` among them), of the weights of the losses, of whether distillation is on, of
-    a checksum of the teacher's weights, and of the counters of :class:`AdaptiveTemperature` and
-    :class:`EarlyStopDistillation`. :class:`~kd_lightning.DistillationModule` and :class:`DistillationCallback` compare
-    all but the counters at the start of each epoch by themselves. Ranks drift apart where a policy keeps a statistic of
-    its own batches without reducing it, or where code moves a buffer on one rank; training goes on without a sign, on
-    several temperatures. With one process there is nothing to compare.
+    Every ``every_n_steps`` optimiser steps, and at the end of training, ranks compare hashes of the policies'
+    parameters and buffers (``multiplier`` among them), of the losses' weights, of ``kd_enabled``, of the teacher's
+    checksum, and of the counters of :class:`AdaptiveTemperature` and :class:`EarlyStopDistillation`.
+    :class:`~kd_lightning.DistillationModule` and :class:`DistillationCallback` compare all but the counters at the
+    start of each epoch. Without a check, ranks differ silently once a policy keeps a statistic of its own batches
+    without reducing it, or once code changes a buffer on one rank.
 
-    The comparison waits for the device and for the other ranks, which is why it is not made in every step.
+    The comparison synchronises host, device and ranks, so it is not made in every step. A single process skips it.
 
     Args:
         every_n_steps: Optimiser steps between comparisons.
 
     Raises:
-        ValueError: ``every_n_steps`` below 1.
-        RuntimeError: The ranks differ; names the tensors and the ranks.
-        TypeError: No Distiller in this run.
+        ValueError: If ``every_n_steps`` is below 1.
+        RuntimeError: If the ranks differ; the message names the tensors and the ranks.
+        TypeError: If the run has no Distiller.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -51,7 +50,7 @@ class ReplicaConsistency(Callback):
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         step = trainer.global_step
-        if step % self.every_n_steps == 0 and step != self._checked_step:  # once, where gradients accumulate
+        if step % self.every_n_steps == 0 and step != self._checked_step:  # once per optimiser step
             self._checked_step = step
             self.check(trainer, pl_module)
 
@@ -60,10 +59,10 @@ class ReplicaConsistency(Callback):
         self.check(trainer, pl_module)
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare now. A collective: every rank must call it.
+        """Compare the ranks. Every rank must call this, because it is a collective.
 
         Raises:
-            RuntimeError: The ranks differ.
+            RuntimeError: If the ranks differ.
         """
         if trainer.world_size == 1:
             return

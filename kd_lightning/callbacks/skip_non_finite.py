@@ -1,4 +1,4 @@
-"""A callback that leaves out optimiser steps whose gradients are not finite."""
+"""A callback that skips optimiser steps whose gradients are not finite."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ __all__ = ["SkipNonFinite"]
 
 
 class SkipNonFinite(NonFiniteHandler):
-    """Leaves out an optimiser step if a gradient is NaN or infinite, on all ranks together.
+    """A callback that skips an optimiser step on all ranks if a gradient is NaN or infinite on one.
 
-    The gradients of such a step are dropped, so that weights, moments and weight decay stay as they were; the step
-    counts for schedules. Without this callback the run stops at a loss that is not finite. Each step waits for the
-    device, which is why skipping is no default. Under ``16-mixed`` precision Lightning's scaler skips steps itself.
+    A skipped step changes neither weights nor moments, and counts for schedules. Without this callback the run stops at
+    a loss that is not finite. Skipping is not the default, because it needs a host sync in each step. Under
+    ``16-mixed`` precision Lightning's scaler skips steps itself.
 
     Args:
-        max_consecutive: Steps left out in a row after which the run stops, as the weights or the data are damaged.
+        max_consecutive: Largest number of steps to skip in a row; more stop the run, because the weights or the data
+            are damaged.
 
     Raises:
         ValueError: If ``max_consecutive`` is below 1.
-        FloatingPointError: If more steps than that are left out in a row.
+        FloatingPointError: If more than ``max_consecutive`` steps are skipped in a row.
 
-    State: the number of steps left out so far, ``skipped``.
+    State: ``skipped``, the number of steps skipped so far.
 
     Example:
         >>> trainer = Trainer(callbacks=[SkipNonFinite()], logger=False, enable_checkpointing=False)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 __all__ = ["Snapshot"]
 
 _WITH_ATTRIBUTES = (nn.Module, Optimizer, LRScheduler, GradScaler, DataLoader, Sampler)
-_DATA = (Dataset, LightningDataModule)  # whose attributes are followed only if they draw batches, because data is large
+_DATA = (Dataset, LightningDataModule)  # only their loaders, samplers and generators are kept, because data is large
 _DRAWS_BATCHES = (
     DataLoader, Sampler, Dataset, torch.Generator, np.random.Generator, np.random.RandomState, random.Random
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A call of the student in a training step: its inputs, its output, if they were changed since, and the targets."""
+"""A recorded call of the student in a training step, and the targets that belong to it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["StudentCall", "changed", "find_targets", "select", "tensors", "versi
 
 @dataclass
 class StudentCall:
-    """One call of the student: what it got, what it gave, and the version of both."""
+    """A call of the student: its arguments, its output, and the version of their tensors."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -30,12 +30,12 @@ class StudentCall:
     returned: dict[int, int]
 
     def by_name(self, layer: nn.Module) -> Mapping[str, Any]:
-        """Return the arguments of the call by the names that the layer's ``forward`` has for them."""
+        """Return the arguments of the call by their names in the layer's ``forward``."""
         bound = inspect.signature(layer.forward).bind_partial(*self.args, **self.kwargs).arguments
         return {**bound, **self.kwargs}
 
     def inputs(self) -> Any:
-        """Return the arguments of the call in their simplest form."""
+        """Return the arguments of the call: a single tensor as it is, else all of them."""
         if not self.kwargs:
             return self.args[0] if len(self.args) == 1 and isinstance(self.args[0], Tensor) else self.args
         return Call(self.args, self.kwargs) if self.args else self.kwargs
@@ -47,19 +47,19 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def versions(value: Any) -> dict[int, int]:
-    """Return how often each tensor was changed in place; of none under ``torch.compile``, where that is unknown."""
+    """Return the number of in-place changes of each tensor; nothing under ``torch.compile``, which hides it."""
     if torch.compiler.is_compiling():
         return {}
     return {id(tensor): tensor._version for tensor in tensors(value) if not tensor.is_inference()}
 
 
 def changed(value: Any, since: dict[int, int]) -> bool:
-    """Return True if a tensor was changed in place since its version was taken."""
+    """Return True if a tensor was changed in place since its version was recorded."""
     return any(since.get(key, version) != version for key, version in versions(value).items())
 
 
 def select(batch: Any, how: Callable[[Any], Any] | int | str, name: str) -> Any:
-    """Return the part of a batch that a key, an index or a function names.
+    """Return the part of a batch at a key or an index, or the value of a function of the batch.
 
     Raises:
         RuntimeError: If the batch has no such part.
@@ -77,22 +77,22 @@ def select(batch: Any, how: Callable[[Any], Any] | int | str, name: str) -> Any:
 
 
 def find_targets(batch: Any, logits: Tensor, class_dim: int) -> Tensor | None:
-    """Return the labels of a batch where their shape fits the logits; None where none do.
+    """Return the labels of a batch if their shape fits the logits, else None.
 
     Args:
-        batch: Of the loader: the second of two, or one of :data:`LABEL_KEYS`.
-        logits: The student's.
-        class_dim: Their class dimension.
+        batch: A batch of the loader, with labels as the second of two parts or under one of :data:`LABEL_KEYS`.
+        logits: The student's logits.
+        class_dim: The logits' class dimension.
 
     Raises:
-        RuntimeError: If labels and logits fit in several ways, or in another ``class_dim`` only.
+        RuntimeError: If labels fit the logits in several ways, or only in another ``class_dim``.
     """
     targets = None
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         targets = batch[1]
     elif isinstance(batch, Mapping):
         targets = next((batch[key] for key in LABEL_KEYS if key in batch), None)
-    with suppress(TypeError):  # what is no array of numbers is no target of ours
+    with suppress(TypeError):  # because labels that are not numbers are no targets
         targets = as_targets(targets, logits.device)
     if not isinstance(targets, Tensor):
         return None

@@ -1,4 +1,4 @@
-"""What a callback measures of student and teacher in validation, over batches, loaders and ranks."""
+"""Scores of student and teacher in validation, summed over batches, loaders and ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["TeacherScores"]
 
 
 class TeacherScores:
-    """``val_kd_loss``, the mean over the positions that count, and ``val_agreement``, where classes are predicted."""
+    """``val_kd_loss``, the mean over the valid positions, and for predicted classes ``val_agreement``."""
 
     def __init__(self) -> None:
         self._sums: dict[int, Tensor] = {}
@@ -26,10 +26,10 @@ class TeacherScores:
         """Add a batch.
 
         Args:
-            module: Whose losses tell the task.
-            kd_loss: As ``module``.
-            out: Of the batch.
-            counting: Targets, or a mask of the positions that count.
+            module: The module, whose losses determine the task.
+            kd_loss: The distillation loss, which determines it if the module has none.
+            out: The output for the batch.
+            counting: Targets, or a mask of the valid positions.
             loader: Number of the data loader.
         """
         student, teacher = (x.movedim(out.class_dim, -1) for x in (out.student_logits, out.teacher_logits))
@@ -43,7 +43,7 @@ class TeacherScores:
         self._sums[loader] = self._sums.get(loader, 0) + row
 
     def log(self, trainer: Trainer, module: LightningModule) -> None:
-        """Log the scores, and start anew. A collective: every rank must call it."""
+        """Log and reset the scores. Every rank must call this, because it is a collective."""
         loaders, device = len(trainer.num_val_batches), trainer.strategy.root_device
         for loader in range(loaders):
             sums = self._sums.pop(loader, torch.zeros(4, device=device, dtype=_sum_dtype(device)))
@@ -55,5 +55,5 @@ class TeacherScores:
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 on the one device that has no other."""
+    """Return float64, or float32 on MPS, which lacks float64."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -1,4 +1,4 @@
-"""A search for the temperature before training."""
+"""Searching the temperature before training."""
 
 from __future__ import annotations
 
@@ -222,9 +222,8 @@ class TemperatureFinder(Callback):
         else:
             self._set(self.best, pl_module, distiller)
         if self.plot_path is not None:
-            path = (
-                Path(trainer.log_dir or trainer.default_root_dir) / self.plot_path
-            )  # on every rank, because log_dir is a collective
+            # on every rank, because log_dir is a collective
+            path = Path(trainer.log_dir or trainer.default_root_dir) / self.plot_path
             if trainer.is_global_zero:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.plot().savefig(path, dpi=150)

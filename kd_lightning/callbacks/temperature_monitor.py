@@ -1,4 +1,4 @@
-"""What the temperature does in a run, logged and drawn."""
+"""Logging and drawing the temperature of a run."""
 
 from __future__ import annotations
 
@@ -25,42 +25,40 @@ __all__ = ["TemperatureMonitor", "gradient_share"]
 
 
 class TemperatureMonitor(TemperatureLogger):
-    r"""Logs and draws the temperature, as ``LearningRateMonitor`` does the learning rate.
+    r"""A callback that logs and draws the temperature, as ``LearningRateMonitor`` logs the learning rate.
 
-    To the trainer's loggers and ``callback_metrics`` go:
+    It writes to the trainer's loggers and ``callback_metrics``:
 
-    * ``temperature_student``, ``temperature_teacher``: means over batch and terms; with ``_min`` and ``_max`` where the
-      policy gives more than one number;
+    * ``temperature_student``, ``temperature_teacher``: means over batch and terms; with ``_min`` and ``_max`` if the
+      policy returns more than one number;
     * ``temperature_multiplier``, which callbacks move;
     * ``effective_kd_weight``, :math:`w_{kd} \cdot \text{scale}`, the figure to compare between runs;
     * ``entropy_student``, ``entropy_teacher``: in nats, at their temperatures;
     * ``kd_gradient_share``, on request: :math:`\|g_{kd}\| / (\|g_{kd}\| + \|g_{task}\|)` with the gradients of the two
       weighted terms.
 
-    It takes over from the DistillationModule, which logs the same names by itself where there is no monitor. Nothing is
-    computed, and nobody waits for the device, but in the steps that are logged; there it is one transfer. With several
-    processes the values are rank 0's batch's.
+    Without a monitor, DistillationModule logs the same names. Only logged steps compute values, with one transfer to
+    the host. With several processes the values are those of rank 0's batch.
 
     Args:
         logging_interval: ``"step"``: every ``log_every_n_steps`` of the trainer, and an epoch's last step; ``"epoch"``:
-            an epoch's last step; None: ``"epoch"`` for a constant temperature, which nothing but callbacks moves, else
-            ``"step"``.
-        histogram: Log the distribution of per-sample temperatures too, to loggers that draw them (TensorBoard's).
-        gradient_share_every_n_steps: How often to measure ``kd_gradient_share``. It takes two backward passes more, and
-            changes training by rounding only. None: never.
+            an epoch's last step; None: ``"epoch"`` for a constant temperature, else ``"step"``.
+        histogram: Whether to log the distribution of per-sample temperatures, if a logger draws it as TensorBoard's.
+        gradient_share_every_n_steps: Optimiser steps between measurements of ``kd_gradient_share``, each of which takes
+            two further backward passes and changes training by rounding only. None: never.
         plot: Whether to write ``temperature.png`` into the log folder when training ends: T over the steps, with the
             monitored metric beneath, and the moves of AdaptiveTemperature with their reasons.
-        monitor: The metric to draw, only with ``plot``. None: ``val_acc``, where it is logged.
-        prog_bar: Whether to show ``temperature_student`` on the progress bar, as of the last logged step.
+        monitor: The metric to draw with ``plot``. None: ``val_acc``, if it is logged.
+        prog_bar: Whether to show ``temperature_student`` of the last logged step on the progress bar.
 
     Raises:
-        ValueError: If an argument is outside its range, or if there is a ``monitor`` without ``plot``.
-        RuntimeError: If ``monitor`` is not logged in validation; names the logged metrics.
-        MisconfigurationException: The trainer has no logger, and nothing is to be drawn.
-        ImportError: Matplotlib is not installed, and something is to be drawn: said before training.
-        TypeError: No Distiller in this run.
+        ValueError: If an argument is outside its range, or if ``monitor`` is given without ``plot``.
+        RuntimeError: If ``monitor`` is not logged in validation; the message names the logged metrics.
+        MisconfigurationException: If the trainer has no logger and nothing is to be drawn.
+        ImportError: Before training, if matplotlib is not installed and ``plot`` is set.
+        TypeError: If the run has no Distiller.
 
-    State: with ``plot``, what has been drawn so far, so that a resumed run's picture is whole.
+    State: with ``plot``, the values recorded so far, so that a resumed run's figure is complete.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -110,7 +108,7 @@ class TemperatureMonitor(TemperatureLogger):
         if self.monitor is not None:
             check_validates(trainer, self)
         if self.plot:
-            import matplotlib  # noqa: F401  (its absence is to be known now, and not after training)
+            import matplotlib  # noqa: F401  (to report its absence before training)
         elif not trainer.loggers and not self.prog_bar:
             raise MisconfigurationException(
                 "TemperatureMonitor has nowhere to log to: the Trainer has no logger. Give it one, or set plot=True."
@@ -133,7 +131,7 @@ class TemperatureMonitor(TemperatureLogger):
         output = distiller.last_output
         if output is None or not self._is_due(trainer):
             return
-        step = logged_step(trainer)  # as the step's losses are logged
+        step = logged_step(trainer)  # the same step as the losses' in the logs
         readings = output.readings() | _ranges(output)
         readings["temperature_multiplier"] = distiller.temperature.multiplier.detach().float().mean()
         if self._share is not None:
@@ -176,7 +174,7 @@ class TemperatureMonitor(TemperatureLogger):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not (self.plot and self.history):
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective: not for rank 0 alone
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank, because log_dir is a collective
         if trainer.is_global_zero:
             from kd_lightning.plotting import plot_temperature_history
 
@@ -208,7 +206,7 @@ def _histogram_writers(trainer: Trainer) -> list[Any]:
 
 
 def _ranges(output: DistillationOutput) -> dict[str, Tensor]:
-    """Smallest and largest temperature, where there is more than one."""
+    """Return the smallest and the largest temperature, if there are several."""
     ranges = {}
     for side in ("student", "teacher"):
         values = [getattr(term, side).detach() for term in output.temperatures]

@@ -1,4 +1,4 @@
-"""A trial of a search: a short run of a trainer's own fit loop, its seed, and silence for it."""
+"""A trial of a search: a short, silent run of a trainer's own fit loop."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 
 
 class TrialWatch(NonFiniteHandler):
-    """A callback that ends a trial and keeps its last temperature; a trial may diverge, and its score says so.
+    """A callback that ends a trial after its steps and keeps the last temperature; a trial may diverge.
 
     Args:
         steps: Optimiser steps of the trial.
-        advance: Called with the optimiser steps since the last call.
+        advance: Function of the optimiser steps since the last call.
     """
 
     def __init__(self, steps: int, advance: Callable[[int], Any]) -> None:
@@ -55,9 +55,9 @@ class TrialWatch(NonFiniteHandler):
 
 @contextmanager
 def short_run(trainer: Trainer, callbacks: Sequence[Callback], seed: int) -> Iterator[None]:
-    """Prepare a fit that has not begun for a trial, and put it back: loop, loggers, callbacks and random state.
+    """Prepare a trainer for a trial, and restore its loop, loggers, callbacks and random state afterwards.
 
-    This is the way of Lightning's learning rate finder. Weights, optimisers and data are not put back.
+    Lightning's learning rate finder does the same. Weights, optimisers and data are not restored.
 
     Args:
         trainer: A trainer in ``on_fit_start``; run its ``fit_loop`` in the context.
@@ -68,7 +68,7 @@ def short_run(trainer: Trainer, callbacks: Sequence[Callback], seed: int) -> Ite
     changes: list[tuple[Any, str, Any]] = [
         (trainer, "callbacks", list(callbacks)),
         (trainer, "loggers", [DummyLogger()] if trainer.loggers else []),
-        (trainer, "check_val_every_n_epoch", trainer.check_val_every_n_epoch and 1),  # a trial ends with a validation
+        (trainer, "check_val_every_n_epoch", trainer.check_val_every_n_epoch and 1),  # so that a trial validates
         (trainer, "should_stop", False),
         (trainer.state, "stage", trainer.state.stage),
         (loop, "min_epochs", 0),

@@ -57,7 +57,6 @@ from kd_lightning.functional.mixed_losses import (
     symmetric_kd_loss,
     todi_loss,
 )
-from kd_lightning.functional.rows import Reduction, Scale
 from kd_lightning.functional.similarity_losses import (
     info_nce_logits,
     info_nce_loss,
@@ -78,8 +77,6 @@ from kd_lightning.functional.tokens import next_token_targets
 
 __all__ = [
     "FusedTerms",
-    "Reduction",
-    "Scale",
     "Sparse",
     "Temperature",
     "alpha_beta_kd_loss",

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from kd_lightning import functional
-from kd_lightning.functional import Scale, Temperature
+from kd_lightning.functional import Temperature
 from kd_lightning.functional.feature_losses import check_power, check_same_shape
+from kd_lightning.functional.rows import Scale
 from kd_lightning.functional.similarity_losses import check_views, contrast
 from kd_lightning.functional.temperature import check_weights
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
 from kd_lightning import functional
-from kd_lightning.functional import FusedTerms, Reduction, Scale, Temperature
+from kd_lightning.functional import FusedTerms, Temperature
 from kd_lightning.functional.conventions import CONVENTIONS, Convention, check_convention
 from kd_lightning.functional.divergences import Divergence, ForwardKL, JensenShannon, check_fusible
 from kd_lightning.functional.row_loss import CLASS_DIM, IGNORE_INDEX, LayoutOptions, row_loss
-from kd_lightning.functional.rows import REDUCTIONS, SCALES, check_option
+from kd_lightning.functional.rows import REDUCTIONS, SCALES, Reduction, Scale, check_option
 from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.functional.temperature import check_weights
 

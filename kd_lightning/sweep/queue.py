@@ -23,7 +23,7 @@ __all__ = ["Job", "RunQueue", "open_queue"]
 
 _BEAT = 5.0  # seconds between two heartbeats of a run
 _AHEAD = 32  # trials that wait at most: a storage reads all waiting trials at each claim, 0.3 ms a trial
-_POLL = 0.2  # mean seconds between two looks at a queue that another process fills
+_POLL = 0.2  # mean seconds between two checks of a queue that another process fills
 _GRACE = 60.0  # seconds without a heartbeat after which a run's process counts as dead
 
 
@@ -71,12 +71,8 @@ def open_queue(
         try:
             opened = _open_storage(storage)
             queue = RunQueue(optuna.create_study(storage=opened, study_name=name, **options), opened, retry_failed)
-        except (
-            SQLAlchemyError,
-            sqlite3.OperationalError,
-            StorageInternalError,
-        ):  # because another process creates the tables at this moment
-            attempt += 1
+        except (SQLAlchemyError, sqlite3.OperationalError, StorageInternalError):
+            attempt += 1  # because another process may be creating the tables
             if attempt == 10:
                 raise
             time.sleep(0.2 * attempt)

@@ -58,20 +58,19 @@ def sweep(
 ) -> SweepResult:
     r"""Train a configuration once for each temperature, weight and seed, and compare.
 
-    Every run is ``fit`` of the configuration with three values changed: freshly seeded, with logs and weights in a
-    folder of its own. Its score is the best validation value of ``monitor``,
-    whose weights are kept. A cell is as good as the mean of its seeds. The baseline is the same student with the same
-    seeds, steps and data, but ``kd_weight=0`` and ``task_weight=1`` (the teacher still runs, for the metrics that
-    compare with it). The test set is measured at the end, of the chosen cell and the baseline alone, and stored.
+    A run is a freshly seeded ``fit`` of the configuration with another temperature, weight and seed, and with its own
+    folder of logs and weights. Its score is the best validation value of ``monitor``, whose weights are kept; a cell's
+    score is the mean over its seeds. The baseline is the same student with the same seeds, steps and data, but
+    ``kd_weight=0`` and ``task_weight=1`` (the teacher still runs, for the metrics that compare with it). The test set
+    is measured at the end, for the chosen cell and the baseline alone.
 
-    The configuration's other callbacks stay; loggers and checkpoints are the sweep's own. ``data.init_args.seed``
-    stays too: all runs see the same split.
+    The configuration's other callbacks stay; loggers and checkpoints are the sweep's own. All runs use the same split
+    of the data, because ``data.init_args.seed`` stays.
 
-    *To resume*: rerun the command, also after a crash. Finished runs are kept, an interrupted run starts again. More
-    temperatures, weights or seeds can be given later; another configuration is an error. *Several processes*: start the
-    same command several times, on one machine or several that share ``output``; the processes share the runs. SQLite's
-    locks do not work on most network file systems: name a journal file there (``storage="sweep/journal.log"``), or a
-    database server.
+    *To resume*, rerun the command, also after a crash: finished runs are kept, an interrupted run starts again. A later
+    start may add temperatures, weights or seeds; another configuration is an error. *To share the work*, start the same
+    command several times, on one machine or several that share ``output``. SQLite's locks do not work on most network
+    file systems: use a journal file there (``storage="sweep/journal.log"``), or a database server.
 
     Writes to ``output``: ``results.csv``, ``heatmap.png``, ``report.html``, ``sweep.db`` and ``runs/``.
 
@@ -84,7 +83,7 @@ def sweep(
         monitor: A validation metric; not ``val_loss`` or ``val_kd_loss``, which change with the temperature.
         mode: Whether larger or smaller is better.
         task_weight: The task term's weight in every cell. None: 1 − kd_weight.
-        multiply: The temperatures multiply the configuration's own policy (its ``multiplier``) instead of replacing it.
+        multiply: Whether the temperatures multiply the configuration's policy instead of replacing it.
         baseline: Whether to train the student without the teacher too.
         sampler: ``"grid"`` for every pair; ``"tpe"``, or an Optuna sampler, for ``trials`` pairs within the ranges.
         trials: Number of pairs that a sampler other than ``"grid"`` suggests.
@@ -92,8 +91,8 @@ def sweep(
             Optuna pruner. A cell with a pruned run is not chosen.
         output: The sweep's folder.
         storage: A database URL or the path of a journal file. None: ``output``/sweep.db.
-        study_name: Of the study in the storage.
-        retry_failed: Whether runs that failed are done again.
+        study_name: Name of the study in the storage.
+        retry_failed: Whether failed runs are executed again.
 
     Raises:
         ImportError: If Optuna or matplotlib is not installed.
@@ -163,7 +162,7 @@ class _Sweep:
 
     def __init__(self, queue: RunQueue, plan: Plan) -> None:
         self.queue, self.plan = queue, plan
-        self.trial: Trial | None = None  # the last that was claimed
+        self.trial: Trial | None = None  # claimed last
         self.interrupted = False
         wanted = plan.config["trainer"].get("enable_progress_bar") is not False
         self.bar = tqdm(  # None: only on a terminal, because each run has a line of its own
@@ -173,9 +172,8 @@ class _Sweep:
 
     def do(self) -> SweepResult:
         """Execute the remaining runs together with the other processes, then measure and report."""
-        in_main_thread = (
-            threading.current_thread() is threading.main_thread()
-        )  # because only the main thread receives signals
+        # only the main thread receives signals
+        in_main_thread = threading.current_thread() is threading.main_thread()
         handler = signal.signal(signal.SIGINT, self.interrupt) if in_main_thread else None
         try:
             with self.bar:
@@ -282,7 +280,7 @@ class _Sweep:
         wanted = {(job.cell, job.seed) for job in self.plan.jobs(self.queue.trials())}
         return sum(t.state.is_finished() for key, t in self.queue.current().items() if key in wanted), total
 
-    # ---- what came out ----------------------------------------------------------------------------------------------
+    # ---- results ----------------------------------------------------------------------------------------------------
 
     def as_run(self, trial: FrozenTrial) -> SweepRun:
         """Convert a trial to a run of the result."""
@@ -360,7 +358,7 @@ def _optuna_object(name: str, value: Any, named: Mapping[str, Callable[[], Any]]
     try:
         made = instantiate_class((), value) if isinstance(value, dict) else value
     except (ImportError, AttributeError, KeyError, ValueError):
-        made = None  # a class that is not there
+        made = None  # because the class does not exist
     if not isinstance(made, kind):
         choices = ", ".join(map(repr, named))
         raise ValueError(f"{name} must be one of {choices}, or an Optuna {kind.__name__}, got {value!r}.")

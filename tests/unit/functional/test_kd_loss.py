@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch.testing import assert_close
 
-from kd_lightning.functional import Scale, Temperature, kd_loss, tempered_log_softmax
+from kd_lightning.functional import Temperature, kd_loss, tempered_log_softmax
+from kd_lightning.functional.rows import Scale
 
 INF = math.inf
 
