@@ -37,6 +37,10 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else triton reports leaked types when Python ends
+
+
 def pytest_collectstart() -> None:
     """Networks made while a test module is imported are the same in every run."""
     torch.manual_seed(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,16 @@ class Script(Callback):
         if not trainer.sanity_checking:
             values = self.others if self.others and trainer.global_rank > 0 else self.values
             pl_module.log(self.name, values[trainer.global_step // self.steps_per_check - 1])
+
+
+class Save(Callback):
+    """Saves, when training ends, a state of the rank's module or callbacks as ``<rank>.pt``."""
+
+    def __init__(self, folder: Path, state: Callable[[LightningModule], object]) -> None:
+        self.folder, self.state = folder, state
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        torch.save(self.state(pl_module), self.folder / f"{trainer.global_rank}.pt")
 
 
 def distiller_of(module: LightningModule) -> Distiller:

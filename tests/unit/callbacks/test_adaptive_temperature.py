@@ -29,7 +29,7 @@ from kd_lightning.temperature import (
     TemperaturePolicy,
 )
 from tests.helpers import make_loader
-from tests.unit.callbacks.helpers import Script, digits, multiplier_of
+from tests.unit.callbacks.helpers import Save, Script, digits, multiplier_of
 
 Make = Callable[..., DistillationModule]
 MakeTrainer = Callable[..., Trainer]
@@ -403,14 +403,6 @@ def test_state_of_another_version_loads() -> None:
 # ---- two processes --------------------------------------------------------------------------------------------------
 
 
-class Save(Callback):
-    def __init__(self, folder: Path, record: Record) -> None:
-        self.folder, self.record = folder, record
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        torch.save(self.record.multipliers, self.folder / f"{trainer.global_rank}.pt")
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")  # for sync_dist, forgotten on purpose
 def test_two_ranks_with_different_metrics_and_temperatures_decide_alike(
@@ -428,7 +420,7 @@ def test_two_ranks_with_different_metrics_and_temperatures_decide_alike(
             Script(zero, steps_per_check=2, others=one),
             adaptive(max_temperature=4.0, patience=2),
             record,
-            Save(tmp_path, record),
+            Save(tmp_path, lambda _: record.multipliers),
         ],
     )
     trainer.fit(make_module(temperature=PerSample()), make_loader(), make_loader(16))

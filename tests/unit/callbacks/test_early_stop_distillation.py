@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from kd_lightning import DistillationModule
 from kd_lightning.callbacks import EarlyStopDistillation
 from tests.helpers import make_loader
-from tests.unit.callbacks.helpers import Script, digits, distiller_of
+from tests.unit.callbacks.helpers import Save, Script, digits, distiller_of
 
 Make = Callable[..., DistillationModule]
 MakeTrainer = Callable[..., Trainer]
@@ -94,19 +94,15 @@ def test_arguments(options: dict[str, Any]) -> None:
         EarlyStopDistillation(**options)
 
 
-class Save(Callback):
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        torch.save(distiller_of(pl_module).kd_enabled, self.folder / f"{trainer.global_rank}.pt")
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
 def test_two_ranks_decide_alike(make_module: Make, make_trainer: MakeTrainer, tmp_path: Path) -> None:
     script = Script([0.6, 0.7, 0.8], 2, others=[0.6, 0.4, 0.4])  # rank 0 by itself would go on
-    callbacks = [script, EarlyStopDistillation("scripted", 2), Save(tmp_path)]
+    callbacks = [
+        script,
+        EarlyStopDistillation("scripted", 2),
+        Save(tmp_path, lambda module: distiller_of(module).kd_enabled),
+    ]
     trainer = make_trainer(max_epochs=3, devices=2, strategy="ddp_fork", callbacks=callbacks)
     trainer.fit(make_module(), make_loader(), make_loader(16))
     assert [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)] == [False, False]

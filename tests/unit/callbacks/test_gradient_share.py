@@ -18,6 +18,7 @@ from kd_lightning.losses import FusedLinearKDLoss, KDLoss
 from kd_lightning.models import CausalTransformer
 from kd_lightning.temperature import CosineSchedule, Progress
 from tests.helpers import assert_same, make_loader, make_network, make_teacher
+from tests.unit.callbacks.helpers import Save
 
 
 class Record(Callback):
@@ -176,20 +177,12 @@ def test_resumed_is_as_if_never_stopped(tmp_path: Path):
 def test_the_same_weight_on_two_ranks(tmp_path: Path):
     share = GradientShare()
     trainer(
-        share, _Save(tmp_path), max_epochs=2, devices=2, strategy="ddp_fork", log_every_n_steps=2,
+        share, Save(tmp_path, lambda _: share.state_dict()),
+        max_epochs=2, devices=2, strategy="ddp_fork", log_every_n_steps=2,
     ).fit(module(temperature=2.0), make_loader(batch_size=4))  # fmt: skip
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first == second
     assert first["kd_weight"] != 0.9
-
-
-class _Save(Callback):
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        share = next(c for c in trainer.callbacks if isinstance(c, GradientShare))  # pyright: ignore
-        torch.save(share.state_dict(), self.folder / f"{trainer.global_rank}.pt")
 
 
 def test_errors():

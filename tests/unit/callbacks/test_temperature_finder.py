@@ -23,7 +23,7 @@ from kd_lightning.callbacks.snapshot import Snapshot
 from kd_lightning.callbacks.temperature_finder import Trial
 from kd_lightning.temperature import CosineSchedule, ScheduledTemperature, Signals, Temperature, TemperaturePolicy
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, make_data, make_loader, make_network
-from tests.unit.callbacks.helpers import digits, distiller_of
+from tests.unit.callbacks.helpers import Save, digits, distiller_of
 
 Make = Callable[..., DistillationModule]
 MakeTrainer = Callable[..., Trainer]
@@ -421,13 +421,8 @@ def test_resuming_sets_what_was_found(make_module: Make, make_trainer: MakeTrain
     assert distiller_of(loaded).kd_weight == distiller_of(resumed).kd_weight
 
 
-class Save(Callback):
-    def __init__(self, folder: Path, finder: TemperatureFinder) -> None:
-        self.folder, self.finder = folder, finder
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        state = {"results": self.finder.state_dict(), "weights": pl_module.state_dict()}
-        torch.save(state, self.folder / f"{trainer.global_rank}.pt")
+def save(folder: Path, finder: TemperatureFinder) -> Save:
+    return Save(folder, lambda module: {"results": finder.state_dict(), "weights": module.state_dict()})
 
 
 @pytest.mark.slow
@@ -439,7 +434,7 @@ def test_two_ranks_find_the_same_and_train_as_if_started_with_it(
         torch.manual_seed(5)
         module = make_module(student=student(), temperature=ScheduledTemperature(lambda _: temperature))
         torch.manual_seed(3)
-        callbacks = [finder, Save(folder, finder)] if finder.steps > 1 else [Save(folder, finder)]
+        callbacks = [finder, save(folder, finder)] if finder.steps > 1 else [save(folder, finder)]
         trainer = make_trainer(devices=2, strategy="ddp_fork", callbacks=callbacks)
         trainer.fit(module, DataLoader(make_data(64), batch_size=8, shuffle=True), make_loader(16))
         return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
@@ -471,7 +466,7 @@ def test_two_ranks_decide_on_the_mean_of_their_scores(
     schedule = ScheduledTemperature(lambda _: 4.0)
     module = NotSynchronised(student=make_network(), teacher=make_module().teacher, temperature=schedule)
     finder = TemperatureFinder((0.5, 2), steps=1, monitor="own", seeds=1)
-    trainer = make_trainer(max_epochs=1, devices=2, strategy="ddp_fork", callbacks=[finder, Save(tmp_path, finder)])
+    trainer = make_trainer(max_epochs=1, devices=2, strategy="ddp_fork", callbacks=[finder, save(tmp_path, finder)])
     trainer.fit(module, make_loader(), make_loader(16))
     for rank in (0, 1):
         results = torch.load(tmp_path / f"{rank}.pt", weights_only=True)["results"]["results"]
