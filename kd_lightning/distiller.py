@@ -16,7 +16,8 @@ from kd_lightning.functional.rows import check_labels
 from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.layers import LayerTerm, LayerTerms
 from kd_lightning.losses import CrossEntropyLoss, KDLoss
-from kd_lightning.losses.task import as_targets, check_targets, task_term
+from kd_lightning.losses.first_batch import check_first_batch
+from kd_lightning.losses.task import as_targets, check_targets, is_readable, task_term
 from kd_lightning.output import DistillationOutput, as_terms
 from kd_lightning.schedules import ConstantSchedule, Progress, Schedule, as_schedule, weight_at
 from kd_lightning.teachers import HiddenStates, Opinions, Teacher, as_teacher, extract_logits
@@ -123,7 +124,8 @@ class Distiller(DistillerParts):
             student_logits: ``(N, C)`` or any shape with a class dimension; a
                 :class:`~kd_lightning.fused_distiller.FusedDistiller` takes hidden states too.
             targets: What the task loss takes. None: no task loss, which asks for ``task_weight=0`` or ``task_loss``;
-                the ``attention_mask`` of the inputs, if any, then says which positions count.
+                the ``attention_mask`` of the inputs, if any, then says which positions count. With ``task_loss``
+                they may be a boolean mask of the positions that count.
             progress: Where training stands, for schedules.
             teacher_logits: Logits or :class:`~kd_lightning.functional.Sparse` targets that are there already, of an
                 ensemble one for each member; the teacher is not run.
@@ -136,11 +138,14 @@ class Distiller(DistillerParts):
         if not isinstance(student_logits, Tensor):
             given = {"teacher_logits": teacher_logits, "index": index, "task_loss": task_loss}
             return self._from_hidden(inputs, student_logits, targets, progress, extra or {}, given)
-        targets = as_targets(targets, student_logits.device)
+        targets = as_targets(targets, student_logits.device, may_be_mask=task_loss is not None)
         kd_weight, task_weight = self._weights(progress)
         if teacher_logits is None:
             teacher_logits = self._teaching.logits(inputs, index)
         check_labels(targets, student_logits, self.class_dim, self.task_ignore_index)
+        if is_readable() and not self.looked_at:
+            self.looked_at = True
+            self._check_first_batch(student_logits, teacher_logits, targets if task_loss is None else None)
         student = student_logits.movedim(self.class_dim, -1)
         counting = counting_positions(targets, inputs, student.shape[:-1])
         signals = Signals(student, student, counting, progress, self.ignore_index, extra=extra or {})
@@ -248,6 +253,11 @@ class Distiller(DistillerParts):
         ]
         several = not isinstance(temperature, Temperature)
         return (losses[0] if len(losses) == 1 else torch.stack(losses).sum()), tuple(used) if several else used[0]
+
+    def _check_first_batch(self, student: Tensor, teacher: Any, targets: Tensor | None) -> None:
+        members, softened = self._teaching.members(teacher), getattr(self.kd_loss, "compares_distributions", False)
+        trains = self.training and torch.is_grad_enabled()
+        check_first_batch(student, members, self.class_dim, softened, self.task_loss, targets, trains)
 
     def _weights(self, progress: Progress) -> tuple[float, float]:
         kd_weight = weight_at(self.kd_weight, progress, "kd_weight") if self.kd_enabled else 0.0

@@ -44,6 +44,8 @@ class DistillerParts(nn.Module):
     """Whether :attr:`last_output` is kept; callbacks that read it turn this on."""
     last_output: DistillationOutput | None = None
     """The output of the last call in train mode, if it is kept."""
+    looked_at: bool = False
+    """Whether the values of a first batch have been checked."""
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
@@ -54,6 +56,7 @@ class DistillerParts(nn.Module):
         if name in ("kd_loss", "task_loss"):
             check_ignore_index(self.kd_loss, getattr(self, "task_loss", None))
         if name == "teacher":
+            self.looked_at = False
             self.teacher_temperatures = nn.ModuleList(self._teaching.temperatures)
             self._teaching.check_loss(self.kd_loss)
             if len(self.layers) and self.teacher is not None:

@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from kd_lightning.functional.temperature import in_transform
+
 __all__ = [
     "CrossEntropyLoss",
     "as_loss",
     "as_targets",
     "check_ignore_index",
     "check_scalar",
+    "check_soft_targets",
     "check_targets",
+    "is_readable",
     "task_term",
 ]
 
@@ -43,12 +47,18 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         return torch.where(labelled, loss, input.sum() * 0.0)  # keeps the graph: DDP expects every gradient
 
 
-def as_targets(targets: Any, device: torch.device) -> Tensor | None:
+def is_readable() -> bool:
+    """Return False while values cannot be read: under ``torch.compile`` and in a ``torch.func`` transform."""
+    return not torch.compiler.is_compiling() and not in_transform()
+
+
+def as_targets(targets: Any, device: torch.device, may_be_mask: bool = False) -> Tensor | None:
     """Return targets as torch's losses take them: tensors, integers of any width and booleans as int64.
 
     Args:
         targets: A tensor, a list, a NumPy array, or None.
         device: Where targets that are no tensor go.
+        may_be_mask: Whether boolean targets select positions, and stay as they are.
 
     Raises:
         TypeError: If the targets cannot be a tensor.
@@ -63,7 +73,8 @@ def as_targets(targets: Any, device: torch.device) -> Tensor | None:
                 f"targets must be a tensor, an array or a list of numbers, got {type(targets).__name__}. Override "
                 "unpack_batch(batch) to return inputs and targets of your batches."
             ) from error
-    return targets if targets.is_floating_point() else targets.long()
+    is_mask = may_be_mask and targets.dtype == torch.bool
+    return targets if is_mask or targets.is_floating_point() else targets.long()
 
 
 def task_term(task_loss: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
@@ -74,6 +85,8 @@ def task_term(task_loss: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
     """
     if targets.shape == logits.shape and not targets.is_floating_point():
         targets = targets.to(logits.dtype)
+    if targets.is_cpu:
+        check_soft_targets(task_loss, logits, targets)
     if torch.compiler.is_compiling():
         return task_loss(logits, targets)
     try:
@@ -86,6 +99,28 @@ def task_term(task_loss: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
             f"logits of shape {tuple(logits.shape)}: {' '.join(str(error).split()).rstrip('.')}. Return other targets "
             "from unpack_batch(batch), class indices from 0 to C - 1 for cross-entropy, or give another task_loss."
         ) from error
+
+
+def check_soft_targets(task_loss: nn.Module, logits: Tensor, targets: Tensor) -> None:
+    """Raise if targets in the logits' shape, which a cross-entropy takes for probabilities, are none.
+
+    A row of zeros is a sample without a label. Reads values, which is a host sync on an accelerator.
+
+    Raises:
+        ValueError: If a target is negative, or if a row sums neither to 1 nor to 0.
+    """
+    if not isinstance(task_loss, nn.CrossEntropyLoss) or targets.shape != logits.shape or not is_readable():
+        return
+    sums = targets.detach().float().sum(min(1, targets.dim() - 1))
+    wrong = sums[((sums - 1).abs() > 0.01) & (sums != 0)]
+    negative = targets[targets < 0]
+    if len(wrong) or len(negative):
+        found = f"a row sums to {wrong[0]:g}" if len(wrong) else f"one is {negative[0]:g}"
+        raise ValueError(
+            f"a cross-entropy takes targets in the logits' shape, {tuple(targets.shape)}, for probabilities, not "
+            f"negative and of sum 1 in each row, but {found}. For several labels at once give "
+            "task_loss=BCEWithLogitsLoss() and kd_loss=BernoulliKDLoss()."
+        )
 
 
 def check_targets(targets: Tensor | None, task_weight: float) -> None:

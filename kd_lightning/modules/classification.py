@@ -10,7 +10,8 @@ from typing_extensions import override
 
 from kd_lightning.functional.rows import check_labels, check_layout
 from kd_lightning.losses import CrossEntropyLoss
-from kd_lightning.losses.task import as_loss, check_scalar, task_term
+from kd_lightning.losses.first_batch import check_first_batch
+from kd_lightning.losses.task import as_loss, check_scalar, is_readable, task_term
 from kd_lightning.modules.metric_names import metric_name
 from kd_lightning.modules.optimization import LRSchedulerConfig
 from kd_lightning.modules.run import check_network, is_logging_step
@@ -70,6 +71,7 @@ class ClassificationModule(SupervisedModule):
         self.model = model
         self.task_loss = as_loss(CrossEntropyLoss() if task_loss is None else task_loss, "task_loss")
         self._class_dim = class_dim
+        self._looked = False  # at the values of a first batch
 
     @property
     @override
@@ -122,6 +124,10 @@ class ClassificationModule(SupervisedModule):
         logits = self(inputs)
         check_layout(logits, self.class_dim, targets)
         check_labels(targets, logits, self.class_dim, self.ignore_index)
+        if is_readable() and not self._looked:
+            self._looked = True
+            softened = isinstance(self.task_loss, nn.CrossEntropyLoss)
+            check_first_batch(logits, (), self.class_dim, softened, self.task_loss, targets)
         loss = task_term(self.task_loss, logits.movedim(self.class_dim, 1) if logits.dim() > 2 else logits, targets)
         check_scalar(loss)
         return loss, logits, targets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from typing_extensions import override
 
 from kd_lightning.teachers.batch import BatchTeacher
@@ -81,7 +82,8 @@ class FrozenTeacher(Teacher):
             in training mode, weights on the meta device with neither ``checkpoint`` nor ``fingerprint``, a ``device``
             that is not there, or two places for the weights.
         FileNotFoundError: On first use: there is no such file.
-        ValueError: On first use: the file holds no weights, or its names or shapes do not fit; says which.
+        ValueError: On first use: the file holds no weights, or its names or shapes do not fit; says which. On a call:
+            the network takes inputs of another shape.
 
     Warns:
         UserWarning: Without a checkpoint, if the weights are still those of the initialisation.
@@ -217,9 +219,28 @@ class FrozenTeacher(Teacher):
             if self.precision is not None:
                 autocast = torch.autocast(device_of(inputs).type, enabled=False)
             with torch.no_grad(), autocast:
-                return call(inputs)
+                return self._called(call, inputs)
 
         return self._placement.call(run, self.module, inputs)
+
+    def _called(self, call: Callable[[Any], Any], inputs: Any) -> Any:
+        """Return the call's result, or raise an error that names the teacher where the inputs have another shape."""
+        if torch.compiler.is_compiling():
+            return call(inputs)
+        try:
+            return call(inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, RuntimeError) as error:
+            text = " ".join(str(error).split()).rstrip(".")
+            if not re.search(r"shapes? |size|channels|out of range|dimension", text):
+                raise
+            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+            raise ValueError(
+                f"the teacher {type(self.module).__name__} cannot take the student's inputs, of shape {shapes}: "
+                f"{text}. Give a teacher of such inputs, or FrozenTeacher(network, transform=...), which makes its own "
+                "of them."
+            ) from error
 
     def logits(
         self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
