@@ -218,7 +218,8 @@ class OutputsDistiller(Distiller):
         loss = first.kd_weight * kd + first.task_weight * task
         for layer in first.layers.values():
             loss = loss + layer.weight * layer.loss
-        return SeveralOutputs(**(vars(first) | {"loss": loss, "kd_loss": kd, "task_loss": task, "outputs": outputs}))
+        sums = {"loss": loss, "kd_loss": kd, "task_loss": task, "outputs": outputs}
+        return self._keep(SeveralOutputs(**(vars(first) | sums)))
 
 
 class OutputsKDLoss(nn.Module):

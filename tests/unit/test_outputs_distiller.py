@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning import DistillationModule, FrozenTeacher, TeacherEnsemble
-from kd_lightning.callbacks import DistillationCallback
+from kd_lightning.callbacks import DistillationCallback, GradientShare
+from kd_lightning.callbacks.gradient_share import gradient_norms
 from kd_lightning.functional import dkd_loss, kd_loss
 from kd_lightning.losses import DKDLoss, HardLabelLoss, KDLoss
 from kd_lightning.outputs_distiller import OutputsDistiller, OutputsKDLoss, OutputTerm
@@ -207,6 +208,21 @@ def test_the_distiller_s_temperature_moves_all_outputs_without_one_of_their_own(
     assert out.temperature.student == out.outputs["aux"].temperature.student == 8.0
     mine.distiller.kd_enabled = False
     assert torch.equal(mine.distiller(x, mine.student(x), torch.arange(8) % OTHER).loss, 0.3 * out.task_loss)
+
+
+def test_callbacks_see_the_sum(network: Heads, make_trainer: Callable[..., Trainer]) -> None:
+    """They read the Distiller's last output; a share of the gradient is that of all outputs."""
+    mine = module(network)
+    share = GradientShare(target=0.5, decay=0.0)
+    make_trainer(max_epochs=1, limit_train_batches=1, log_every_n_steps=1, callbacks=[share]).fit(mine, data())
+    x, y = make_data(16).tensors
+    fresh = module(network).train()
+    out = fresh.distiller(x, fresh.student(x), y, extra={"coarse": y % OTHER})
+    kd, task = gradient_norms(out, [*fresh.student.parameters()]).tolist()
+    assert share.kd_weight == pytest.approx(0.7 * task / kd, rel=1e-4)
+    fresh.distiller.keeps_output = True
+    out = fresh.distiller(x, fresh.student(x), y, extra={"coarse": y % OTHER})
+    assert fresh.distiller.last_output is out
 
 
 class Plain(LightningModule):

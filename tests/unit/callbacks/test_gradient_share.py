@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.nn import functional as F
 
 from kd_lightning import DistillationModule
@@ -188,6 +190,16 @@ def test_the_same_weight_on_two_ranks(tmp_path: Path):
 def test_errors():
     with pytest.raises(ValueError, match="task_weight is 0"):
         trainer(GradientShare()).fit(module(task_weight=0.0), make_loader())
+
+
+def test_sharded_parameters_are_an_error():
+    sharded = Trainer(accelerator="cpu", devices=1, strategy=ModelParallelStrategy(), logger=False)
+    message = (
+        "GradientShare differentiates by whole parameters, which ModelParallelStrategy shards. Take ddp, or a schedule "
+        "for kd_weight."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        GradientShare().on_fit_start(sharded, module())
 
 
 def test_the_fused_loss_gives_no_terms():
