@@ -23,7 +23,7 @@ from kd_lightning.modules.checkpoint_settings import read_checkpoint
 from kd_lightning.plotting import plot_schedule, plot_softening
 from kd_lightning.sweep import sweep as run_sweep
 from kd_lightning.teachers import IndexedDataset, TeacherCache, split_index
-from kd_lightning.teachers.indexed import IndexesTraining, Rows
+from kd_lightning.teachers.indexed import Rows, index_training
 from kd_lightning.teachers.weights import load_weights
 
 __all__ = ["COMMANDS", "cache_teacher", "export", "find_temperature", "plot_temperature", "sweep"]
@@ -130,8 +130,7 @@ def cache_teacher(
         raise ValueError("cache-teacher needs the training data: give --data, or a configuration with them.")
     datamodule.prepare_data()
     datamodule.setup("fit")
-    if isinstance(datamodule, IndexesTraining):
-        datamodule.index_training(teacher.index)
+    index_training(datamodule, teacher.index)
     loader = datamodule.train_dataloader()
     if not isinstance(loader.dataset, IndexedDataset):
         raise ValueError(

@@ -32,7 +32,7 @@ from kd_lightning.modules.run import DistillationRun, HoldsDistiller, is_logging
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.modules.temperature_state import KeepsTemperatureState
 from kd_lightning.teachers import Teacher, split_index
-from kd_lightning.teachers.indexed import IndexesTraining
+from kd_lightning.teachers.indexed import index_training
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 from kd_lightning.temperature.extra import take_extra
 
@@ -253,7 +253,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
                     f"fit needs a teacher, but {type(self).__name__} was made without one: "
                     "DistillationModule(student=..., teacher=FrozenTeacher(network, checkpoint=...))."
                 )
-            self._index_data(teacher.index if teacher.caches else None)
+            index_training(datamodule_of(self.trainer), teacher.index if teacher.caches else None)
             self._set_cache_epoch(0)
             self._run.set_up(self.trainer)
             self._watch_layers()
@@ -266,12 +266,6 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
                     "metrics that compare it with the teacher."
                 )
 
-    def _index_data(self, index: Callable[..., Any] | None) -> None:
-        """Have the data module index its training data, if it is one of those that can."""
-        datamodule = datamodule_of(self.trainer)
-        if isinstance(datamodule, IndexesTraining):
-            datamodule.index_training(index)
-
     def _set_cache_epoch(self, epoch: int) -> None:
         for cache in self.teacher.caches if self.teacher is not None else ():
             cache.set_epoch(epoch)
@@ -281,7 +275,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
         self.distiller.detach()
         self._run.stop()
         if stage == "fit":
-            self._index_data(None)
+            index_training(datamodule_of(self.trainer), None)
 
     @override
     def on_train_epoch_start(self) -> None:

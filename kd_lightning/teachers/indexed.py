@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from typing_extensions import override
 
-__all__ = ["Indexed", "IndexedDataset", "IndexesTraining", "Rows", "input_fingerprints", "split_index"]
+__all__ = [
+    "Indexed",
+    "IndexedDataset",
+    "IndexesTraining",
+    "Rows",
+    "index_training",
+    "input_fingerprints",
+    "split_index",
+]
 
 _PROBES = 32  # samples that are hashed to distinguish datasets and transforms
 
@@ -148,6 +156,12 @@ class IndexesTraining(Protocol):
     def index_training(self, index: Callable[..., Any] | None) -> None:
         """Make the training loader of ``index(dataset, collate)``, with its ``collate``; None: as without a cache."""
         ...
+
+
+def index_training(datamodule: object, index: Callable[..., Any] | None) -> None:
+    """Have a data module index its training data, if it is one of those that can."""
+    if isinstance(datamodule, IndexesTraining):
+        datamodule.index_training(index)
 
 
 class Rows(Dataset[Any]):
