@@ -21,7 +21,7 @@ NOT_RUN = "Not run."
 TITLES = {"last": "Last step", "best": "Best of ten evaluations by validation"}
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "atlas.md"
-PARTLY = (DOCS / "policies.md",)
+PARTLY = (DOCS / "policies.md", DOCS / "how-to-choose-t.md")
 """Pages of which only some parts come from the rows."""
 OTHER_TASKS = {
     "long tail": f"Digits whose training images become rarer from class to class, {IMBALANCE} times from the first to "

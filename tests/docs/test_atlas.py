@@ -125,6 +125,26 @@ def test_the_pages_are_what_the_rows_say() -> None:
         assert path.read_text() == page.redraw(path.read_text(), found)
 
 
+def test_what_the_guide_says_in_words_holds_in_the_rows() -> None:
+    results = paired.chosen(rows.read(CSV), "last")
+    differences = paired.against_constant(results, [(name, 0.0) for name in POLICIES])
+    signs = [differences[key].mean > 0 for key in paired.reliable(differences)]
+    assert signs  # some are reliably below the best constant,
+    assert not any(signs)  # and none above it
+    pairs = {
+        (setting, t): paired.paired(results[setting]["equal", t].tests, results[setting]["fixed", t].tests)
+        for setting in STUDIES["constants"].settings
+        for t in (1.0, 2.0, 8.0, 16.0)
+    }
+    assert (len(pairs), paired.reliable(pairs)) == (96, set())
+    parts = page.parts_of(rows.read(CSV))
+    few, many = (
+        next(line for line in parts["length"].splitlines() if f"| {kind}, 200" in line) for kind in ("few", "many")
+    )
+    assert [float(cell) for cell in few.split("|")[5:8]] == pytest.approx([4.5] * 3, abs=0.5)
+    assert max(float(cell) for cell in many.split("|")[3:8]) <= 0
+
+
 def test_the_plots_show_what_the_rows_say() -> None:
     for name, drawn in plots.panels(rows.read(CSV)).items():
         if drawn:
