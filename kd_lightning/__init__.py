@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kd_lightning.layers import FeatureExtractor, LayerTerm
     from kd_lightning.modules import ClassificationModule, DistillationModule
     from kd_lightning.outputs_distiller import OutputsKDLoss, OutputTerm
+    from kd_lightning.preflight import check
     from kd_lightning.teachers import FrozenTeacher, TeacherCache, TeacherEnsemble
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "OutputsKDLoss",
     "TeacherCache",
     "TeacherEnsemble",
+    "check",
 ]
 
 _ROOMS = {
@@ -41,6 +43,7 @@ _ROOMS = {
     "OutputsKDLoss": "outputs_distiller",
     "TeacherCache": "teachers",
     "TeacherEnsemble": "teachers",
+    "check": "preflight",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from kd_lightning.export import SUFFIXES, ExportFormat, export_student, inputs_l
 from kd_lightning.modules import ClassificationModule, DistillationModule
 from kd_lightning.modules.checkpoint_settings import read_checkpoint
 from kd_lightning.plotting import plot_schedule, plot_softening
+from kd_lightning.preflight import check as preflight
 from kd_lightning.sweep import sweep as run_sweep
 from kd_lightning.teachers import IndexedDataset, TeacherCache, split_index
 from kd_lightning.teachers.indexed import Rows, index_training
 from kd_lightning.teachers.weights import load_weights
 
-__all__ = ["COMMANDS", "cache_teacher", "export", "find_temperature", "plot_temperature", "sweep"]
+__all__ = ["COMMANDS", "cache_teacher", "check", "export", "find_temperature", "plot_temperature", "sweep"]
 
 # options of a sweep that take several numbers, as in --temperatures 1 2 4 8
 _SWEPT = {"temperatures": "Temperatures to try.", "kd_weights": "Weights of the distillation term to try."}
@@ -72,6 +74,46 @@ def plot_temperature(
         path = folder / f"temperature_{name}.png"
         figure.savefig(path, dpi=150)
         print(path)
+
+
+def check(
+    trainer: Trainer,
+    model: LightningModule,
+    datamodule: LightningDataModule | None = None,
+    batches: int = 4,
+    compiled: bool = False,
+    json: str | None = None,
+    plot: str | None = None,
+) -> None:
+    """Look at the run on a few batches before it starts, and end with status 1 if something is wrong.
+
+    Args:
+        trainer: Gives the device, and the length of the run for schedules.
+        model: A DistillationModule.
+        datamodule: Gives the batches.
+        batches: How many batches of training and of validation data to look at.
+        compiled: Whether to time a compiled teacher too, which is slow.
+        json: File to write the report to as JSON.
+        plot: File to draw the entropy of the teacher's targets over T to.
+
+    Raises:
+        TypeError: If the model is not a DistillationModule.
+        ValueError: If there is no data or no teacher.
+        SystemExit: With status 1, if a line of the report is wrong.
+    """
+    if datamodule is None:
+        raise ValueError("check looks at training batches: give --data, or a configuration with them.")
+    model.to(trainer.strategy.root_device)
+    epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 1
+    report = preflight(model, datamodule, batches=batches, max_epochs=epochs, compiled=compiled)  # pyright: ignore[reportArgumentType]
+    print(report)
+    if json is not None:
+        Path(json).write_text(dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+    if plot is not None and len(report.teacher_logits):
+        report.plot().savefig(plot, dpi=150)
+        print(plot)
+    if not report.ok:
+        sys.exit(1)
 
 
 def find_temperature(
@@ -258,6 +300,11 @@ def _override_finder(config: Any, written: Mapping[str, Any]) -> None:
                 callback.init_args[name] = config.finder[name]
 
 
+def _without_logger(parser: LightningArgumentParser) -> list[str]:
+    parser.set_defaults({"trainer.logger": False})
+    return parser.add_function_arguments(check, skip={"trainer", "model", "datamodule"})
+
+
 def _add_export(parser: LightningArgumentParser) -> list[str]:
     parser.set_defaults({"trainer.logger": False})
     return parser.add_function_arguments(export, skip={"trainer", "model", "datamodule"})
@@ -279,6 +326,7 @@ def _sweep_option(option: str) -> str:
 
 COMMANDS = {
     "plot-temperature": Command(plot_temperature),
+    "check": Command(check, _without_logger),
     "find-temperature": Command(find_temperature, _add_finder, adjust=_override_finder),
     "cache-teacher": Command(cache_teacher),
     "export": Command(export, _add_export, _export_option),

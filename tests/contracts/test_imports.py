@@ -17,7 +17,7 @@ LAYERS = [
     {"layers"},
     {"output", "distiller_parts", "distiller", "fused_distiller", "outputs_distiller", "plotting", "export"},
     {"metrics", "modules", "_lightning"},
-    {"callbacks"},
+    {"callbacks", "preflight"},
     {"configuration"},
     {"sweep"},
     {"cli", "__main__"},
