@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kd_lightning.calibration import calibrate
     from kd_lightning.distiller import DistillationOutput, Distiller
     from kd_lightning.layers import FeatureExtractor, LayerTerm
     from kd_lightning.modules import ClassificationModule, DistillationModule
@@ -28,6 +29,7 @@ __all__ = [
     "OutputsKDLoss",
     "TeacherCache",
     "TeacherEnsemble",
+    "calibrate",
     "check",
 ]
 
@@ -43,6 +45,7 @@ _ROOMS = {
     "OutputsKDLoss": "outputs_distiller",
     "TeacherCache": "teachers",
     "TeacherEnsemble": "teachers",
+    "calibrate": "calibration",
     "check": "preflight",
 }
 

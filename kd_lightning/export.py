@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from kd_lightning.teachers import call_model
+from kd_lightning.functional.temperature import checked_number
+from kd_lightning.teachers import call_model, extract_logits
 
 __all__ = ["SUFFIXES", "ExportFormat", "ExportReport", "describe_inputs", "export_student", "inputs_like"]
 
@@ -64,6 +65,7 @@ def export_student(
     built_from: Mapping[str, Any] | None = None,
     dynamic_dims: Sequence[int] = (0,),
     overwrite: bool = False,
+    temperature: float | None = None,
 ) -> ExportReport:
     """Write a network to a file that loads without this library, read it back, and compare.
 
@@ -94,9 +96,12 @@ def export_student(
         dynamic_dims: Dimensions of the inputs that may have any size: 0 is the batch; ``(0, 1)`` for token sequences of
             any length.
         overwrite: Whether to replace a file that is there.
+        temperature: The network's own temperature, such as :func:`kd_lightning.calibrate` fits it: the computation that
+            is written divides the logits by it, and gives nothing but logits.
 
     Raises:
-        ValueError: An unknown format or suffix; no example inputs; state that is no tensor.
+        ValueError: An unknown format or suffix; no example inputs; state that is no tensor; a temperature that is not
+            positive and finite, or one for safetensors.
         FileExistsError: There is such a file, and ``overwrite`` is False.
         ImportError: A format needs a package that is not there; says what to install.
         RuntimeError: torch cannot trace the network; or what was read back differs by more than the tolerance.
@@ -116,6 +121,13 @@ def export_student(
             f"{format} traces the network on a batch: give example_inputs, as the network is called with "
             "(on the command line --input_shape, or --data)."
         )
+    if temperature is not None:
+        checked_number(temperature)
+        if format == "safetensors":
+            raise ValueError(
+                f"safetensors hold weights and no computation that could divide by the temperature {temperature:.4g}: "
+                "take the format 'torch.export' or 'onnx'."
+            )
     if format == "onnx":
         missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
         if missing:
@@ -126,6 +138,8 @@ def export_student(
 
     student = getattr(student, "_orig_mod", student)  # what torch.compile wraps
     copied = copy.deepcopy(student).cpu().eval().requires_grad_(False)
+    if temperature is not None:
+        copied.register_forward_hook(_Divide(temperature))  # a module around it would change the names of the inputs
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, torch.no_grad():
         draft = Path(folder) / path.name
@@ -143,6 +157,16 @@ def export_student(
         for file in written:
             shutil.move(Path(folder) / file.name, file)
     return ExportReport(path, format, sum(file.stat().st_size for file in written), difference, tolerance)
+
+
+class _Divide:
+    """A forward hook that returns logits / T."""
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor:
+        return extract_logits(output) / self.temperature
 
 
 def describe_inputs(inputs: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -15,20 +17,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from kd_lightning.calibration import calibrate as fit_calibration
 from kd_lightning.callbacks import TemperatureFinder
 from kd_lightning.configuration.diagnosis import import_class
 from kd_lightning.configuration.parser import Command
 from kd_lightning.export import SUFFIXES, ExportFormat, export_student, inputs_like
 from kd_lightning.modules import ClassificationModule, DistillationModule
 from kd_lightning.modules.checkpoint_settings import read_checkpoint
+from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.plotting import plot_schedule, plot_softening
 from kd_lightning.preflight import check as preflight
+from kd_lightning.preflight.facts import batches_of
 from kd_lightning.sweep import sweep as run_sweep
-from kd_lightning.teachers import IndexedDataset, TeacherCache, split_index
+from kd_lightning.teachers import FrozenTeacher, IndexedDataset, TeacherCache, split_index
 from kd_lightning.teachers.indexed import Rows, index_training
 from kd_lightning.teachers.weights import load_weights
 
-__all__ = ["COMMANDS", "cache_teacher", "check", "export", "find_temperature", "plot_temperature", "sweep"]
+__all__ = ["COMMANDS", "cache_teacher", "calibrate", "check", "export", "find_temperature", "plot_temperature", "sweep"]
 
 # options of a sweep that take several numbers, as in --temperatures 1 2 4 8
 _SWEPT = {"temperatures": "Temperatures to try.", "kd_weights": "Weights of the distillation term to try."}
@@ -114,6 +119,56 @@ def check(
         print(plot)
     if not report.ok:
         sys.exit(1)
+
+
+def calibrate(
+    trainer: Trainer,
+    model: LightningModule,
+    datamodule: LightningDataModule | None = None,
+    output: str = "calibration.json",
+    per_class: bool = False,
+    batches: int | None = None,
+) -> None:
+    """Fit the teacher's own temperature to the validation labels, and write it to a file for FrozenTeacher.
+
+    Args:
+        trainer: Gives the device.
+        model: A DistillationModule whose teacher is a FrozenTeacher.
+        datamodule: Gives the validation data.
+        output: The file to write.
+        per_class: Whether to fit a temperature for each class.
+        batches: How many validation batches to take; all by default.
+
+    Raises:
+        TypeError: If the model is not a DistillationModule with a FrozenTeacher.
+        ValueError: If there is no validation data, or no temperature is the best.
+    """
+    if not isinstance(model, DistillationModule) or not isinstance(model.teacher, FrozenTeacher):
+        teacher = model.teacher if isinstance(model, DistillationModule) else model
+        raise TypeError(
+            f"calibrate fits the temperature of a DistillationModule's FrozenTeacher, got {type(teacher).__name__}."
+        )
+    pairs = _validation_pairs("calibrate", trainer, model, datamodule, batches)
+    class_dim, ignore_index = model.class_dim, model.ignore_index
+    options: dict[str, Any] = {"class_dim": class_dim, "ignore_index": ignore_index, "extract": model.extract_logits}
+    calibration = fit_calibration(model.teacher, pairs, per_class=per_class, **options)
+    calibration.save(output)
+    print(f"{calibration}\n{output}: --model.teacher.calibration {output}")
+
+
+def _validation_pairs(
+    command: str, trainer: Trainer, model: SupervisedModule, datamodule: Any, count: int | None = None
+) -> Iterator[tuple[Any, Any]]:
+    """Return inputs and targets of the validation batches, on the trainer's device."""
+    loader = None
+    if datamodule is not None:
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        loader = datamodule.val_dataloader()
+    if not loader:
+        raise ValueError(f"{command} fits a temperature to validation labels: give --data with a validation part.")
+    model.to(trainer.strategy.root_device)
+    return ((batch.inputs, batch.targets) for batch in batches_of(model, datamodule, loader, count))
 
 
 def find_temperature(
@@ -218,6 +273,7 @@ def export(
     input_shape: list[int] | None = None,
     dynamic_dims: list[int] = [0],  # noqa: B006  (jsonargparse shows the default; no code changes it)
     overwrite: bool = False,
+    calibrate: bool = False,
 ) -> None:
     """Write the bare student of a checkpoint to a file that needs nothing of this library, and verify it.
 
@@ -226,7 +282,7 @@ def export(
     the shapes that the checkpoint recorded.
 
     Args:
-        trainer: Not used.
+        trainer: Gives the device on which a temperature is fitted.
         model: A DistillationModule or ClassificationModule; the checkpoint's own if it is not configured.
         ckpt_path: The checkpoint; --ckpt for short.
         datamodule: Gives the batch to trace.
@@ -235,6 +291,7 @@ def export(
         input_shape: Shape of one input without the batch, such as [3, 32, 32].
         dynamic_dims: Dimensions of the inputs that may have any size.
         overwrite: Whether to replace a file that is there.
+        calibrate: Whether the file divides the logits by a temperature that is fitted to the validation labels.
 
     Raises:
         TypeError: If the model is neither a DistillationModule nor a ClassificationModule.
@@ -263,10 +320,17 @@ def export(
     else:
         recorded = content.get("example_inputs")
         inputs = None if recorded is None else inputs_like(recorded)
+    temperature = None
+    if calibrate:
+        pairs = _validation_pairs("export --calibrate", trainer, model, datamodule)
+        options: dict[str, Any] = {"class_dim": model.class_dim, "ignore_index": model.ignore_index}
+        calibration = fit_calibration(copy.deepcopy(model.network).eval(), pairs, **options)
+        print(calibration)
+        temperature = calibration.temperature[0]
     path = Path(ckpt_path).with_suffix(SUFFIXES[format]) if output is None else output
     built_from = model.hparams.get(name)
     print(export_student(model.network, path, format, inputs, built_from=built_from, dynamic_dims=dynamic_dims,
-                         overwrite=overwrite))  # fmt: skip
+                         overwrite=overwrite, temperature=temperature))  # fmt: skip
 
 
 def sweep(config: dict[str, Any], **arguments: Any) -> None:
@@ -300,14 +364,9 @@ def _override_finder(config: Any, written: Mapping[str, Any]) -> None:
                 callback.init_args[name] = config.finder[name]
 
 
-def _without_logger(parser: LightningArgumentParser) -> list[str]:
+def _without_logger(function: Callable[..., None], parser: LightningArgumentParser) -> list[str]:
     parser.set_defaults({"trainer.logger": False})
-    return parser.add_function_arguments(check, skip={"trainer", "model", "datamodule"})
-
-
-def _add_export(parser: LightningArgumentParser) -> list[str]:
-    parser.set_defaults({"trainer.logger": False})
-    return parser.add_function_arguments(export, skip={"trainer", "model", "datamodule"})
+    return parser.add_function_arguments(function, skip={"trainer", "model", "datamodule"})
 
 
 def _add_sweep(parser: LightningArgumentParser) -> list[str]:
@@ -326,9 +385,10 @@ def _sweep_option(option: str) -> str:
 
 COMMANDS = {
     "plot-temperature": Command(plot_temperature),
-    "check": Command(check, _without_logger),
+    "check": Command(check, partial(_without_logger, check)),
+    "calibrate": Command(calibrate, partial(_without_logger, calibrate)),
     "find-temperature": Command(find_temperature, _add_finder, adjust=_override_finder),
     "cache-teacher": Command(cache_teacher),
-    "export": Command(export, _add_export, _export_option),
+    "export": Command(export, partial(_without_logger, export), _export_option),
     "sweep": Command(sweep, _add_sweep, _sweep_option, builds=False, owner=run_sweep),
 }

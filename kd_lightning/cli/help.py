@@ -30,6 +30,7 @@ _RESUME = {"resume": "auto: continue from the last checkpoint of the logger's la
 # The others: the prefix of their options, and the functions and classes whose arguments the options are
 _OWN = {
     "check": ("", _COMMANDS, "check"),
+    "calibrate": ("", _COMMANDS, "calibrate"),
     "plot-temperature": ("", _COMMANDS, "plot_temperature"),
     "find-temperature": ("finder.", "callbacks/temperature_finder.py", "TemperatureFinder"),
     "cache-teacher": ("", _COMMANDS, "cache_teacher"),

@@ -17,12 +17,14 @@
 - :mod:`~kd_lightning.functional.ensemble`: the mixture and the weights of several teachers.
 - :mod:`~kd_lightning.functional.fused_linear`: the loss from hidden states and heads, without the logits.
 - :mod:`~kd_lightning.functional.tokens`: the targets of a causal language model.
-- :mod:`~kd_lightning.functional.suggest`: a temperature to start from.
+- :mod:`~kd_lightning.functional.suggest`: a temperature to start from; :mod:`~kd_lightning.functional.calibration`: a
+  network's own.
 
 Notation used in all docstrings: ``s`` and ``t`` are student and teacher logits, ``T_s`` and ``T_t`` their
 temperatures, ``p_s = softmax(s / T_s)``, ``p_t = softmax(t / T_t)``, ``C`` the number of classes.
 """
 
+from kd_lightning.functional.calibration import fit_temperature
 from kd_lightning.functional.class_losses import dkd_loss, hard_label_loss, nkd_loss
 from kd_lightning.functional.correlation_losses import dist_loss
 from kd_lightning.functional.ensemble import (
@@ -91,6 +93,7 @@ __all__ = [
     "dkd_loss",
     "entropy_gated_kd_loss",
     "entropy_weights",
+    "fit_temperature",
     "fused_linear_kd_loss",
     "fused_linear_kd_terms",
     "hard_label_loss",

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from kd_lightning.functional.rows import without_padding
 from kd_lightning.metrics import CalibrationError, Task, TopKAccuracy, as_two_classes, task_of
 from kd_lightning.modules import DistillationModule
+from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.progress import Progress
 from kd_lightning.teachers import split_index
 from kd_lightning.temperature.extra import take_extra
@@ -117,14 +118,14 @@ class Facts:
         return torch.cat(found) if found else torch.empty(0, 0)
 
 
-def batches_of(module: DistillationModule, data: Any, loaders: Any, count: int) -> Iterator[Batch]:
+def batches_of(module: SupervisedModule, data: Any, loaders: Any, count: int | None) -> Iterator[Batch]:
     """Yield the first batches of the loaders after all of the batch hooks, on the module's device.
 
     Args:
         module: Splits the batches.
         data: The data module, whose hooks come first, or the loader itself.
         loaders: A loader, several, or batches.
-        count: How many.
+        count: How many; None takes all.
     """
     source = (
         loaders[0] if isinstance(loaders, (list, tuple)) and loaders and hasattr(loaders[0], "dataset") else loaders
@@ -135,7 +136,7 @@ def batches_of(module: DistillationModule, data: Any, loaders: Any, count: int) 
         yield Batch(batch, inputs, targets)
 
 
-def _hooked(module: DistillationModule, data: Any, batch: Any) -> Any:
+def _hooked(module: SupervisedModule, data: Any, batch: Any) -> Any:
     def hook(name: str) -> Callable[..., Any]:
         ours = isinstance(data, LightningDataModule) and is_overridden(name, data, LightningDataModule)
         return getattr(data if ours else module, name)

@@ -2,6 +2,7 @@
 
 from kd_lightning.teachers.batch import BatchTeacher
 from kd_lightning.teachers.cache import TeacherCache
+from kd_lightning.teachers.calibration import Calibration
 from kd_lightning.teachers.calls import (
     Call,
     HiddenStates,
@@ -26,6 +27,7 @@ from kd_lightning.teachers.weights import fingerprint, load_weights
 
 __all__ = [
     "BatchTeacher",
+    "Calibration",
     "Call",
     "EMATeacher",
     "FrozenTeacher",

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from kd_lightning.teachers.batch import BatchTeacher
 from kd_lightning.teachers.cache import TeacherCache
+from kd_lightning.teachers.calibration import Calibration
 from kd_lightning.teachers.calls import (
     HiddenStates,
     call_model,
@@ -75,15 +76,18 @@ class FrozenTeacher(Teacher):
             and cannot be had of it. None: where the module around is.
         offload: Keep the weights on the host, and have those of a layer on the inputs' device only while that layer
             runs: for a teacher that the device has no room for. Each forward copies all weights.
+        calibration: The teacher's own temperature, by which its logits are divided before any policy sees them, so that
+            it multiplies T_t: a number, a file of ``kd-lightning calibrate``, or a
+            :class:`~kd_lightning.teachers.Calibration`. Part of the fingerprint, and so of the cache's.
 
     Raises:
-        TypeError: ``module`` is no ``nn.Module``.
+        TypeError: ``module`` is no ``nn.Module``, or ``calibration`` none of these.
         ValueError: An unknown precision, a ``micro_batch_size`` below 1, an empty ``fingerprint``, a program exported
             in training mode, weights on the meta device with neither ``checkpoint`` nor ``fingerprint``, a ``device``
             that is not there, or two places for the weights.
         FileNotFoundError: On first use: there is no such file.
-        ValueError: On first use: the file holds no weights, or its names or shapes do not fit; says which. On a call:
-            the network takes inputs of another shape.
+        ValueError: On first use: the file holds no weights, or its names or shapes do not fit; says which. Or the
+            calibration was fitted for another teacher. On a call: the network takes inputs of another shape.
 
     Warns:
         UserWarning: Without a checkpoint, if the weights are still those of the initialisation.
@@ -111,6 +115,7 @@ class FrozenTeacher(Teacher):
         transform: Renormalize | Callable | None = None,  # YAML: Renormalize, or a class by its path
         device: str | torch.device | None = None,
         offload: bool = False,
+        calibration: float | str | Path | Calibration | None = None,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(
@@ -139,6 +144,9 @@ class FrozenTeacher(Teacher):
         check_transform(transform)
         self._can_eval = freeze(module)
         self.transform = transform
+        in_a_file = isinstance(calibration, (str, Path))
+        self.calibration = calibration if calibration is None or in_a_file else Calibration.of(calibration)
+        self._calibration: Calibration | None = None  # read and checked with the weights
         self.module = module
         self.checkpoint = None if checkpoint is None else str(checkpoint)
         self.prefix = prefix
@@ -171,7 +179,9 @@ class FrozenTeacher(Teacher):
 
     def available(self) -> bool:
         """Whether the weights are in place, or their file is there to be read."""
-        return self.loaded or (self.checkpoint is not None and Path(self.checkpoint).is_file())
+        needed = () if self.loaded or self.checkpoint is None else (self.checkpoint,)
+        needed += (self.calibration,) if isinstance(self.calibration, (str, Path)) else ()
+        return all(Path(path).is_file() for path in needed)
 
     def load(self) -> FrozenTeacher:
         """Read the checkpoint, the first time only. Called by itself on first use."""
@@ -181,6 +191,11 @@ class FrozenTeacher(Teacher):
             check_finite(self.module, self.checkpoint)
             self._placement.place(self.module)
             self.loaded = True
+        if self.calibration is not None and self._calibration is None:
+            calibration = Calibration.of(self.calibration)
+            if calibration.fingerprint is not None:
+                calibration.check(self._own_fingerprint())
+            self._calibration = calibration
         return self
 
     def fingerprint(self) -> str:
@@ -188,19 +203,25 @@ class FrozenTeacher(Teacher):
 
         Two teachers with the same fingerprint are bit-identical. Ranks compare it, and checkpoints store it.
         """
+        own = self.load()._own_fingerprint()
+        return own if self._calibration is None else self._calibration.fingerprint_with(own)
+
+    def _own_fingerprint(self) -> str:
+        """Return the fingerprint without the calibration, which is of a teacher with this one."""
         if self._fingerprint is None:
-            self._fingerprint = hash_weights(self.load().module)
+            self._fingerprint = hash_weights(self.module)
         return with_transform(self._fingerprint, self.transform)
 
     def __call__(self, inputs: Any) -> Any:
-        """Return the network's own output for these inputs; see :func:`call_model`."""
+        """Return the network's own output for these inputs, not calibrated; see :func:`call_model`."""
         return self._frozen(self._run, inputs)
 
     def hidden_states(self, inputs: Any, check: bool = False) -> HiddenStates:
         """Run the network up to its output layer; see :func:`hidden_states`. ``check`` compares the two."""
         if check:
             self._frozen(partial(check_hidden_states, self.module), inputs)
-        return self._frozen(partial(hidden_states, self.module), inputs)
+        states = self._frozen(partial(hidden_states, self.module), inputs)
+        return states if self._calibration is None else self._calibration.apply_hidden(states)
 
     def _frozen(self, call: Callable[[Any], Any], inputs: Any) -> Any:
         self.load()
@@ -254,7 +275,8 @@ class FrozenTeacher(Teacher):
         """
 
         def compute() -> Tensor:
-            return self._frozen(lambda inputs: extract(self._run(inputs)), inputs)
+            logits = self._frozen(lambda inputs: extract(self._run(inputs)), inputs)
+            return logits if self._calibration is None else self._calibration.apply(logits)
 
         if self.cache is None or index is None:
             return compute()
@@ -351,7 +373,16 @@ class FrozenTeacher(Teacher):
         count = sum(parameter.numel() for parameter in self.module.parameters())
         parts = [type(self.module).__name__, f"{count:,} frozen parameters"]
         parts.append("weights in place" if self.checkpoint is None else f"checkpoint={self.checkpoint!r}")
-        options = ("transform", "precision", "channels_last", "compile", "micro_batch_size", "device", "offload")
+        options = (
+            "transform",
+            "precision",
+            "channels_last",
+            "compile",
+            "micro_batch_size",
+            "device",
+            "offload",
+            "calibration",
+        )
         parts += [f"{name}={getattr(self, name)!r}" for name in options if getattr(self, name)]
         parts += [f"cache={str(cache.path)!r}" for cache in self.caches]
         return f"{type(self).__name__}({', '.join(parts)})"

@@ -16,7 +16,7 @@ LAYERS = [
     {"teachers"},
     {"layers"},
     {"output", "distiller_parts", "distiller", "fused_distiller", "outputs_distiller", "plotting", "export"},
-    {"metrics", "modules", "_lightning"},
+    {"metrics", "calibration", "modules", "_lightning"},
     {"callbacks", "preflight"},
     {"configuration"},
     {"sweep"},
