@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 from kd_lightning import __version__
 from kd_lightning.callbacks import TemperatureFinder
 from kd_lightning.cli import main
-from kd_lightning.cli.commands import COMMANDS, cache_teacher, export, plot_temperature
+from kd_lightning.cli.commands import COMMANDS, cache_teacher, calibrate, check, export, plot_temperature
 from kd_lightning.cli.help import HELP
 from kd_lightning.sweep import sweep
 
@@ -22,6 +22,8 @@ FUNCTIONS = {
     "plot-temperature": plot_temperature,
     "find-temperature": TemperatureFinder,
     "cache-teacher": cache_teacher,
+    "calibrate": calibrate,
+    "check": check,
     "export": export,
     "sweep": sweep,
     **{name: getattr(Trainer, name) for name in ("fit", "validate", "test", "predict")},
