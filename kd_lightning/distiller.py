@@ -256,7 +256,7 @@ class Distiller(DistillerParts):
 
     def _check_first_batch(self, student: Tensor, teacher: Any, targets: Tensor | None) -> None:
         members, softened = self._teaching.members(teacher), getattr(self.kd_loss, "compares_distributions", False)
-        trains = self.training and torch.is_grad_enabled()
+        trains = self.teacher is not None and self.training and torch.is_grad_enabled()
         check_first_batch(student, members, self.class_dim, softened, self.task_loss, targets, trains)
 
     def _weights(self, progress: Progress) -> tuple[float, float]:
