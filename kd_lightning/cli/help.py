@@ -37,8 +37,9 @@ _OWN = {
     "export": ("", _COMMANDS, "export"),
     "sweep": ("", "sweep/search.py", "sweep"),
 }
-HELP = (*_LIGHTNING, *_OWN, "init")
+HELP = (*_LIGHTNING, *_OWN, "init", "card")
 _INIT = "Write a project that runs: configurations, a module of one's own and a README."
+_CARD = "Write a Markdown card of a run or a sweep: teacher, temperature, metrics, command to reproduce it."
 _GIVEN = ("trainer", "model", "datamodule", "config", "finder")
 
 _COMMON = {
@@ -56,7 +57,7 @@ _COMMON = {
 def describe_commands() -> str:
     """Return the help of ``kd-lightning``."""
     own = {name: _documented(_COMMANDS, name.replace("-", "_"))[0] for name in _OWN}
-    commands = {**_LIGHTNING, **own, "init": _INIT}
+    commands = {**_LIGHTNING, **own, "init": _INIT, "card": _CARD}
     return "\n".join(
         [
             "usage: kd-lightning COMMAND [--config FILE] [--NAME VALUE ...]",
@@ -78,6 +79,8 @@ def describe_command(command: str) -> str:
     """
     if command == "init":
         return f"usage: kd-lightning init [{'|'.join(KINDS)}] DIR\n\n{_INIT}"
+    if command == "card":
+        return f"usage: kd-lightning card --run DIR\n\n{_CARD}"
     if command in _LIGHTNING:
         own = _CHECKPOINT | (_RESUME if command == "fit" else {})
         summary, options = _LIGHTNING[command], {f"--{name}": text for name, text in own.items()}

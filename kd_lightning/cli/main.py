@@ -66,6 +66,11 @@ def _answer(args: list[str]) -> bool:
 def _run(args: Any) -> None:
     if isinstance(args, list) and _answer(args):
         return
+    if isinstance(args, list) and args[:1] == ["card"]:
+        from kd_lightning.card import card_of
+
+        print(card_of(args[1:]))
+        return
     # imported here because Lightning takes seconds
     from kd_lightning.cli.commands import COMMANDS
     from kd_lightning.configuration.parser import KDLightningCLI, SaveRunConfig

@@ -146,7 +146,7 @@ class KDLightningCLI(CommandLine):
             super().parse_arguments(parser, args)
             return
         if written.command not in self.names and set(given).isdisjoint(("-h", "--help")):
-            raise CommandLineError(_no_command(written.command, [*self.names, "init"]))
+            raise CommandLineError(_no_command(written.command, [*self.names, "init", "card"]))
         if "--trainer.help" in given:
             trainer = self.parser_class(usage=SUPPRESS, add_help=False)
             trainer.add_lightning_class_args(Trainer, "trainer")

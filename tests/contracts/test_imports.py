@@ -20,6 +20,7 @@ LAYERS = [
     {"callbacks", "preflight"},
     {"configuration"},
     {"sweep"},
+    {"card"},
     {"cli", "__main__"},
 ]
 ALONE = {"datamodules"}

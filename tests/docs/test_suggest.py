@@ -1,6 +1,10 @@
-"""The comparison of rules for a temperature."""
+"""The comparison of rules for a temperature, and calibrated teachers: the guide has what the rows say."""
 
-from benchmarks import suggest
+from pathlib import Path
+
+from benchmarks import calibration, suggest
+
+PAGE = Path(__file__).parents[2] / "docs" / "check.md"
 
 
 def row(rule: str, images: str, weighting: str, gain: float, regret: float) -> suggest.Row:
@@ -17,3 +21,17 @@ def test_the_default_rule_has_the_smallest_mean_regret() -> None:
     rows = [each for each in suggest.read() if each.rule.startswith("entropy")]
     sums = {rule: sum(each.regret for each in rows if each.rule == rule) for rule in suggest.RULES if "entropy" in rule}
     assert min(sums, key=lambda rule: sums[rule]) == "entropy 0.1"
+
+
+def test_the_guide_has_the_tables_of_the_rows() -> None:
+    text = PAGE.read_text()
+    assert suggest.table(suggest.read()) in text
+    assert calibration.table(calibration.read()) in text
+
+
+def test_the_learning_rate_of_a_calibrated_arm_is_chosen_on_validation() -> None:
+    def trained(rate: float, val: float, test: float) -> calibration.Row:
+        return calibration.Row("few", 1, 4.0, rate, 0, 1.2, 0.02, 0.01, val, test)
+
+    rows = [trained(0.01, 90.0, 70.0), trained(0.02, 80.0, 99.0)]
+    assert calibration.chosen(rows) == {("few", 1, 4.0): {0: 70.0}}

@@ -33,7 +33,7 @@ SKIPPED |= set().union(*LightningCLI.subcommands().values())
 
 
 def test_help_knows_all_commands() -> None:
-    assert set(HELP) == {*LightningCLI.subcommands(), *COMMANDS, "init"}
+    assert set(HELP) == {*LightningCLI.subcommands(), *COMMANDS, "init", "card"}
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
