@@ -35,8 +35,8 @@ def test_a_cache_is_made_ahead_and_used(monkeypatch: pytest.MonkeyPatch, capsys:
     assert len(content) == 4096 + 264 * 25
 
     runs: list[bool] = []
-    call = FrozenTeacher.__call__
-    monkeypatch.setattr(FrozenTeacher, "__call__", lambda self, inputs: runs.append(True) or call(self, inputs))
+    call = FrozenTeacher._run
+    monkeypatch.setattr(FrozenTeacher, "_run", lambda self, inputs: runs.append(True) or call(self, inputs))
     fit = ["--trainer.max_epochs=5", "--trainer.limit_val_batches=0", "--trainer.callbacks=null"]
     main(["fit", "--config", "configs/digits_cached.yaml", *QUIET, *fit])
     assert len(runs) == 1

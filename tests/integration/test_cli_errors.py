@@ -34,9 +34,8 @@ def has(owner: Callable[..., object], *without: str) -> str:
 
 MODULE = has(DistillationModule)
 COMMANDS = (
-    "The commands are fit, validate, test, predict, plot-temperature, find-temperature, cache-teacher, export, sweep, "
-    "init; "
-    "kd-lightning COMMAND --help describes one."
+    "The commands are fit, validate, test, predict, plot-temperature, check, calibrate, find-temperature, "
+    "cache-teacher, export, sweep, init, card; kd-lightning COMMAND --help describes one."
 )
 FIT = "It has ckpt_path, data, model, num_threads, print_config, resume, seed_everything, trainer, weights_only."
 SCHEDULES = (
@@ -195,8 +194,8 @@ TYPED = [
     Typed("an option of the model", "fit --config {digits} --model.temprature 4",
           "--model.temprature: DistillationModule has no argument 'temprature'. Did you mean temperature? " + MODULE),
     Typed("an option of the command", "export --config {digits} --ckpt=x.ckpt --outptu=y",
-          "--outptu: export has no setting 'outptu'. Did you mean output? It has ckpt_path, data, dynamic_dims, "
-          "format, "
+          "--outptu: export has no setting 'outptu'. Did you mean output? It has calibrate, ckpt_path, data, "
+          "dynamic_dims, format, "
           "input_shape, model, num_threads, output, overwrite, print_config, seed_everything, trainer."),
     Typed("an option of the finder", "find-temperature --config {digits} --finder.candidats=[1,2]",
           "--finder.candidats: TemperatureFinder has no argument 'candidats'. Did you mean candidates? It has "

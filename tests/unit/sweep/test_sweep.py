@@ -185,9 +185,9 @@ def test_the_same_command_runs_nothing_again_and_more_seeds_add_runs(swept: tupl
 
 def test_a_changed_configuration_is_refused(swept: tuple[Path, str]) -> None:
     folder, _ = swept
-    with pytest.raises(ValueError, match=r"(?s)configuration.*data\.init_args\.batch_size: 22 → 11\n.*--output"):
+    with pytest.raises(ValueError, match=r"(?s)configuration.*data\.init_args\.batch_size 22 → 11\..*--output"):
         run("sweep", *SHORT, *GRID, "--seeds", "2", "--output", str(folder), "--data.batch_size=11")
-    with pytest.raises(ValueError, match="monitor: val_acc → val_agreement"):
+    with pytest.raises(ValueError, match="monitor val_acc → val_agreement"):
         run("sweep", *SHORT, *GRID, "--seeds", "2", "--output", str(folder), "--monitor", "val_agreement")
 
 
