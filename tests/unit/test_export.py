@@ -301,9 +301,10 @@ def test_export_of_a_classifier_beside_its_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_own_folder")
-def test_export_says_what_is_missing(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint at 'nowhere\.ckpt'"):
+def test_export_says_what_is_missing(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
         main(["export", "--ckpt", "nowhere.ckpt"])
+    assert "no checkpoint at 'nowhere.ckpt'" in capsys.readouterr().err
     content = torch.load(checkpoint, weights_only=True)
     torch.save({**content, "state_dict": {"net.weight": torch.zeros(1)}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="holds no student: its weights are under net"):
