@@ -8,18 +8,17 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
-import torch
-from lightning.pytorch import Trainer
-from torch import nn
 
-from kd_lightning import DistillationModule
-from tests.helpers import in_a_fork, make_data, make_network
+# torch and Lightning are imported in functions, because pytest-xdist's controller loads this file and runs no test
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from torch import nn
 
-torch.set_num_threads(1)  # forked processes hang where the parent has used OpenMP threads; and CI has two cores
+    from kd_lightning import DistillationModule
 
 hypothesis.settings.register_profile("suite", derandomize=True)  # the same examples in every run of the suite
 hypothesis.settings.load_profile("suite")
@@ -27,14 +26,9 @@ hypothesis.settings.load_profile("suite")
 collect_ignore_glob = ["integration/examples/[!t]*.py"]  # test_examples.py beside them runs them
 
 
-def pytest_collection() -> None:
-    gc.disable()
-
-
 def pytest_collection_finish() -> None:
     """Leave what was imported out of each collection of garbage, which takes half a second with it."""
     gc.freeze()
-    gc.enable()
 
 
 def pytest_unconfigure() -> None:
@@ -43,14 +37,18 @@ def pytest_unconfigure() -> None:
 
 def pytest_collectstart() -> None:
     """Networks made while a test module is imported are the same in every run."""
+    import torch
+
+    torch.set_num_threads(1)  # forked processes hang where the parent has used OpenMP threads; and CI has two cores
     torch.manual_seed(0)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs, and tests in a process of their own, are slow."""
+    """Tests that run a Trainer, whole runs, and tests in a process of their own are slow."""
     for item in items:
-        if "integration" in item.path.parts or item.get_closest_marker("forked"):
+        trains = "make_trainer" in getattr(item, "fixturenames", ())
+        if trains or "integration" in item.path.parts or item.get_closest_marker("forked"):
             item.add_marker(pytest.mark.slow)
 
 
@@ -59,6 +57,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run a test that is marked ``forked`` in a process of its own."""
     if pyfuncitem.get_closest_marker("forked") is None:
         return None
+    from tests.helpers import in_a_fork
+
     arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
     in_a_fork(lambda: pyfuncitem.obj(**arguments))
     return True
@@ -75,12 +75,19 @@ def _no_onnx_export_here() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
     torch.manual_seed(0)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # of an earlier test: Lightning reseeds its processes with it
 
 
 @pytest.fixture(scope="session")
 def _trained() -> nn.Module:
+    import torch
+    from torch import nn
+
+    from tests.helpers import make_data, make_network
+
     torch.manual_seed(1)
     network = make_network(32)
     inputs, targets = make_data(512, seed=5).tensors
@@ -101,6 +108,10 @@ def teacher(_trained: nn.Module) -> nn.Module:
 @pytest.fixture
 def make_module(teacher: nn.Module) -> Callable[..., DistillationModule]:
     """Make a DistillationModule over the trained teacher; keywords as its own."""
+    import torch
+
+    from kd_lightning import DistillationModule
+    from tests.helpers import make_network
 
     def make(student: nn.Module | None = None, **options: Any) -> DistillationModule:
         torch.manual_seed(2)
@@ -114,6 +125,7 @@ def make_module(teacher: nn.Module) -> Callable[..., DistillationModule]:
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
     """Make a quiet Trainer on the CPU that writes under tmp_path; keywords as its own."""
+    from lightning.pytorch import Trainer
 
     def make(**options: Any) -> Trainer:
         quiet: dict[str, Any] = {

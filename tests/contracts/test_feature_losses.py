@@ -206,6 +206,7 @@ def test_value_and_gradient_by_the_independent_formula(name):
     assert gradient.abs().sum() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_gradcheck(name):
     s, t = draw(name, batch=4)

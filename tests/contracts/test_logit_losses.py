@@ -275,6 +275,7 @@ def test_dist_by_the_independent_formula():
     assert got.item() == pytest.approx(0.7 * between_classes + 2.0 * within_classes, rel=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SETTINGS if not SETTINGS[name].constants])
 def test_gradients_by_finite_differences(name):
     s, t, targets = draw(name, 3, 5)

@@ -296,7 +296,6 @@ def test_deit_by_its_equations(hard: bool) -> None:
     torch.testing.assert_close(mean, (cls + dist) / 2)
 
 
-@pytest.mark.slow
 def test_timm_s_distilled_deit(make_trainer: Callable[..., Trainer]) -> None:
     """In training it returns both tokens' logits, in eval mode their mean."""
     timm: Any = pytest.importorskip("timm")
@@ -320,7 +319,6 @@ def test_timm_s_distilled_deit(make_trainer: Callable[..., Trainer]) -> None:
     torch.testing.assert_close(predicted, both)
 
 
-@pytest.mark.slow
 def test_hugging_face_s_deit(make_trainer: Callable[..., Trainer]) -> None:
     """By the names of its output's attributes."""
     transformers: Any = pytest.importorskip("transformers")
@@ -418,7 +416,6 @@ class CoarseInOrder(InOrder):
         return WithCoarse(*make_data(count, seed).tensors)
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one(network: Heads, make_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
     states = []
     for devices in (2, 1):

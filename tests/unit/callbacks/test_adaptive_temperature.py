@@ -245,7 +245,6 @@ class Several(TemperaturePolicy):
         return [Temperature(t, t) for t in terms]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "temperature",
     [4.0, CosineSchedule(8, 2), PerSample(), Several(), AsymmetricTemperature(2.0, PerSample())],
@@ -279,7 +278,6 @@ def test_sanity_check_and_validate_change_nothing(make_module: Make, make_traine
     assert multiplier_of(module) == multiplier
 
 
-@pytest.mark.slow
 def test_bounds(make_module: Make, make_trainer: MakeTrainer) -> None:
     module = make_module(temperature=4.0)
     fit(module, make_trainer, FLAT, [adaptive(min_temperature=1.5)])
@@ -366,7 +364,6 @@ def test_two_instances_coexist_and_bound_each_other(make_module: Make, make_trai
     assert multiplier_of(module) == pytest.approx(0.5 * 4)  # 4 → 2 → 8, in one check
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("when", ["mid-epoch", "validation"])
 def test_a_resumed_run_makes_the_same_moves(
     when: str, make_module: Make, make_trainer: MakeTrainer, tmp_path: Path
@@ -403,7 +400,6 @@ def test_state_of_another_version_loads() -> None:
 # ---- two processes --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")  # for sync_dist, forgotten on purpose
 def test_two_ranks_with_different_metrics_and_temperatures_decide_alike(
     make_module: Make, make_trainer: MakeTrainer, tmp_path: Path
@@ -434,7 +430,6 @@ def test_two_ranks_with_different_metrics_and_temperatures_decide_alike(
 # ---- real fits ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_digits_whose_metric_stays(make_trainer: MakeTrainer, told: pytest.LogCaptureFixture) -> None:
     module, data = digits(lr=0.0)
     make_trainer(max_epochs=5, callbacks=[AdaptiveTemperature(patience=2)]).fit(module, datamodule=data)
@@ -444,7 +439,6 @@ def test_digits_whose_metric_stays(make_trainer: MakeTrainer, told: pytest.LogCa
     assert accuracy[1] == accuracy[2]
 
 
-@pytest.mark.slow
 def test_digits_whose_metric_falls(make_trainer: MakeTrainer, told: pytest.LogCaptureFixture) -> None:
     module, data = digits(lr=3e-3, maximize=True)
     make_trainer(max_epochs=3, callbacks=[AdaptiveTemperature()]).fit(module, datamodule=data)

@@ -242,7 +242,6 @@ def test_precision(precision: Any, teacher: nn.Module, make_trainer: MakeTrainer
     assert callback.distiller.temperature.raw != 0  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@pytest.mark.slow
 def test_compiled_modules(teacher: nn.Module, make_trainer: MakeTrainer) -> None:
     torch.compiler.reset()
     eager, whole, network = (Quiet() for _ in range(3))
@@ -474,7 +473,6 @@ def test_multi_label_targets(teacher: nn.Module, make_trainer: MakeTrainer) -> N
 # ---- nothing is left behind --------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layer", [None, "net"])
 @pytest.mark.parametrize("ending", ["normal", "exception", "interrupt", "unknown layer"])
 def test_the_module_is_what_it_was(
@@ -830,7 +828,6 @@ class OtherStart(Callback):
         self.callback.distiller.temperature.raw.data += trainer.global_rank  # pyright: ignore
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("layer", "accumulate"), [(None, 1), ("net", 2)])
 def test_two_processes_train_as_one(
     layer: str | None, accumulate: int, teacher: nn.Module, make_trainer: MakeTrainer, tmp_path: Path
@@ -853,7 +850,6 @@ def test_two_processes_train_as_one(
             torch.testing.assert_close(first[part][name], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_ranks_with_different_teachers_are_an_error(teacher: nn.Module, make_trainer: MakeTrainer) -> None:
     class Different(Callback):
         def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -53,7 +53,6 @@ def test_the_kd_term_goes_off_and_the_task_term_stays(make_module: Make, make_tr
     assert "(off)" in repr(module.distiller)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:scripted is not finite", "ignore:.*Please add the following callbacks")
 @pytest.mark.parametrize("epochs", [3, 7])
 def test_it_survives_resuming(epochs: int, make_module: Make, make_trainer: MakeTrainer, tmp_path: Path) -> None:
@@ -94,7 +93,6 @@ def test_arguments(options: dict[str, Any]) -> None:
         EarlyStopDistillation(**options)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
 def test_two_ranks_decide_alike(make_module: Make, make_trainer: MakeTrainer, tmp_path: Path) -> None:
     script = Script([0.6, 0.7, 0.8], 2, others=[0.6, 0.4, 0.4])  # rank 0 by itself would go on
@@ -108,7 +106,6 @@ def test_two_ranks_decide_alike(make_module: Make, make_trainer: MakeTrainer, tm
     assert [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)] == [False, False]
 
 
-@pytest.mark.slow
 def test_digits_whose_metric_stays(make_trainer: MakeTrainer) -> None:
     module, data = digits(lr=0.0)
     trainer = make_trainer(max_epochs=4, callbacks=[EarlyStopDistillation("val_acc", patience=2)])

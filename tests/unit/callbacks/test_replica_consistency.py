@@ -55,7 +55,6 @@ def fit(make_trainer: MakeTrainer, module: DistillationModule, what: str, every_
     trainer.fit(module, make_loader(), make_loader(16))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "message"),
     [
@@ -71,13 +70,11 @@ def test_the_error_names_tensor_and_ranks(
         fit(make_trainer, make_module(), what)
 
 
-@pytest.mark.slow
 def test_a_statistic_that_is_not_reduced(make_module: Make, make_trainer: MakeTrainer) -> None:
     with pytest.raises(ProcessRaisedException, match=r"temperature.average: rank 0 has \d\.\d+, rank 1 has \d\.\d+"):
         fit(make_trainer, make_module(temperature=OwnStatistic()), "nothing", every_n_steps=1000)  # seen at the end
 
 
-@pytest.mark.slow
 def test_ranks_that_agree_train_on(make_module: Make, make_trainer: MakeTrainer) -> None:
     fit(make_trainer, make_module(), "nothing")
 
@@ -131,7 +128,6 @@ class Drift(Callback):
                 holder.teacher.module[0].weight.data[0, 0] += 1.0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["module", "callback"])
 @pytest.mark.parametrize(
     ("what", "message"),

@@ -144,7 +144,6 @@ def assert_equal(one: Any, two: Any, at: str = "") -> None:
         assert one == two, at
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["constant", "every state"])
 def test_a_run_after_the_finder_equals_one_started_with_the_suggestion(
     policy: str, make_module: Make, make_trainer: MakeTrainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -172,7 +171,6 @@ def test_a_run_after_the_finder_equals_one_started_with_the_suggestion(
     assert_equal(one, whole_run(make_trainer, started, tmp_path / "started"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -400,7 +398,6 @@ def test_nothing_finite_changes_nothing(make_module: Make, make_trainer: MakeTra
 # ---- resuming, ranks, real data -------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_resuming_sets_what_was_found(make_module: Make, make_trainer: MakeTrainer, tmp_path: Path) -> None:
     def fit(epochs: int, **options: Any) -> tuple[DistillationModule, TemperatureFinder]:
         module = make_module(temperature=4.0)
@@ -425,7 +422,6 @@ def save(folder: Path, finder: TemperatureFinder) -> Save:
     return Save(folder, lambda module: {"results": finder.state_dict(), "weights": module.state_dict()})
 
 
-@pytest.mark.slow
 def test_two_ranks_find_the_same_and_train_as_if_started_with_it(
     make_module: Make, make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
@@ -457,7 +453,6 @@ class NotSynchronised(DistillationModule):
         self.log("own", self.distiller.temperature.multiplier.squeeze() * (-3.0 if self.global_rank else 1.0))
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
 def test_two_ranks_decide_on_the_mean_of_their_scores(
     make_module: Make, make_trainer: MakeTrainer, tmp_path: Path
@@ -473,7 +468,6 @@ def test_two_ranks_decide_on_the_mean_of_their_scores(
         assert [trial["scores"] for trial in results] == [[-0.5], [-2.0]]
 
 
-@pytest.mark.slow
 def test_digits_whose_metric_falls(make_trainer: MakeTrainer) -> None:
     """With the gradient reversed the accuracy provably falls, how far depends on the temperature."""
     module, data = digits(lr=3e-3, maximize=True, temperature=4.0)

@@ -226,7 +226,6 @@ def test_histogram(make_module: Make, make_trainer: MakeTrainer, tmp_path: Path)
         fit(make_trainer, make_module(), tmp_path, TemperatureMonitor(histogram=True), max_epochs=1)
 
 
-@pytest.mark.slow
 def test_the_plot_of_a_resumed_run_is_whole(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     """Real digits, whose accuracy falls, so that the temperature moves."""
 
@@ -286,7 +285,6 @@ def test_what_it_refuses(make_module: Make, make_trainer: MakeTrainer, monkeypat
         make_trainer(callbacks=[TemperatureMonitor(plot=True)]).fit(make_module(), make_loader())
 
 
-@pytest.mark.slow
 def test_two_processes(make_module: Make, make_trainer: MakeTrainer, tmp_path: Path) -> None:
     monitor = TemperatureMonitor("step", gradient_share_every_n_steps=1, plot=True)
     fit(make_trainer, make_module(temperature=PerSample()), tmp_path, monitor, devices=2, strategy="ddp_fork")

@@ -194,6 +194,7 @@ def test_under_autocast():
         assert (mine - theirs).norm() <= 2e-2 * theirs.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("divergence", "chunks"), [(ForwardKL(), 5), *((divergence, 9) for divergence in DIVERGENCES)], ids=repr
 )

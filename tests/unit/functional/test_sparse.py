@@ -171,6 +171,7 @@ def test_value_by_the_independent_formula(name, tail, rows, classes, k, t_s, t_t
         np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-11 * max(t_s * t_t, 1))
 
 
+@pytest.mark.slow
 @each
 @pytest.mark.parametrize("padded", [False, True])
 def test_gradients_by_finite_differences(name, tail, padded):

@@ -68,7 +68,6 @@ def misfits(caught: list[warnings.WarningMessage]) -> list[str]:
     return [str(w.message) for w in caught if "temperature policies" in str(w.message)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), PAIRS)
 def test_a_run_goes_on_with_another_policy(
     before: str, after: str, make_module: Make, make_trainer: MakeTrainer, tmp_path: Path
@@ -103,7 +102,6 @@ def test_a_run_goes_on_with_another_policy(
     assert trainer.global_step == 2 * saved["global_step"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), PAIRS[:4])
 @pytest.mark.parametrize("stage", ["validate", "test", "load_from_checkpoint"])
 def test_evaluation_takes_the_students_weights(
@@ -136,7 +134,6 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using:RuntimeWarning")
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize(("before", "after"), [("constant", "learnt"), ("learnt", "constant")])

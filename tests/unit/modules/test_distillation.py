@@ -63,7 +63,6 @@ class CallTrain(Callback):
 # ---- training ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_fit_equals_a_bare_loop(make_module: Make, make_trainer: MakeTrainer, teacher: nn.Module) -> None:
     module = make_module(temperature=LinearSchedule(8.0, 2.0))
     student = copy.deepcopy(module.student)
@@ -347,7 +346,6 @@ def test_changed_settings_on_resume_are_said(make_module: Make, make_trainer: Ma
         make_trainer(max_epochs=2).fit(make_module(temperature=2.0), make_loader(), ckpt_path=tmp_path / "four.ckpt")
 
 
-@pytest.mark.slow
 def test_load_from_checkpoint_over_three_generations(
     make_module: Make, make_trainer: MakeTrainer, tmp_path: Path, teacher: nn.Module
 ) -> None:
@@ -431,7 +429,6 @@ def test_endless_training_has_no_fraction(make_module: Make, make_trainer: MakeT
     assert trainer.global_step == 4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [4.0, CosineSchedule(8, 2)])
 def test_the_whole_module_compiles_to_at_most_two_graphs(
     temperature: Any, make_module: Make, make_trainer: MakeTrainer
@@ -453,7 +450,6 @@ def test_the_whole_module_compiles_to_at_most_two_graphs(
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_compiled_student(make_module: Make, make_trainer: MakeTrainer) -> None:
     module = make_module(temperature=CosineSchedule(8, 2))
     module.student.compile(backend="eager")

@@ -251,7 +251,6 @@ def test_unknown_layers_end_the_fit_at_its_start(make_trainer: MakeTrainer) -> N
 # ---- together with the rest --------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "callback",
     [WeightAveraging(), EMAWeightAveraging(decay=0.5), StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)],
@@ -299,7 +298,6 @@ def test_half_precision(make_trainer: MakeTrainer, precision: str) -> None:
     assert all(p.isfinite().all() for p in module.parameters())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", ["module", "student"])
 def test_compiled(make_trainer: MakeTrainer, way: str) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -324,7 +322,6 @@ def test_compiled(make_trainer: MakeTrainer, way: str) -> None:
     torch.testing.assert_close(states[1], states[0])
 
 
-@pytest.mark.slow
 def test_monitor_and_finder(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     finder = TemperatureFinder(candidates=(1.0, 4.0), steps=2, monitor="val_acc")
     module = make_module()
@@ -335,7 +332,6 @@ def test_monitor_and_finder(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     assert no_hooks(module)
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one(make_trainer: MakeTrainer, tmp_path: Path, teacher: nn.Module) -> None:
     class Report(Callback):
         def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -66,7 +66,6 @@ def fit(make_trainer: MakeTrainer, module: LightningModule, *callbacks: Callback
     return epochs
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [ClassificationModule, DistillationModule])
 def test_they_are_those_of_the_unbroken_run(kind: Any, make_trainer: MakeTrainer, tmp_path: Path) -> None:
     saves = ModelCheckpoint(tmp_path / "first", filename="{step}", every_n_train_steps=1, save_top_k=-1)

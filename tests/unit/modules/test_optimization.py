@@ -140,7 +140,6 @@ def test_lr_goes_to_a_network_that_configures_itself(kind: type[SupervisedModule
     assert module.configure_optimizers().param_groups[0]["lr"] == 0.02
 
 
-@pytest.mark.slow
 @both
 def test_lr_find(kind: type[SupervisedModule], make_trainer: MakeTrainer) -> None:
     module = make(kind, optimizer=sgd)
@@ -158,7 +157,6 @@ def test_lr_find(kind: type[SupervisedModule], make_trainer: MakeTrainer) -> Non
     assert trainer.optimizers[0].param_groups[0]["lr"] == module.lr
 
 
-@pytest.mark.slow
 @both
 def test_scale_batch_size(kind: type[SupervisedModule], make_trainer: MakeTrainer) -> None:
     data, sizes = DigitsDataModule(batch_size=8, eval_batch_size=50), []

@@ -126,7 +126,7 @@ def serving(network: nn.Module, **options: Any) -> Iterator[LanguageServer]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     served.url = f"http://127.0.0.1:{server.server_port}"
     try:
         yield served

@@ -228,7 +228,6 @@ class Ranks(Callback):
         torch.save(average_of(pl_module.teacher), self.folder / f"{trainer.world_size}-{trainer.global_rank}.pt")
 
 
-@pytest.mark.slow
 def test_two_ranks_have_one_average(make_trainer: MakeTrainer, make_module: Make, tmp_path: Path) -> None:
     for norm in (False, True):  # without batch norm, two ranks are one with the whole batch
         for devices in (1, 2):

@@ -696,7 +696,6 @@ def test_trainer_precision(
     assert next(teachers[0].parameters()).dtype == torch.float32
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {}, {"weights": [1, CosineSchedule(3.0, 1.0)]}, {"weights": "confidence"}, {"routing": [[0, 1, 2, 3], [3, 4, 5]]}
 ], ids=["plain", "schedule", "confidence", "routing"])  # fmt: skip

@@ -206,7 +206,6 @@ def test_micro_batches_give_the_logits_of_the_whole(teacher: nn.Module) -> None:
     assert sizes == [7, 3, 3, 1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [4.0, MultiTemperature([2.0, 4.0])])
 def test_one_forward_per_batch_with_accumulation_and_several_terms(
     temperature: Any,

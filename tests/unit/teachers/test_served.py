@@ -167,6 +167,7 @@ def test_nothing_to_ask(server: LanguageServer) -> None:
 # ---- the network between -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_attempts_after_a_failure(server: LanguageServer) -> None:
     ids = inputs()["input_ids"]
     expected = teacher_of(server).logits(ids)
@@ -272,7 +273,6 @@ def test_resume_is_exact(server: LanguageServer, make_trainer: MakeTrainer, tmp_
         fit(distil(teacher_of(server, top_k=5)), make_trainer(max_epochs=3), ckpt_path=tmp_path / "half.ckpt")
 
 
-@pytest.mark.slow
 def test_two_ranks_train_as_one(server: LanguageServer, make_trainer: MakeTrainer) -> None:
     weights = {}
     for devices in (1, 2):
