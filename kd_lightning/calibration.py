@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from kd_lightning.functional.calibration import fit_temperature
 from kd_lightning.metrics import CalibrationError
-from kd_lightning.teachers import Teacher, as_teacher, extract_logits
+from kd_lightning.teachers import Teacher, extract_logits
 from kd_lightning.teachers.calibration import Calibration
+from kd_lightning.teachers.frozen import as_teacher
 
 __all__ = ["calibrate"]
 

@@ -13,7 +13,9 @@ from kd_lightning.layers import LayerTerms
 from kd_lightning.losses.task import as_loss, check_ignore_index
 from kd_lightning.output import DistillationOutput
 from kd_lightning.schedules import Progress, as_schedule
-from kd_lightning.teachers import GivenLogits, Teacher, as_teacher
+from kd_lightning.teachers import Teacher
+from kd_lightning.teachers.frozen import as_teacher
+from kd_lightning.teachers.teacher import GivenLogits
 from kd_lightning.temperature import TemperaturePolicy, as_policy
 
 __all__ = ["DistillerParts"]

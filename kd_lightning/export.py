@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from kd_lightning.functional.temperature import checked_number
-from kd_lightning.teachers import call_model, extract_logits
+from kd_lightning.teachers import extract_logits
+from kd_lightning.teachers.calls import call_model
 
 __all__ = ["SUFFIXES", "ExportFormat", "ExportReport", "describe_inputs", "export_student", "inputs_like"]
 

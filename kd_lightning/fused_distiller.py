@@ -15,8 +15,8 @@ from kd_lightning.losses import CrossEntropyLoss, FusedLinearKDLoss
 from kd_lightning.losses.task import check_targets
 from kd_lightning.output import DistillationOutput
 from kd_lightning.schedules import Progress
-from kd_lightning.teachers import HiddenStates, check_hidden_states, extract_logits, hidden_states
-from kd_lightning.teachers.calls import counting_positions
+from kd_lightning.teachers import extract_logits
+from kd_lightning.teachers.calls import HiddenStates, check_hidden_states, counting_positions, hidden_states
 from kd_lightning.temperature import Signals
 
 __all__ = ["FusedDistiller", "make_distiller"]

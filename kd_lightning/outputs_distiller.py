@@ -17,7 +17,8 @@ from kd_lightning.losses import KDLoss
 from kd_lightning.losses.task import as_loss
 from kd_lightning.output import DistillationOutput
 from kd_lightning.schedules import Progress, Schedule, as_schedule, weight_at
-from kd_lightning.teachers import call_model, extract_logits
+from kd_lightning.teachers import extract_logits
+from kd_lightning.teachers.calls import call_model
 from kd_lightning.temperature import TemperaturePolicy, as_policy
 
 __all__ = ["OutputTerm", "OutputsDistiller", "OutputsKDLoss", "SeveralOutputs"]

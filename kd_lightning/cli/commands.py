@@ -29,8 +29,8 @@ from kd_lightning.plotting import plot_schedule, plot_softening
 from kd_lightning.preflight import check as preflight
 from kd_lightning.preflight.facts import batches_of
 from kd_lightning.sweep import sweep as run_sweep
-from kd_lightning.teachers import FrozenTeacher, IndexedDataset, TeacherCache, split_index
-from kd_lightning.teachers.indexed import Rows, index_training
+from kd_lightning.teachers import FrozenTeacher, IndexedDataset, TeacherCache
+from kd_lightning.teachers.indexed import Rows, index_training, split_index
 from kd_lightning.teachers.weights import load_weights
 
 __all__ = ["COMMANDS", "cache_teacher", "calibrate", "check", "export", "find_temperature", "plot_temperature", "sweep"]

@@ -19,8 +19,8 @@ from kd_lightning.functional.feature_losses import without_padded
 from kd_lightning.layers.extractor import FeatureExtractor, find_layers, layer_depths
 from kd_lightning.losses import FeatureLoss, SoftFeatureLoss
 from kd_lightning.schedules import as_schedule, weight_at
-from kd_lightning.teachers import Teacher, call_model
-from kd_lightning.teachers.calls import padding_mask
+from kd_lightning.teachers import Teacher
+from kd_lightning.teachers.calls import call_model, padding_mask
 from kd_lightning.temperature import Progress, Schedule, Signals, TemperaturePolicy, as_policy
 from kd_lightning.temperature.base import Temperatures
 

@@ -31,8 +31,8 @@ from kd_lightning.modules.optimization import LRSchedulerConfig
 from kd_lightning.modules.run import DistillationRun, HoldsDistiller, is_logging_step, step_readings
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.modules.temperature_state import KeepsTemperatureState
-from kd_lightning.teachers import Teacher, split_index
-from kd_lightning.teachers.indexed import index_training
+from kd_lightning.teachers import Teacher
+from kd_lightning.teachers.indexed import index_training, split_index
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 from kd_lightning.temperature.extra import take_extra
 

@@ -33,7 +33,8 @@ from kd_lightning.modules.optimization import (
     pass_lr_on,
 )
 from kd_lightning.modules.run import LABEL_KEYS
-from kd_lightning.teachers import call_model, extract_logits
+from kd_lightning.teachers import extract_logits
+from kd_lightning.teachers.calls import call_model
 
 __all__ = ["SupervisedModule"]
 

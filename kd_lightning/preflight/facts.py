@@ -20,7 +20,7 @@ from kd_lightning.metrics import CalibrationError, Task, TopKAccuracy, as_two_cl
 from kd_lightning.modules import DistillationModule
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.progress import Progress
-from kd_lightning.teachers import split_index
+from kd_lightning.teachers.indexed import split_index
 from kd_lightning.temperature.extra import take_extra
 
 __all__ = [

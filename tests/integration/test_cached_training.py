@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from kd_lightning import ClassificationModule, DistillationModule, FrozenTeacher
 from kd_lightning.datamodules import DigitsDataModule
 from kd_lightning.models import DigitsCNN
-from kd_lightning.teachers import Indexed, IndexedDataset, TeacherCache
+from kd_lightning.teachers import IndexedDataset, TeacherCache
+from kd_lightning.teachers.indexed import Indexed
 from tests.helpers import make_data, make_loader, make_network
 
 pytestmark = pytest.mark.slow

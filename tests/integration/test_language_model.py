@@ -31,7 +31,7 @@ from kd_lightning.functional.divergences import JensenShannon
 from kd_lightning.fused_distiller import FusedDistiller
 from kd_lightning.losses import CrossEntropyLoss, FusedLinearKDLoss, JSDLoss, KDLoss, SimilarityPreservingLoss
 from kd_lightning.models import CausalTransformer
-from kd_lightning.teachers import check_hidden_states, hidden_states
+from kd_lightning.teachers.calls import check_hidden_states, hidden_states
 from kd_lightning.temperature import CosineSchedule, LearnableTemperature, TokenDifficultyTemperature
 from tests.helpers import LearnedTemperature
 

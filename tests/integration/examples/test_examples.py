@@ -17,7 +17,7 @@ from kd_lightning.callbacks import AdaptiveTemperature, TemperatureMonitor
 from kd_lightning.datamodules import DigitsDataModule
 from kd_lightning.functional import kd_loss
 from kd_lightning.models import DigitsCNN
-from kd_lightning.teachers import load_weights
+from kd_lightning.teachers.weights import load_weights
 
 ROOT = Path(__file__).parents[3]
 

@@ -23,7 +23,7 @@ from kd_lightning.callbacks import DistillationCallback
 from kd_lightning.cli import main
 from kd_lightning.functional import kd_loss
 from kd_lightning.losses import KDLoss
-from kd_lightning.teachers import load_weights
+from kd_lightning.teachers.weights import load_weights
 from tests.integration.projects.helpers import distil, trained
 
 pytestmark = pytest.mark.slow

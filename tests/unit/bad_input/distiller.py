@@ -10,7 +10,7 @@ from kd_lightning import Distiller
 from kd_lightning.fused_distiller import FusedDistiller
 from kd_lightning.losses import FusedLinearKDLoss, KDLoss
 from kd_lightning.models import CausalTransformer
-from kd_lightning.teachers import hidden_states
+from kd_lightning.teachers.calls import hidden_states
 from tests.unit.bad_input.case import Case
 
 TOKENS = torch.zeros(1, 3, dtype=torch.long)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from kd_lightning.teachers import Call, call_model, extract_logits
-from kd_lightning.teachers.calls import in_micro_batches, padding_mask
+from kd_lightning.teachers import Call, extract_logits
+from kd_lightning.teachers.calls import call_model, in_micro_batches, padding_mask
 
 
 def test_call_model() -> None:

@@ -18,7 +18,8 @@ from kd_lightning.callbacks import DistillationCallback
 from kd_lightning.fused_distiller import FusedDistiller
 from kd_lightning.losses import FusedLinearKDLoss
 from kd_lightning.models import CausalTransformer
-from kd_lightning.teachers import EMATeacher, hidden_states
+from kd_lightning.teachers import EMATeacher
+from kd_lightning.teachers.calls import hidden_states
 from tests.helpers import InOrder, assert_same, make_data, make_loader, make_network
 
 Make = Callable[..., DistillationModule]

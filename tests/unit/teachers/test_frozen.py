@@ -17,8 +17,8 @@ from kd_lightning import DistillationModule, Distiller, FrozenTeacher
 from kd_lightning.callbacks import TemperatureMonitor
 from kd_lightning.functional import kd_loss
 from kd_lightning.models import DigitsCNN
-from kd_lightning.teachers import fingerprint
 from kd_lightning.teachers.frozen import Precision
+from kd_lightning.teachers.weights import fingerprint
 from kd_lightning.temperature import MultiTemperature
 from tests.helpers import assert_same, make_loader, make_network, snapshot
 from tests.unit.teachers.helpers import network

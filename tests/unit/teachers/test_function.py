@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from kd_lightning import DistillationModule, Distiller, FrozenTeacher, TeacherCache, TeacherEnsemble
 from kd_lightning.callbacks import DistillationCallback
-from kd_lightning.teachers import FunctionTeacher, Output
+from kd_lightning.teachers import FunctionTeacher
+from kd_lightning.teachers.made_at import Output
 from tests.helpers import make_data, make_loader, make_network
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kd_lightning import FrozenTeacher
-from kd_lightning.teachers import fingerprint, load_weights
+from kd_lightning.teachers.weights import fingerprint, load_weights
 from tests.helpers import assert_same, snapshot
 from tests.unit.teachers.helpers import network
 
