@@ -12,18 +12,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 import kd_lightning
 from kd_lightning.configuration.written import CommandLineError
+from kd_lightning.modules.checkpoint_settings import read_checkpoint
 from kd_lightning.plotting import plot_temperature_history
-from kd_lightning.ranking import show
+from kd_lightning.ranking import show, smaller_is_better
 
 __all__ = ["card_of", "write_card"]
 
 _CARD, _PLOT, _CONFIG = "card.md", "card_temperature.png", "card_config.yaml"
-_SMALLER_IS_BETTER = ("loss", "perplexity", "error")
 
 
 def write_card(run: str | Path) -> Path:
@@ -73,18 +72,18 @@ def card_of(args: list[str]) -> Path:
 
 def _of_run(folder: Path, config: Path) -> str:
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-    rows = _read_csv(folder / "metrics.csv")
+    rows, record = _read_csv(folder / "metrics.csv"), _record(folder)
     return "\n\n".join(
         [
             f"# {folder}",
-            _made_of(settings, _record(folder)),
+            _made_of(settings, record),
             "## Temperature",
             _draw(folder, rows, folder),
             "## Metrics",
             _metrics(rows),
             "## Reproduce",
             f"```bash\nkd-lightning fit --config {config}\n```",
-            _versions(folder),
+            _versions(record),
         ]
     )
 
@@ -96,7 +95,7 @@ def _of_sweep(folder: Path) -> str:
     for row in rows:
         if row["state"] == "complete":
             cells[row["temperature"], row["kd_weight"]].append(row)
-    choose = min if any(word in monitor for word in _SMALLER_IS_BETTER) else max
+    choose = min if smaller_is_better(monitor) else max
     taught = {cell: own for cell, own in cells.items() if cell[0]}
     if not taught:
         raise FileNotFoundError(
@@ -105,6 +104,7 @@ def _of_sweep(folder: Path) -> str:
     scores = {cell: [float(row[monitor]) for row in own] for cell, own in taught.items()}
     best = choose(scores, key=lambda cell: sum(scores[cell]) / len(scores[cell]))
     first = folder / taught[best][0]["folder"]
+    record = _record(first)
     names = [name for name in rows[0] if name == monitor or name.startswith("test")]
     table = [["temperature", "kd_weight", "seeds", *names]]
     for (temperature, weight), own in cells.items():
@@ -123,7 +123,7 @@ def _of_sweep(folder: Path) -> str:
             f"# {folder}",
             f"A sweep over {len(taught)} pairs of temperature and weight. Chosen by {monitor}: temperature {best[0]}, "
             f"kd_weight {best[1]}. What follows is of its first run, {first}.",
-            _made_of(settings, _record(first)),
+            _made_of(settings, record),
             "## Temperature",
             _draw(folder, _read_csv(first / "metrics.csv"), first),
             "## Metrics",
@@ -131,7 +131,7 @@ def _of_sweep(folder: Path) -> str:
             _table(table),
             "## Reproduce",
             f"```bash\n{command} --seeds {seeds}\n```",
-            _versions(first),
+            _versions(record),
         ]
     )
 
@@ -141,7 +141,7 @@ def _record(folder: Path) -> dict[str, Any]:
     found = sorted(folder.glob("checkpoints/*.ckpt"), key=lambda path: (path.stem == "best", path.stat().st_mtime))
     if not found:
         return {}
-    content = torch.load(found[-1], weights_only=True, map_location="cpu")
+    content = read_checkpoint(found[-1])
     own = {name: content.get(name) for name in ("epoch", "global_step", "pytorch-lightning_version")}
     return {**content.get("kd_lightning", {}), **own, "file": str(found[-1])}
 
@@ -211,9 +211,9 @@ def _metrics(rows: Sequence[Mapping[str, str]]) -> str:
     return _table([["metric", *columns], *cells])
 
 
-def _versions(folder: Path) -> str:
+def _versions(record: Mapping[str, Any]) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
-    trained = _record(folder).get("pytorch-lightning_version")
+    trained = record.get("pytorch-lightning_version")
     before = f" The checkpoint was written by lightning {trained}." if trained else ""
     return (
         f"Card written by kd_lightning {kd_lightning.__version__} with {packages}, Python "

@@ -27,6 +27,7 @@ __all__ = [
     "mean_and_std",
     "rank",
     "show",
+    "smaller_is_better",
 ]
 
 Mode = Literal["min", "max"]
@@ -211,10 +212,15 @@ def check_mode(monitor: str, mode: Mode) -> None:
     Raises:
         ValueError: If the metric is a loss, an error or a perplexity and the mode ``"max"``.
     """
-    if mode == "max" and re.search("loss|error|perplexity", monitor.lower()):
+    if mode == "max" and smaller_is_better(monitor):
         raise ValueError(
             f"a smaller {monitor} is better, but mode='max' takes its worst value for the best. Set mode='min'."
         )
+
+
+def smaller_is_better(monitor: str) -> bool:
+    """Return True if a metric is a loss, an error or a perplexity, by its name."""
+    return re.search("loss|error|perplexity", monitor.lower()) is not None
 
 
 def moves_with_temperature(monitor: str) -> bool:

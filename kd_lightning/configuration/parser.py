@@ -29,7 +29,7 @@ import kd_lightning.modules
 import kd_lightning.temperature  # noqa: F401
 from kd_lightning._lightning import CommandLine
 from kd_lightning.configuration.diagnosis import diagnose, first_error
-from kd_lightning.configuration.resume import checkpoint_to_resume
+from kd_lightning.configuration.resume import check_one_start, checkpoint_to_resume
 from kd_lightning.configuration.written import CommandLineError, Key, Written, dotted, guess
 from kd_lightning.modules.checkpoint_settings import check_settings, read_checkpoint
 
@@ -167,6 +167,7 @@ class KDLightningCLI(CommandLine):
         find_checkpoints(self.config, written.files)
         _check_trainer(config, written)
         path = config.get("ckpt_path")
+        check_one_start(config.get("resume"), path)
         if path is not None and path not in _OF_A_RUN:
             _check_checkpoint(path, config.get("weights_only") is not False)
 

@@ -11,7 +11,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from kd_lightning.configuration.written import CommandLineError
 from kd_lightning.modules.checkpoint_settings import read_checkpoint
 
-__all__ = ["checkpoint_to_resume", "newest_checkpoint"]
+__all__ = ["check_one_start", "checkpoint_to_resume", "newest_checkpoint"]
+
+
+def check_one_start(resume: str | None, ckpt_path: str | None) -> None:
+    """Raise if both ``--resume`` and ``--ckpt_path`` name the checkpoint to start from.
+
+    Raises:
+        CommandLineError: If both options are given.
+    """
+    if resume is not None and ckpt_path is not None:
+        raise CommandLineError(
+            f"--resume {resume} finds the checkpoint by itself, but --ckpt_path {ckpt_path} names one as well. Leave "
+            "one of them out."
+        )
 
 
 def checkpoint_to_resume(trainer: Trainer, resume: str | None, ckpt_path: str | None) -> str | None:
@@ -22,11 +35,7 @@ def checkpoint_to_resume(trainer: Trainer, resume: str | None, ckpt_path: str | 
     Raises:
         CommandLineError: If both options are given, or ``--ckpt_path last`` finds nothing.
     """
-    if resume is not None and ckpt_path is not None:
-        raise CommandLineError(
-            f"--resume {resume} finds the checkpoint by itself, but --ckpt_path {ckpt_path} names one as well. Leave "
-            "one of them out."
-        )
+    check_one_start(resume, ckpt_path)
     if resume is None and ckpt_path != "last":
         return ckpt_path
     found = newest_checkpoint(trainer)

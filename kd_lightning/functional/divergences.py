@@ -230,9 +230,13 @@ class TotalVariation(Divergence):
         difference = torch.sub(p, q, out=a)
         value = difference.abs().sum(dim, keepdim=True) / 2
         half_sign = difference.sign_().div_(2)
-        teacher_gradient = (q * (q * half_sign).sum(dim, keepdim=True)).sub_(q * half_sign) if teacher else None
-        weighted = half_sign.mul_(p)
-        return ClosedForm(value, weighted.sub_(p.mul_(weighted.sum(dim, keepdim=True))), teacher_gradient)
+        teacher_gradient = _through_softmax(half_sign, q, dim).neg_() if teacher else None
+        return ClosedForm(value, _through_softmax(half_sign, p, dim), teacher_gradient)
+
+
+def _through_softmax(gradient: Tensor, p: Tensor, dim: int) -> Tensor:
+    weighted = gradient * p
+    return weighted.sub_(p.mul_(weighted.sum(dim, keepdim=True)))
 
 
 @dataclass(frozen=True)

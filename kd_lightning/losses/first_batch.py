@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kd_lightning.losses.task import check_soft_targets
 
-__all__ = ["check_first_batch"]
+__all__ = ["are_probabilities", "check_first_batch"]
 
 
 def check_first_batch(
@@ -38,7 +38,7 @@ def check_first_batch(
     """
     logits = [("student", student), *(("teacher", each) for each in teachers if isinstance(each, Tensor))]
     for side, values in logits:
-        if softened and _are_probabilities(values, class_dim):
+        if softened and _look_like_probabilities(values, class_dim):
             way_out = "." if side == "student" else ", or say what it gives: FunctionTeacher(function, output='probs')."
             raise ValueError(
                 f"the {side}'s logits are probabilities, not negative and of sum 1 in every row, but the loss applies "
@@ -53,14 +53,18 @@ def check_first_batch(
         check_soft_targets(task_loss, student.movedim(class_dim, 1) if student.dim() > 2 else student, targets)
 
 
-def _are_probabilities(logits: Tensor, class_dim: int) -> bool:
-    """Return True if every row sums to 1 without a negative value; rows of nothing but 0 and 1 do not tell."""
+def are_probabilities(rows: Tensor, class_dim: int = -1, tolerance: float = 1e-3) -> Tensor:
+    """Return, as a tensor of one element, whether every row sums to 1 without a negative value."""
+    return (rows >= 0).all() & ((rows.sum(class_dim) - 1).abs() <= tolerance).all()
+
+
+def _look_like_probabilities(logits: Tensor, class_dim: int) -> bool:
+    """Return True if logits are probabilities; rows of nothing but 0 and 1 do not tell."""
     values = logits.detach().double() if logits.device.type != "mps" else logits.detach().float()
     if values.shape[class_dim] < 2 or not values.numel() or not logits.is_floating_point():
         return False
     tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 1e-2
-    sums = (values.sum(class_dim) - 1).abs() <= tolerance
-    return bool(((values >= 0).all() & sums.all()) & ((values > 0) & (values < 1)).any())
+    return bool(are_probabilities(values, class_dim, tolerance) & ((values > 0) & (values < 1)).any())
 
 
 def _are_the_same(student: Tensor, teacher: Tensor) -> bool:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from kd_lightning.functional import predictive_entropy, suggest_temperature
+from kd_lightning.losses.first_batch import are_probabilities
 from kd_lightning.preflight.costs import Costs
 from kd_lightning.preflight.facts import Batch, Facts, Score, not_finite
 from kd_lightning.preflight.report import Line
+from kd_lightning.temperature.statistics import standard_deviation
 
 __all__ = ["judge"]
 
@@ -160,7 +162,7 @@ def _outputs(facts: Facts) -> Iterator[Line]:
         if facts.train[0].task == "labels" or not len(rows) or rows.shape[-1] < 2:
             continue
         name = f"{whose}'s output"
-        if bool((rows >= 0).all() and ((rows.sum(-1) - 1).abs() < 1e-3).all()):
+        if are_probabilities(rows):
             advice = (
                 "take its softmax off; of a function, FunctionTeacher(fn, output='probs')"
                 if whose == "teacher"
@@ -202,22 +204,13 @@ def _accuracy(facts: Facts, score: Score) -> Iterator[Line]:
 
 def _spread(facts: Facts, teacher: Tensor) -> Line:
     student = facts.rows("student")
-    theirs, ours = (_std(rows) for rows in (teacher, student))
+    theirs, ours = (float(standard_deviation(rows).mean()) for rows in (teacher, student))
     values = {"teacher": theirs, "student": ours}
     text = f"standard deviation over the classes: teacher {theirs:.3g}, student {ours:.3g}"
     if theirs < 1e-4:
         return Line("logit spread", "wrong", f"{text}: the teacher prefers no class",
                     "is it trained, and are its weights loaded?", values)  # fmt: skip
     return Line("logit spread", "ok", text, values=values)
-
-
-def _std(rows: Tensor) -> float:
-    masked = rows == -math.inf
-    count = (~masked).sum(-1, keepdim=True)
-    values = rows.masked_fill(masked, 0.0)
-    mean = values.sum(-1, keepdim=True) / count
-    variance = (values - mean).masked_fill(masked, 0.0).square().sum(-1) / (count.squeeze(-1) - 1).clamp(min=1)
-    return float(variance.sqrt().mean())
 
 
 def _softness(facts: Facts, rows: Tensor) -> Line:

@@ -73,8 +73,8 @@ def test_without_an_earlier_run(folder: Path, capsys: pytest.CaptureFixture[str]
 
 def test_both_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        fit(1, "--resume", "auto", "--ckpt_path", "last")
+        fit(1, "--resume", "auto", "--ckpt_path", "mine.ckpt")
     assert capsys.readouterr().err.endswith(
-        "error: --resume auto finds the checkpoint by itself, but --ckpt_path last names one as well. Leave "
+        "error: --resume auto finds the checkpoint by itself, but --ckpt_path mine.ckpt names one as well. Leave "
         "one of them out.\n"
     )
