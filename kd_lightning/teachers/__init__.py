@@ -12,6 +12,7 @@ from kd_lightning.teachers.function import FunctionTeacher
 from kd_lightning.teachers.indexed import IndexedDataset
 from kd_lightning.teachers.logits_file import LogitsFile
 from kd_lightning.teachers.onnx import OnnxTeacher
+from kd_lightning.teachers.placement import Placement
 from kd_lightning.teachers.served import ServedTeacher
 from kd_lightning.teachers.teacher import LossTerm, Opinions, Teacher
 from kd_lightning.teachers.transforms import Renormalize
@@ -29,6 +30,7 @@ __all__ = [
     "MappedClasses",
     "OnnxTeacher",
     "Opinions",
+    "Placement",
     "Renormalize",
     "ServedTeacher",
     "Teacher",

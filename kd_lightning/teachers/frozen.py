@@ -28,11 +28,10 @@ from kd_lightning.teachers.calls import (
 )
 from kd_lightning.teachers.freeze import freeze
 from kd_lightning.teachers.made_at import device_of
-from kd_lightning.teachers.placement import placement_of
+from kd_lightning.teachers.placement import Placement, placement_of
 from kd_lightning.teachers.teacher import Teacher
 from kd_lightning.teachers.transforms import Renormalize, apply_transform, check_transform, with_transform
 from kd_lightning.teachers.weights import check_finite, load_weights, looks_untrained
-from kd_lightning.teachers.weights import fingerprint as hash_weights
 
 __all__ = ["FrozenTeacher", "Precision", "as_teacher"]
 
@@ -71,11 +70,13 @@ class FrozenTeacher(Teacher):
         transform: From the inputs to those that the teacher takes, where it was trained on others: a function of the
             batch, a transform of torchvision, or :class:`Renormalize`. Runs on the device, before casts. Part of the
             fingerprint, and so of the cache's, by its ``repr`` or a function's name.
-        device: Where the network stays while the module around it moves, such as ``"cpu"`` or ``"cuda:1"``: its inputs
-            are copied to it, and its outputs to where the inputs were. Layer terms need features beside the student's
-            and cannot be had of it. None: where the module around is.
-        offload: Keep the weights on the host, and have those of a layer on the inputs' device only while that layer
-            runs: for a teacher that the device has no room for. Each forward copies all weights.
+        placement: Where the weights are. None: with the module around, whose moves they follow. A device, such as
+            ``"cpu"`` or ``"cuda:1"``: there; inputs are copied to it and outputs to where the inputs were. Layer terms
+            need features beside the student's and cannot have them. ``"offload"``: on the host, and those of a layer
+            on the inputs' device while that layer runs, for a teacher that the device has no room for.
+            ``"offload_whole"``: on the host, and all on the inputs' device during a forward, for one that it has no
+            room for beside the student's backward. Both copy all weights in each forward. Or a
+            :class:`~kd_lightning.teachers.Placement`.
         calibration: The teacher's own temperature, by which its logits are divided before any policy sees them, so that
             it multiplies T_t: a number, a file of ``kd-lightning calibrate``, or a
             :class:`~kd_lightning.teachers.Calibration`. Part of the fingerprint, and so of the cache's.
@@ -83,8 +84,8 @@ class FrozenTeacher(Teacher):
     Raises:
         TypeError: ``module`` is no ``nn.Module``, or ``calibration`` none of these.
         ValueError: An unknown precision, a ``micro_batch_size`` below 1, an empty ``fingerprint``, a program exported
-            in training mode, weights on the meta device with neither ``checkpoint`` nor ``fingerprint``, a ``device``
-            that is not there, or two places for the weights.
+            in training mode, weights on the meta device with neither ``checkpoint`` nor ``fingerprint``, a
+            ``placement`` that is not there, or one that another option or accelerate's device map excludes.
         FileNotFoundError: On first use: there is no such file.
         ValueError: On first use: the file holds no weights, or its names or shapes do not fit; says which. Or the
             calibration was fitted for another teacher. On a call: the network takes inputs of another shape.
@@ -113,8 +114,7 @@ class FrozenTeacher(Teacher):
         micro_batch_size: int | None = None,
         fingerprint: str | None = None,
         transform: Renormalize | Callable | None = None,  # YAML: Renormalize, or a class by its path
-        device: str | torch.device | None = None,
-        offload: bool = False,
+        placement: str | torch.device | Placement | None = None,
         calibration: float | str | Path | Calibration | None = None,
     ) -> None:
         if not isinstance(module, nn.Module):
@@ -136,11 +136,6 @@ class FrozenTeacher(Teacher):
                 "FrozenTeacher(module, checkpoint=...), or FrozenTeacher(module, fingerprint='model v3') if accelerate "
                 "offloads them."
             )
-        if offload and compile:
-            raise ValueError(
-                "offload=True moves weights while the network runs, which a compiled network does not allow: leave out "
-                "compile or offload."
-            )
         check_transform(transform)
         self._can_eval = freeze(module)
         self.transform = transform
@@ -158,9 +153,9 @@ class FrozenTeacher(Teacher):
         self._parts = tuple(module.modules())
         self._compiled: Callable[..., Any] | None = None
         self._fingerprint: str | None = fingerprint
-        self.device = device
-        self.offload = offload
-        self._placement = placement_of(module, device, offload, checkpoint is not None)
+        self.placement = placement
+        self._placement = placement_of(placement, module, checkpoint is not None)
+        self._placement.check(self)
         self.loaded = checkpoint is None
         if self.loaded:
             check_finite(module, "weights in place")
@@ -209,7 +204,7 @@ class FrozenTeacher(Teacher):
     def _own_fingerprint(self) -> str:
         """Return the fingerprint without the calibration, which is of a teacher with this one."""
         if self._fingerprint is None:
-            self._fingerprint = hash_weights(self.module)
+            self._fingerprint = self._placement.fingerprint(self.module)
         return with_transform(self._fingerprint, self.transform)
 
     def __call__(self, inputs: Any) -> Any:
@@ -320,11 +315,7 @@ class FrozenTeacher(Teacher):
                 "layers need the features of the whole batch, but the teacher has micro_batch_size="
                 f"{self.micro_batch_size}: leave it out."
             )
-        if not self._placement.gives_features:
-            raise ValueError(
-                f"layers need the teacher's features on the student's device, but the teacher has device="
-                f"{str(self.device)!r}: leave it out, or take offload=True."
-            )
+        self._placement.check_features()
         return self.module
 
     def to(self, *args: Any, **kwargs: Any) -> FrozenTeacher:
@@ -379,8 +370,7 @@ class FrozenTeacher(Teacher):
             "channels_last",
             "compile",
             "micro_batch_size",
-            "device",
-            "offload",
+            "placement",
             "calibration",
         )
         parts += [f"{name}={getattr(self, name)!r}" for name in options if getattr(self, name)]

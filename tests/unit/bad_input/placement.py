@@ -1,5 +1,6 @@
 """Bad places for a teacher's weights."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,27 +22,48 @@ def on_meta(**options: Any) -> Callable[[], object]:
     return lambda: FrozenTeacher(nn.Linear(2, 2, device="meta"), **options)
 
 
-PLACE = "device must be one of this machine, such as 'cpu' or 'cuda:1', got {!r}: {}."
-TWO = "a teacher's weights have one place, got {}: leave one out."
+def program() -> object:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # because torch deprecates TorchScript
+        net = torch.jit.script(nn.BatchNorm1d(2).eval())
+    return FrozenTeacher(net, placement="offload")  # pyright: ignore[reportArgumentType]
+
+
+PLACE = (
+    "placement must be 'offload', 'offload_whole', a Placement or a device of this machine, such as 'cpu' or 'cuda:1', "
+    "got {!r}: {}."
+)
+TWO = "a teacher's weights have one place, got {} and accelerate's device map: leave one out."
+COMPILED = (
+    "placement={!r} moves weights while the network runs, which a compiled network does not allow: leave out compile "
+    "or placement."
+)
 CASES = [
-    Case("the meta device as a place", teacher(device="meta"), ValueError,
+    Case("the meta device as a place", teacher(placement="meta"), ValueError,
          PLACE.format("meta", "the meta device has no values")),
-    Case("a place and the host", teacher(device="cpu", offload=True), ValueError,
-         TWO.format("device='cpu' and offload=True")),
-    Case("accelerate's map and the host", on_meta(fingerprint="v1", offload=True), ValueError,
-         TWO.format("offload=True and accelerate's device map")),
-    Case("accelerate's map and a place", on_meta(fingerprint="v1", device="cpu"), ValueError,
-         TWO.format("device='cpu' and accelerate's device map")),
+    Case("an unknown place", teacher(placement="ofload"), ValueError,
+         PLACE.format("ofload", "no device has this name")),
+    Case("a number as a place", teacher(placement=1), ValueError, PLACE.format(1, "a int names no place")),
+    Case("accelerate's map and the host", on_meta(fingerprint="v1", placement="offload"), ValueError,
+         TWO.format("placement='offload'")),
+    Case("accelerate's map and a place", on_meta(fingerprint="v1", placement=torch.device("cpu")), ValueError,
+         TWO.format("placement='cpu'")),
+    Case("a compiled network, layer by layer", teacher(placement="offload", compile=True), ValueError,
+         COMPILED.format("offload")),
+    Case("a compiled network, as a whole", teacher(placement="offload_whole", compile=True), ValueError,
+         COMPILED.format("offload_whole")),
     Case(
-        "a compiled network on the host", teacher(offload=True, compile=True), ValueError,
-        "offload=True moves weights while the network runs, which a compiled network does not allow: leave out compile "
-        "or offload.",
+        "a TorchScript program on the host",
+        program,
+        ValueError,
+        "placement='offload' replaces the weights of a network's modules, which a TorchScript program does not allow: "
+        "give the network itself, or a device as placement.",
     ),
     Case(
         "layers of a network elsewhere",
-        lambda: Distiller(teacher(device=torch.device("cpu"))(), layers=[LayerTerm("", "", HintLoss())]),  # pyright: ignore
+        lambda: Distiller(teacher(placement=torch.device("cpu"))(), layers=[LayerTerm("", "", HintLoss())]),  # pyright: ignore
         ValueError,
-        "layers need the teacher's features on the student's device, but the teacher has device='cpu': leave it out, "
-        "or take offload=True.",
+        "layers need the teacher's features on the student's device, but the teacher has placement='cpu': "
+        "leave it out, or take placement='offload'.",
     ),
 ]  # fmt: skip

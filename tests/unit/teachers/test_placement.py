@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from kd_lightning import DistillationModule, Distiller, FrozenTeacher, LayerTerm, TeacherCache
 from kd_lightning.losses import HintLoss
+from kd_lightning.models import CausalTransformer
+from kd_lightning.teachers import Placement
 from tests.helpers import assert_same, make_loader, snapshot
 from tests.unit.teachers.helpers import network
 
@@ -65,7 +67,7 @@ class Moves:
         return tensor.to("meta")  # stands for another device: a move would lose the values
 
 
-@pytest.mark.parametrize("options", [{"device": "cpu"}, {"offload": True}])
+@pytest.mark.parametrize("options", [{"placement": "cpu"}, {"placement": "offload"}, {"placement": "offload_whole"}])
 def test_weights_stay_when_the_module_moves(options: dict[str, Any]) -> None:
     expected = trained()(INPUTS)
     teacher = FrozenTeacher(trained(), **options)
@@ -77,7 +79,7 @@ def test_weights_stay_when_the_module_moves(options: dict[str, Any]) -> None:
     assert torch.equal(teacher.logits(INPUTS), expected)
 
 
-@pytest.mark.parametrize("options", [{"device": "cpu"}, {"offload": True}])
+@pytest.mark.parametrize("options", [{"placement": "cpu"}, {"placement": "offload"}, {"placement": "offload_whole"}])
 def test_weights_follow_casts(options: dict[str, Any]) -> None:
     teacher = FrozenTeacher(trained(), **options)
     Distiller(teacher, task_weight=0.0).double()
@@ -105,7 +107,7 @@ class Elsewhere(nn.Module):
 
 def test_inputs_come_to_the_weights_and_logits_back() -> None:
     """The inputs are on the meta device, which stands for an accelerator: the logits come back to it."""
-    teacher = FrozenTeacher(Elsewhere(), device="cpu")
+    teacher = FrozenTeacher(Elsewhere(), placement="cpu")
     moved: list[str] = []
     teacher.transform = lambda inputs: (moved.append(inputs["inputs"].device.type), inputs)[1]
     batch = {"inputs": INPUTS.to("meta"), "pair": (INPUTS.to("meta"), "text")}
@@ -117,7 +119,7 @@ def test_inputs_come_to_the_weights_and_logits_back() -> None:
     assert teacher.module.seen == [("cpu", "cpu", "text")]
 
 
-@pytest.mark.parametrize("options", [{"device": "cpu"}, {"offload": True}])
+@pytest.mark.parametrize("options", [{"placement": "cpu"}, {"placement": "offload"}, {"placement": "offload_whole"}])
 def test_training_is_the_same(
     make_module: Make, make_trainer: MakeTrainer, teacher: nn.Module, options: dict[str, Any]
 ) -> None:
@@ -130,7 +132,7 @@ def test_training_is_the_same(
 
 
 def test_a_teacher_elsewhere_with_a_cache(tmp_path: Path) -> None:
-    teacher = FrozenTeacher(trained(), device="cpu", cache=TeacherCache(tmp_path / "a.cache", "float32"))
+    teacher = FrozenTeacher(trained(), placement="cpu", cache=TeacherCache(tmp_path / "a.cache", "float32"))
     teacher.index([INPUTS[row] for row in range(5)])
     for _ in range(2):
         assert torch.equal(teacher.logits(INPUTS, torch.arange(5)), trained()(INPUTS))
@@ -139,20 +141,51 @@ def test_a_teacher_elsewhere_with_a_cache(tmp_path: Path) -> None:
 # ---- the host ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [Attends, network], ids=["attention", "batch norm"])
-def test_layers_are_fetched_one_at_a_time(make: Callable[[], nn.Module]) -> None:
+class Recurrent(nn.Module):
+    """An LSTM, which keeps a list of its weights beside its attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(1, 5, batch_first=True)
+        self.head = nn.utils.parametrizations.weight_norm(nn.Linear(5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x[..., None])[0][:, -1])
+
+
+def exported() -> nn.Module:
+    return torch.export.export(trained(), (INPUTS,)).module()
+
+
+def hooks_of(net: nn.Module) -> int:
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in net.modules())
+
+
+TOKENS = torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(0))
+NETWORKS = {
+    "attention": (lambda: trained(Attends()), TOKENS),
+    "batch norm": (trained, INPUTS),
+    "transformer": (lambda: trained(CausalTransformer(11, 8, 1, 2, max_length=6)), TOKENS),
+    "recurrent": (lambda: trained(Recurrent()), INPUTS),
+    "exported": (exported, INPUTS),
+}
+
+
+@pytest.mark.parametrize("placement", ["offload", "offload_whole"])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_weights_are_fetched_for_a_forward(kind: str, placement: str) -> None:
     """The inputs are on the meta device: every weight must be there when used, and on the host before and after."""
-    net = trained(make())
-    inputs = torch.randint(11, (2, 6)) if make is Attends else INPUTS
+    make, inputs = NETWORKS[kind]
+    net = make()
     expected = net(inputs)
-    teacher = FrozenTeacher(net, offload=True)
-    before = snapshot(net)
+    teacher = FrozenTeacher(net, placement=placement)
+    before, own_hooks = snapshot(net), hooks_of(net)
     most = 0
 
     def count(*_: Any) -> None:
         nonlocal most
-        tensors = [tensor for part in net.modules() for tensor in part._parameters.values() if tensor is not None]
-        most = max(most, sum(tensor.numel() for tensor in tensors if tensor.is_meta))
+        there = {id(tensor): tensor for part in net.modules() for tensor in part._parameters.values()}
+        most = max(most, sum(tensor.numel() for tensor in there.values() if tensor is not None and tensor.is_meta))
 
     handles = [part.register_forward_hook(count) for part in net.modules()]
     logits = teacher.logits(inputs.to("meta"))
@@ -160,18 +193,66 @@ def test_layers_are_fetched_one_at_a_time(make: Callable[[], nn.Module]) -> None
         handle.remove()
     assert logits.device.type == "meta"
     assert logits.shape == expected.shape
-    assert 0 < most < sum(parameter.numel() for parameter in net.parameters())
+    whole = sum(parameter.numel() for parameter in net.parameters())
+    if placement == "offload_whole":
+        assert most == whole  # tied weights are one copy
+    elif kind != "exported":  # its operations bring their weights themselves
+        assert 0 < most < whole
     assert_same(before, snapshot(net))
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in net.modules())
+    assert hooks_of(net) == own_hooks
     torch.testing.assert_close(
         teacher.logits(inputs), expected
     )  # because hooks take torch's attention off its fast path
-    assert len({id(parameter) for parameter in net.parameters()}) == len([*trained(make()).parameters()])
+    assert len({id(parameter) for parameter in net.parameters()}) == len([*make().parameters()])
+
+
+@pytest.mark.parametrize("placement", ["offload", "offload_whole"])
+def test_hidden_states_come_with_their_output_layer(placement: str) -> None:
+    """A fused loss reads the output layer's weight after the forward."""
+    make, inputs = NETWORKS["transformer"]
+    net = make()
+    teacher = FrozenTeacher(copy.deepcopy(net), placement=placement)
+    states = teacher.hidden_states(inputs.to("meta"))
+    assert (states.hidden.device.type, states.weight.device.type) == ("meta", "meta")
+    expected = FrozenTeacher(net).hidden_states(inputs)
+    assert torch.equal(teacher.hidden_states(inputs).hidden, expected.hidden)
+    assert torch.equal(teacher.hidden_states(inputs).weight, expected.weight)
+
+
+def test_only_weights_are_brought() -> None:
+    """Lengths stay on the host, where torch wants them, and a weight that is read alone is not copied."""
+
+    class Packs(Recurrent):
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.head.bias.device.type == "cpu"
+            lengths = torch.full((len(x),), x.shape[1])
+            packed = nn.utils.rnn.pack_padded_sequence(x[..., None], lengths, batch_first=True)
+            assert packed.batch_sizes.device.type == "cpu"
+            return super().forward(x)
+
+    assert FrozenTeacher(trained(Packs()), placement="offload").logits(INPUTS.to("meta")).is_meta
+
+
+class Doubled(Placement):
+    """Answers with twice the outputs, and leaves weights as they are."""
+
+    def move(self, module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+        pass
+
+    def call(self, run: Callable[[Any], Any], module: nn.Module, inputs: Any) -> Any:
+        return 2 * run(inputs)
+
+
+def test_a_place_of_ones_own() -> None:
+    teacher = FrozenTeacher(trained(), placement=Doubled())
+    Distiller(teacher).double()
+    assert torch.equal(teacher.logits(INPUTS), 2 * trained()(INPUTS))
+    assert "placement=Doubled()" in repr(teacher)
 
 
 def test_weights_are_back_after_an_error() -> None:
     net = trained()
-    teacher = FrozenTeacher(net, offload=True)
+    teacher = FrozenTeacher(net, placement="offload")
     with pytest.raises(RuntimeError, match=r"reduction dim|shape"):
         teacher.logits(torch.zeros(5, 7, device="meta"))
     assert not any(parameter.is_meta for parameter in net.parameters())
@@ -182,7 +263,7 @@ def test_offload_reads_a_checkpoint_on_the_meta_device(tmp_path: Path) -> None:
     save_file(trained().state_dict(), tmp_path / "teacher.safetensors")
     with torch.device("meta"):
         empty = network()
-    for options in ({"offload": True}, {"device": "cpu"}):
+    for options in ({"placement": "offload"}, {"placement": "offload_whole"}, {"placement": "cpu"}):
         teacher = FrozenTeacher(copy.deepcopy(empty), tmp_path / "teacher.safetensors", **options)  # pyright: ignore
         assert torch.equal(teacher.logits(INPUTS), trained()(INPUTS))
         assert teacher.fingerprint() == FrozenTeacher(trained()).fingerprint()
@@ -194,13 +275,14 @@ def test_offload_reads_a_checkpoint_on_the_meta_device(tmp_path: Path) -> None:
 def test_layers_of_an_offloaded_teacher(make_module: Make, make_trainer: MakeTrainer, teacher: nn.Module) -> None:
     layers = [LayerTerm("0", "0", HintLoss(), weight=0.1)]
     weights = []
-    for options in ({}, {"offload": True}):
+    for options in ({}, {"placement": "offload"}, {"placement": "offload_whole"}):
         module = make_module(teacher=FrozenTeacher(copy.deepcopy(teacher), **options), layers=copy.deepcopy(layers))  # pyright: ignore
         make_trainer(max_epochs=1).fit(module, make_loader())
         weights.append(snapshot(module.student))
-    assert_same(*weights)
-    with pytest.raises(ValueError, match="features on the student's device, but the teacher has device='cpu'"):
-        make_module(teacher=FrozenTeacher(teacher, device="cpu"), layers=layers)
+    assert_same(weights[0], weights[1])
+    assert_same(weights[0], weights[2])
+    with pytest.raises(ValueError, match="features on the student's device, but the teacher has placement='cpu'"):
+        make_module(teacher=FrozenTeacher(teacher, placement="cpu"), layers=layers)
 
 
 # ---- other engines' placements -----------------------------------------------------------------------------------
@@ -228,12 +310,12 @@ def test_accelerate_keeps_its_hooks(tmp_path: Path, kind: str) -> None:
     assert {name: parameter.device.type for name, parameter in net.named_parameters()} == where
     assert "meta" in where.values()
     assert teacher.fingerprint() == "v1"
-    with pytest.raises(ValueError, match="got offload=True and accelerate's device map: leave one out"):
-        FrozenTeacher(net, fingerprint="v1", offload=True)
+    with pytest.raises(ValueError, match="got placement='offload' and accelerate's device map: leave one out"):
+        FrozenTeacher(net, fingerprint="v1", placement="offload")
 
 
 @pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
-@pytest.mark.parametrize("options", [{}, {"offload": True}, {"device": "cpu"}])
+@pytest.mark.parametrize("options", [{}, *({"placement": place} for place in ("offload", "offload_whole", "cpu"))])
 @pytest.mark.filterwarnings("ignore")
 def test_torchao(kind: str, options: dict[str, Any]) -> None:
     quantization = pytest.importorskip("torchao.quantization")
