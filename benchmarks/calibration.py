@@ -10,10 +10,8 @@ mean validation accuracy; the test part is read once, after training, and choose
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.atlas.paired import paired
 from benchmarks.atlas.tasks import batches, data, mlp
+from benchmarks.table import main
 from kd_lightning import Distiller, calibrate
 from kd_lightning.teachers import Calibration
 
@@ -101,15 +100,6 @@ def trainings() -> Iterator[Row]:
                         yield train(images, calibrated, temperature, rate, seed)
 
 
-def read() -> list[Row]:
-    """Return the rows of the CSV."""
-    with CSV.open() as file:
-        return [
-            Row(row[0], int(row[1]), float(row[2]), float(row[3]), int(row[4]), *map(float, row[5:]))
-            for row in list(csv.reader(file))[1:]
-        ]
-
-
 def chosen(rows: list[Row]) -> dict[tuple[str, int, float], dict[int, float]]:
     """Return the test accuracy by seed of each arm at the learning rate with the best mean validation accuracy."""
     arms: dict[tuple[str, int, float], dict[float, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
@@ -137,17 +127,5 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + f"\n\n{note} {before:.4f} to {after:.4f} on the labels of the fit."
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    if sys.argv[1:] == ["run"]:
-        with CSV.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(Row._fields)
-            for row in trainings():
-                writer.writerow([*row[:5], *(f"{value:.4f}" for value in row[5:])])
-                file.flush()
-    print(table(read()))
-
-
 if __name__ == "__main__":
-    main()
+    main(CSV, Row, trainings, table)

@@ -11,10 +11,8 @@ setting's length, but at most 200 steps, with three seeds and the learning rate 
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -32,6 +30,7 @@ from benchmarks.atlas.plan import STUDIES
 from benchmarks.atlas.rows import Setting
 from benchmarks.atlas.rows import read as read_atlas
 from benchmarks.atlas.tasks import TASKS, data, rows_of, teacher_logits
+from benchmarks.table import main
 from kd_lightning import DistillationModule
 from kd_lightning.callbacks import TemperatureFinder
 from kd_lightning.functional import suggest_temperature
@@ -134,15 +133,6 @@ def choices() -> Iterator[Row]:
                 yield Row(*setting[:4], weighting, name, temperature, gains[nearest], gains[best] - gains[nearest])
 
 
-def read() -> list[Row]:
-    """Return the rows of the CSV."""
-    with CSV.open() as file:
-        return [
-            Row(*row[:6], *map(float, row[6:]))  # pyright: ignore[reportArgumentType, reportCallIssue]
-            for row in list(csv.reader(file))[1:]
-        ]
-
-
 def table(rows: list[Row]) -> str:
     """Return the Markdown table of mean gains at a fixed kd_weight, and the regret of both weightings."""
     by_rule: dict[str, list[Row]] = defaultdict(list)
@@ -167,17 +157,5 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    if sys.argv[1:] == ["run"]:
-        with CSV.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(Row._fields)
-            for row in choices():
-                writer.writerow([*row[:6], *(f"{value:.4f}" for value in row[6:])])
-                file.flush()
-    print(table(read()))
-
-
 if __name__ == "__main__":
-    main()
+    main(CSV, Row, choices, table)

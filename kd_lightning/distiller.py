@@ -138,7 +138,7 @@ class Distiller(DistillerParts):
         progress = progress or Progress()
         if not isinstance(student_logits, Tensor):
             given = {"teacher_logits": teacher_logits, "index": index, "task_loss": task_loss}
-            return self._from_hidden(inputs, student_logits, targets, progress, extra or {}, given)
+            return self._from_output(inputs, student_logits, targets, progress, extra or {}, given)
         targets = as_targets(targets, student_logits.device, may_be_mask=task_loss is not None)
         kd_weight, task_weight = self._weights(progress)
         if teacher_logits is None:
@@ -176,7 +176,7 @@ class Distiller(DistillerParts):
         )
         return self._keep(output)
 
-    def _from_hidden(
+    def _from_output(
         self,
         inputs: Any,
         student: HiddenStates,
@@ -185,7 +185,11 @@ class Distiller(DistillerParts):
         extra: Mapping[Any, Any],
         given: Mapping[str, Tensor | Sequence[TeacherTarget] | None],
     ) -> DistillationOutput:
-        """Raise, since this Distiller computes both losses from logits; ``given`` is what goes with logits only."""
+        """Distil from a student's output that is no tensor; ``given`` are the arguments that stand in for parts of it.
+
+        Raises:
+            ValueError: If the Distiller computes both losses from logits, as this one does.
+        """
         raise ValueError(
             f"the student's logits must be a tensor, got {type(student).__name__}: hidden states are for "
             "FusedLinearKDLoss in a FusedDistiller. Give logits."

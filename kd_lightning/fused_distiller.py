@@ -65,7 +65,7 @@ class FusedDistiller(Distiller):
         return None if self.training else super().teacher_logits(inputs, index, extract)
 
     @override
-    def _from_hidden(
+    def _from_output(
         self,
         inputs: Any,
         student: HiddenStates,

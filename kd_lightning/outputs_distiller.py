@@ -177,7 +177,7 @@ class OutputsDistiller(Distiller):
         return tuple(dict.fromkeys([*super().batch_keys, *targets]))
 
     @override
-    def _from_hidden(
+    def _from_output(
         self,
         inputs: Any,
         student: Any,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
@@ -90,6 +93,25 @@ class Net(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         maps = self.stage2(self.stage1(images))
         return self.fc(self.dropout(torch.relu(self.hidden(maps.mean((2, 3))))))
+
+
+def digits_config(**trainer: Any) -> Any:
+    """Return configs/digits.yaml, parsed, for any current folder, without a logger and with settings of the Trainer."""
+    configs = Path(__file__).parents[1] / "configs"
+    config = yaml.safe_load((configs / "digits.yaml").read_text())
+    config["model"]["init_args"]["teacher"]["init_args"]["checkpoint"] = str(configs / "digits_teacher.safetensors")
+    config["trainer"] |= {"logger": False, **trainer}
+    return config
+
+
+def from_yaml(owner: type, settings: dict[str, Any]) -> Any:
+    """Build a DistillationModule, with a linear student, or a DistillationCallback as the command does from YAML."""
+    if issubclass(owner, LightningModule):
+        settings["student"] = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 4, "out_features": 3}}
+    parser = LightningArgumentParser()
+    parser.add_subclass_arguments(owner, "owner")
+    part = {"class_path": f"{owner.__module__}.{owner.__name__}", "init_args": settings}
+    return parser.instantiate_classes(parser.parse_object({"owner": part}))["owner"]
 
 
 def hooks(*modules: nn.Module) -> int:

@@ -68,9 +68,8 @@ def measure_costs(facts: Facts, dataset: Any, compiled: bool) -> Costs:
         _time_variants(costs, teacher, module, batch, compiled)
     given = teacher_logits(module, batch, batch.inputs)
     if isinstance(given, Tensor):
-        costs.times["cached"] = _time_cache(torch.zeros_like(given), module.device)  # any values take as long
-        samples = len(dataset) if hasattr(dataset, "__len__") else 0
-        costs.cache_bytes = samples * (2 * given[0].numel() + 5)
+        costs.times["cached"], row_bytes = _try_cache(torch.zeros_like(given), module.device)  # any values take as long
+        costs.cache_bytes = row_bytes * (len(dataset) if hasattr(dataset, "__len__") else 0)
         costs.cacheable = _why_not_cacheable(dataset)
     return costs
 
@@ -99,13 +98,14 @@ def _student_step(facts: Facts, batch: Batch) -> None:
         torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
-def _time_cache(logits: Tensor, device: torch.device) -> float:
+def _try_cache(logits: Tensor, device: torch.device) -> tuple[float, int]:
+    """Return the seconds that cached logits of a batch take, and the bytes of each row."""
     with tempfile.TemporaryDirectory() as folder:
         cache = TeacherCache(Path(folder) / "check.cache")
         cache.index([*range(len(logits))], "check")
         rows = torch.arange(len(logits))
         cache.logits(rows, lambda: logits, device)
-        return _median(lambda: cache.logits(rows, lambda: logits, device), device)
+        return _median(lambda: cache.logits(rows, lambda: logits, device), device), cache.row_bytes
 
 
 def _why_not_cacheable(dataset: Any) -> str:

@@ -170,6 +170,11 @@ class TeacherCache:
 
     # ---- rows ------------------------------------------------------------------------------------------------------
 
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of a row in the file, with its checksum and flag; 0 while there is no file."""
+        return 0 if self._file is None else self._file.row_bytes + 5
+
     def missing(self) -> RowNumbers:
         """Return the numbers of the rows that are not written yet."""
         if self._file is None:
@@ -289,5 +294,5 @@ class TeacherCache:
         if self._identity is None:
             return f"{type(self).__name__}({self.path})"
         rows = self._identity["samples"] * self.slots
-        size = "" if self._file is None else f", {self._file.row_bytes + 5} bytes each"
+        size = "" if self._file is None else f", {self.row_bytes} bytes each"
         return f"{type(self).__name__}({self.path}, {rows - len(self.missing())} of {rows} rows{size})"

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from benchmarks import calibration, suggest
+from benchmarks.table import read
 
 PAGE = Path(__file__).parents[2] / "docs" / "check.md"
 
@@ -18,15 +19,15 @@ def test_the_table_has_mean_gains_by_group_and_the_error_of_the_regret() -> None
 
 
 def test_the_default_rule_has_the_smallest_mean_regret() -> None:
-    rows = [each for each in suggest.read() if each.rule.startswith("entropy")]
+    rows = [each for each in read(suggest.CSV, suggest.Row) if each.rule.startswith("entropy")]
     sums = {rule: sum(each.regret for each in rows if each.rule == rule) for rule in suggest.RULES if "entropy" in rule}
     assert min(sums, key=lambda rule: sums[rule]) == "entropy 0.1"
 
 
 def test_the_guide_has_the_tables_of_the_rows() -> None:
     text = PAGE.read_text()
-    assert suggest.table(suggest.read()) in text
-    assert calibration.table(calibration.read()) in text
+    assert suggest.table(read(suggest.CSV, suggest.Row)) in text
+    assert calibration.table(read(calibration.CSV, calibration.Row)) in text
 
 
 def test_the_learning_rate_of_a_calibrated_arm_is_chosen_on_validation() -> None:

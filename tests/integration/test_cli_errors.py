@@ -17,14 +17,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from kd_lightning import DistillationModule
 from kd_lightning.cli import main
+from tests.helpers import digits_config
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
-DIGITS = yaml.safe_load((ROOT / "configs" / "digits.yaml").read_text())
-TEACHER = ROOT / "configs" / "digits_teacher.safetensors"
-DIGITS["model"]["init_args"]["teacher"]["init_args"]["checkpoint"] = str(TEACHER)
-DIGITS["trainer"]["logger"] = False
+DIGITS = digits_config()
 SHORT = ["--trainer.fast_dev_run=true", "--trainer.enable_progress_bar=false"]
 
 
@@ -244,23 +241,6 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "open.yaml").write_text("model: {a: [1\ntrainer: 3")
     (tmp_path / "wrong.yaml").write_text("data: {class_path: DigitDataModule}")
     (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
-
-
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run the command as the console script does, and give what it says on stderr when it ends with status 2."""
-
-    def run(*args: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["kd-lightning", *args])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert stop.value.code == 2
-        lines = capsys.readouterr().err.splitlines()
-        (paragraph,) = [line for line in lines if line.startswith("error: ")]
-        assert lines[-1] == paragraph
-        return paragraph.removeprefix("error: ")
-
-    return run
 
 
 def write(folder: Path, wrong: Wrong) -> str:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ import yaml
 
 from kd_lightning.cli import main
 from kd_lightning.datamodules import CIFAR100DataModule
+from tests.helpers import digits_config
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,12 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Starting from v1.9.0"),  # the default logger
 ]
 
-ROOT = Path(__file__).parents[2]
-DIGITS = yaml.safe_load((ROOT / "configs" / "digits.yaml").read_text())
-DIGITS["model"]["init_args"]["teacher"]["init_args"]["checkpoint"] = str(ROOT / "configs/digits_teacher.safetensors")
-DIGITS["trainer"] |= {
-    "logger": False, "max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1, "enable_model_summary": False,
-}  # fmt: skip
+DIGITS = digits_config(max_epochs=1, limit_train_batches=1, limit_val_batches=1, enable_model_summary=False)
 FIT = "It has ckpt_path, data, model, num_threads, print_config, resume, seed_everything, trainer, weights_only."
 SGD = "--model.optimizer=torch.optim.SGD --model.optimizer.lr=0.1 --trainer.max_epochs=2"
 OTHER = "--model.student.channels=[8,16] --model.student.hidden=32"
@@ -186,24 +181,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def told(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run the command as the console script does, and give what it says on stderr when it ends with status 2."""
+@pytest.fixture(autouse=True)
+def _in_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [*sys.path])
-
-    def run(*args: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["kd-lightning", *args])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert stop.value.code == 2
-        lines = capsys.readouterr().err.splitlines()
-        (paragraph,) = [line for line in lines if "error: " in line]
-        assert lines[-1] == paragraph
-        assert paragraph.startswith("error: ")  # at the beginning of a line, after a progress bar too
-        return paragraph.removeprefix("error: ")
-
-    return run
 
 
 @pytest.mark.parametrize("typed", TYPED, ids=lambda typed: typed.name)
@@ -215,7 +196,7 @@ def test_message(typed: Typed, told: Callable[..., str], folder: Path) -> None:
     assert text.endswith(wanted[-1])
 
 
-def test_cifar_without_a_network(folder: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]) -> None:
+def test_cifar_without_a_network(monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]) -> None:
     monkeypatch.setattr(CIFAR100DataModule._source, "url", "http://localhost:9/cifar-100-python.tar.gz")
     text = told("fit", "--config", "digits.yaml", "--data=CIFAR100DataModule", "--data.download=true")
     assert text.startswith("--data: CIFAR100 could not be downloaded (")
@@ -225,8 +206,7 @@ def test_cifar_without_a_network(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     )
 
 
-def test_the_class_of_a_scheduler_is_switched(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.chdir(folder)
+def test_the_class_of_a_scheduler_is_switched(capsys: pytest.CaptureFixture[str]) -> None:
     switch = ["--model.lr_scheduler=StepLR", "--model.lr_scheduler.step_size=3", "--print_config"]
     with pytest.raises(SystemExit):
         main(["fit", "--config", "digits.yaml", *switch])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser
 
 import kd_lightning.models  # as the command does, for short names
 import kd_lightning.teachers
 from kd_lightning import DistillationModule
 from kd_lightning.callbacks import DistillationCallback
+from tests.helpers import from_yaml
 
 KINDS = {
     "FunctionTeacher": "{class_path: FunctionTeacher, init_args: {fn: torch.nn.functional.relu, output: probs}}",
@@ -38,13 +38,5 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("owner", [DistillationModule, DistillationCallback])
 def test_kinds_by_short_name(kind: str, owner: type) -> None:
-    settings: dict[str, object] = {"teacher": yaml.safe_load(KINDS[kind])}
-    if owner is DistillationModule:
-        settings["student"] = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 4, "out_features": 3}}
-    parser = LightningArgumentParser()
-    parser.add_subclass_arguments(owner, "owner")
-    config = parser.parse_object(
-        {"owner": {"class_path": f"{owner.__module__}.{owner.__name__}", "init_args": settings}}
-    )
-    teacher = parser.instantiate_classes(config)["owner"].teacher
+    teacher = from_yaml(owner, {"teacher": yaml.safe_load(KINDS[kind])}).teacher
     assert type(teacher) is getattr(kd_lightning.teachers, kind.split()[0])

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,7 +22,7 @@ from kd_lightning.functional import dkd_loss, kd_loss
 from kd_lightning.losses import DKDLoss, HardLabelLoss, KDLoss
 from kd_lightning.outputs_distiller import OutputsDistiller, OutputsKDLoss, OutputTerm
 from kd_lightning.teachers import BatchTeacher, FunctionTeacher
-from tests.helpers import NUM_CLASSES, NUM_FEATURES, InOrder, LearnedTemperature, make_data, make_loader
+from tests.helpers import NUM_CLASSES, NUM_FEATURES, InOrder, LearnedTemperature, from_yaml, make_data, make_loader
 
 OTHER = 3
 
@@ -397,14 +396,7 @@ def test_from_yaml(owner: type) -> None:
             },
         },
     }
-    if owner is DistillationModule:
-        settings["student"] = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 4, "out_features": 3}}
-    parser = LightningArgumentParser()
-    parser.add_subclass_arguments(owner, "owner")
-    config = parser.parse_object(
-        {"owner": {"class_path": f"{owner.__module__}.{owner.__name__}", "init_args": settings}}
-    )
-    distiller = parser.instantiate_classes(config)["owner"].distiller
+    distiller = from_yaml(owner, settings).distiller
     assert type(distiller) is OutputsDistiller
     assert isinstance(distiller.teacher, BatchTeacher)
     aux = distiller.kd_loss.terms["aux"]
