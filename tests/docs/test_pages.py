@@ -69,6 +69,11 @@ def test_public_names_are_those_that_the_reference_has() -> None:
     assert {name for room in rooms for name in importlib.import_module(room).__all__} - documented == set()
 
 
+def test_the_tree_of_contributing_is_true() -> None:
+    named = set(re.findall(r"`([\w/.]+(?:\.py|/))`", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert [name for name in sorted(named) if not (ROOT / name).exists() and not any(ROOT.glob(f"*/**/{name}"))] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_block_has_a_language_that_runs_or_is_text(page: Path) -> None:
     fences = re.findall(r"^```(\w*)$", page.read_text(), flags=re.MULTILINE)
