@@ -15,7 +15,7 @@ loops are written from the published recipes; no code is copied:
 - timm: PIL images one by one, collated as uint8 and normalised as a batch; both sides of the KL as log-softmax; the
   loss is read at every 50th step; validation runs the student alone.
 
-Ours is DistillationModule under Trainer, whose validation runs the teacher, too.
+Ours is DistillationModule under Trainer, whose validation asks the teacher, too, or its cache.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.parsing import collect_init_args
 from typing_extensions import override
 
 __all__ = [
+    "FIRST_LOOK",
     "CommandLine",
     "FirstLookModule",
     "accumulates",
@@ -176,6 +177,10 @@ def load_file(path: Any, weights_only: bool) -> Any:
 
 restricted_classmethod = _restricted_classmethod
 """A class method that raises where it is called on an instance, as ``load_from_checkpoint`` is one."""
+
+
+FIRST_LOOK = "_on_before_batch_transfer"
+"""The method of a LightningModule that is given each batch before any hook, and before the transfer to the device."""
 
 
 class FirstLookModule(LightningModule):

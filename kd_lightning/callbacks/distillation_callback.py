@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from typing_extensions import override
 
-from kd_lightning._lightning import is_compiled
+from kd_lightning._lightning import FIRST_LOOK, is_compiled
 from kd_lightning.callbacks.student_call import StudentCall, changed, find_targets, select, tensors, versions
 from kd_lightning.callbacks.teacher_scores import TeacherScores
 from kd_lightning.distiller import DistillationOutput, Distiller
@@ -43,6 +43,9 @@ class DistillationCallback(HoldsDistiller, Callback):
     ``forward``, or of the submodule ``student_layer``, in that step; the teacher receives the same arguments.
     Optimiser, schedulers, metrics, validation and checkpoints stay the module's. After ``fit``, also after an
     exception, the module is as before; its ``state_dict`` has no further key, so checkpoints load into its own class.
+
+    A teacher with a :class:`~kd_lightning.teachers.TeacherCache` needs batches that name their samples, as those of
+    this library's data modules do; make other loaders of ``teacher.index(dataset)``. The module sees plain batches.
 
     The step may return a tensor, a dictionary with ``"loss"`` (other keys are kept) or None (no optimisation in this
     step). Calls of the student under ``no_grad`` do not count; of several others, ``forward_call`` selects one.
@@ -104,11 +107,6 @@ class DistillationCallback(HoldsDistiller, Callback):
         self.distiller = kind(teacher, temperature, kd_loss, None, kd_weight, task_weight)
         if self.distiller.teacher is None:
             raise TypeError("DistillationCallback needs a teacher, got None.")
-        if self.distiller.teacher.caches:
-            raise ValueError(
-                "DistillationCallback does not know which samples a batch has, as a teacher's cache must. Leave "
-                "out the cache, or train a DistillationModule, or call a Distiller with `index` in your training_step."
-            )
         self.student_layer = student_layer
         self.inputs = inputs
         self.targets = targets
@@ -147,6 +145,10 @@ class DistillationCallback(HoldsDistiller, Callback):
                 "student in a LightningModule of its own."
             )
         self._trainer = trainer
+        if self._run.teacher.caches:
+            self._run.set_cache_epoch(0)
+            self._run.index(trainer)
+            self._wrap(pl_module, FIRST_LOOK, self._taking_rows)
         self._run.set_up(trainer)
         self._wrap(pl_module, "training_step", self._distilling)
         self._wrap(pl_module, "configure_optimizers", self._configuring)
@@ -214,7 +216,8 @@ class DistillationCallback(HoldsDistiller, Callback):
                 vars(module).pop(name, None)
             else:
                 vars(module)[name] = before
-        self._run.stop()
+        self._run.stop(self._trainer)
+        self._run.rows = None
         if self._trainer is not None:
             self._layer = self._trainer = self.last_output = self._calls = None
             self.distiller.cpu()  # as Lightning does with the module
@@ -228,6 +231,9 @@ class DistillationCallback(HoldsDistiller, Callback):
         self._leave()
 
     # ---- a step -----------------------------------------------------------------------------------------------------
+
+    def _taking_rows(self, look: Callable[..., Any], pl_module: LightningModule) -> Callable[..., Any]:
+        return lambda batch, *args, **kwargs: look(self._run.take_rows(batch), *args, **kwargs)
 
     def _recording(self, forward: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
         def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -255,6 +261,7 @@ class DistillationCallback(HoldsDistiller, Callback):
             if not learning:
                 raise RuntimeError(self._says_unseen(pl_module, step, args, kwargs, calls))
             batch = args[0] if args else next(iter(kwargs.values()), None)
+            self._run.check_rows(self._run.rows)
             out, _ = self._distil(self._choose(learning), batch, task_loss)
             return {**output, "loss": out.loss} if isinstance(output, Mapping) else out.loss
 
@@ -280,7 +287,7 @@ class DistillationCallback(HoldsDistiller, Callback):
                 f"training_step changed the output of {self._student} in place, so its logits are gone: write "
                 "x = x / 2, not x /= 2."
             )
-        teacher_logits = self.distiller.teacher_logits(inputs, extract=self.extract_logits)
+        teacher_logits = self.distiller.teacher_logits(inputs, self._run.rows, self.extract_logits)
         recorded: Any = lambda *_, **__: call.output  # noqa: E731  (the student has run already)
         student = self.distiller.run_student(lambda _: logits, recorded, inputs)
         if self.targets is None:
@@ -347,11 +354,13 @@ class DistillationCallback(HoldsDistiller, Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._layer is not None
+        self._run.set_cache_epoch(trainer.current_epoch)
         self._run.start(trainer, self._layer)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._run.check_replicas(trainer)
+        self._run.set_cache_epoch(trainer.current_epoch)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -423,6 +432,7 @@ class DistillationCallback(HoldsDistiller, Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("callbacks", {}).get(self.state_key, {})
         self._run.fit_policies(checkpoint, saved.get("distiller", {}))
+        self._run.resume_cache(checkpoint)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

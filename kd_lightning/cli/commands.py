@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -202,14 +204,15 @@ def find_temperature(
 def cache_teacher(
     trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None = None, output: str | None = None
 ) -> None:
-    """Compute the teacher's logits of the training data, so that no epoch has to wait for them.
+    """Compute the teacher's logits of the training and validation data, so that no epoch has to wait for them.
 
     Rows that the cache already holds are kept: after an interruption, run the command again.
 
     Args:
         trainer: Runs the prediction.
         model: A DistillationModule whose teacher has a TeacherCache.
-        datamodule: Its data; the training part is cached, in all slots.
+        datamodule: Its data; the training part is cached in all slots, the validation part if its loaders read from
+            ``teacher.index(dataset, part="val")``.
         output: The cache's file, if not the one that the configuration names.
 
     Raises:
@@ -229,23 +232,29 @@ def cache_teacher(
     datamodule.setup("fit")
     index_training(datamodule, teacher.index)
     loader = datamodule.train_dataloader()
+    others = datamodule.val_dataloader() if is_overridden("val_dataloader", datamodule, LightningDataModule) else []
     if not isinstance(loader.dataset, IndexedDataset):
         raise ValueError(
             f"{type(datamodule).__name__} does not say which samples its batches have: make its training loader of "
             "teacher.index(dataset)."
         )
-    missing = sorted({int(row) for cache in teacher.caches for row in cache.missing()})
-    if missing:
-        rest = DataLoader(
-            Rows(loader.dataset, missing),
-            batch_size=loader.batch_size,
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-        )
-        trainer.predict(_CacheBuilder(model), rest, return_predictions=False)
-    for cache in teacher.caches:
-        cache.verify()
-        print(cache)
+    parts = [part for cache in teacher.caches for part in cache.parts]
+    for each in (loader, *tree_leaves(others)):
+        dataset = getattr(each, "dataset", None)
+        if not isinstance(dataset, IndexedDataset):
+            continue
+        missing = sorted({int(row) for part in parts if part.first == dataset.first for row in part.missing()})
+        if missing:
+            rest = DataLoader(
+                Rows(dataset, missing),
+                batch_size=each.batch_size,
+                num_workers=each.num_workers,
+                collate_fn=each.collate_fn,
+            )
+            trainer.predict(_CacheBuilder(model), rest, return_predictions=False)
+    for part in parts:
+        part.verify()
+        print(part)
 
 
 class _CacheBuilder(LightningModule):

@@ -226,10 +226,12 @@ class ImageDataModule(LightningDataModule, ABC):
         return ImageDataset(images, targets, transform)
 
     def index_training(self, index: Callable[..., Any] | None) -> None:
-        """Have training batches name their samples, as a teacher's cache needs; a DistillationModule calls it.
+        """Have training and validation batches name their samples, as a teacher's cache needs.
+
+        A DistillationModule calls it.
 
         Args:
-            index: ``teacher.index``: a function of the training dataset and its collate function. None: plain batches.
+            index: ``teacher.index``: a function of a dataset, its collate function and its part. None: plain batches.
         """
         self._index = index
 
@@ -260,8 +262,9 @@ class ImageDataModule(LightningDataModule, ABC):
             )
         source: Any = dataset
         collate_fn: Callable[[Any], Any] = collate
-        if dataset is self.train_dataset and self._index is not None:
-            source = self._index(dataset, collate)
+        part = {"fit": "train", "validate": "val"}.get(stage)
+        if part is not None and self._index is not None:
+            source = self._index(dataset, collate, part)
             collate_fn = source.collate
         return DataLoader(
             source,

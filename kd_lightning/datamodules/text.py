@@ -1,7 +1,7 @@
 """Text for small language models: the language reference that comes with Python."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from itertools import pairwise
 from typing import Any
@@ -118,6 +118,7 @@ class PythonDocsDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.datasets: dict[str, TextBlocks] = {}
+        self._index: Callable[..., Any] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -180,6 +181,10 @@ class PythonDocsDataModule(LightningDataModule):
                 for part, titles in self.split().items()
             }
 
+    def index_training(self, index: Callable[..., Any] | None) -> None:
+        """Have batches name their samples; see :meth:`ImageDataModule.index_training`."""
+        self._index = index
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of shuffled blocks of the training part."""
         return self._loader("train", self.batch_size, shuffle=True)
@@ -199,8 +204,11 @@ class PythonDocsDataModule(LightningDataModule):
     def _loader(self, part: str, batch_size: int, shuffle: bool = False) -> DataLoader[Any]:
         if not self.datasets:
             raise RuntimeError("There are no data for this loader yet. Call setup first, as the Trainer does.")
+        source: Any = self.datasets[part]
+        if self._index is not None and part != "test":
+            source = self._index(source, part=part)
         return DataLoader(
-            self.datasets[part],
+            source,
             batch_size=batch_size,
             shuffle=shuffle,
             num_workers=self.num_workers,

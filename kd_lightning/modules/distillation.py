@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
-from kd_lightning._lightning import FirstLookModule, attached_trainer, callbacks_of, datamodule_of, train_loader
+from kd_lightning._lightning import FirstLookModule, attached_trainer, callbacks_of, train_loader
 from kd_lightning.distiller import DistillationOutput
 from kd_lightning.export import ExportFormat, ExportReport, export_student
 from kd_lightning.fused_distiller import make_distiller
@@ -32,7 +32,7 @@ from kd_lightning.modules.run import DistillationRun, HoldsDistiller, is_logging
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.modules.temperature_state import KeepsTemperatureState
 from kd_lightning.teachers import Teacher
-from kd_lightning.teachers.indexed import index_training, split_index
+from kd_lightning.teachers.indexed import split_index
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 from kd_lightning.temperature.extra import take_extra
 
@@ -58,9 +58,10 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
     The teacher is read at the start of ``fit`` and never saved: not in checkpoints, not in the optimiser, out of
     callbacks' reach; resuming with another teacher is an error. ``validate`` and ``predict`` do without its file.
 
-    A teacher with a :class:`~kd_lightning.teachers.TeacherCache` is run on training batches only as long as the cache
-    lacks them. This library's data modules then say by themselves which samples a batch has; other loaders are made of
-    ``teacher.index(dataset)``. Hooks and callbacks see the batches as they are without a cache.
+    A teacher with a :class:`~kd_lightning.teachers.TeacherCache` is run on batches of training and validation only as
+    long as the cache lacks them. This library's data modules then say by themselves which samples a batch has; other
+    loaders are made of ``teacher.index(dataset)``, and ``teacher.index(dataset, part="val")`` in validation. Hooks and
+    callbacks see the batches as they are without a cache.
 
     Args:
         student: The network to train. If it is a LightningModule and no optimiser is given, its own
@@ -122,7 +123,6 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
         self.student = student
         self.distiller = make_distiller(teacher, temperature, kd_loss, task_loss, kd_weight, task_weight, layers)
         self.distiller.keeps_output = True
-        self._rows: Tensor | None = None  # of the batch at hand in the teacher's cache
         self._run = DistillationRun(self.distiller, type(self).__name__)
         self._run.check_student(student)
         self._run.follow(student)
@@ -181,11 +181,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
 
     @override
     def take_batch(self, batch: Any) -> Any:
-        # the row numbers stay on the host, because the cache reads them there: on the device each step would sync
-        batch, self._rows = split_index(batch)
-        if self._rows is None and self.teacher is not None and not self.trainer.predicting:
-            self._rows = self.teacher.rows(batch)
-        return batch
+        return self._run.take_rows(batch, self.trainer.predicting)
 
     @override
     def on_before_backward(self, loss: Tensor) -> None:
@@ -209,12 +205,9 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
         inputs, targets = self.inputs_and_targets(batch)
         if self.teacher is None:
             raise ValueError(f"{type(self).__name__} has no teacher: give one to learn from.")
-        rows = self._rows if rows is None else rows
-        if rows is None and self.training and self.teacher.caches:
-            raise ValueError(
-                "the teacher has a cache, but the training batch does not say which samples it has: make the loader of "
-                "teacher.index(dataset), or give the teacher no cache."
-            )
+        rows = self._run.rows if rows is None else rows
+        if self.training:
+            self._run.check_rows(rows)
         student = self.distiller.run_student(self, self.student, inputs)
         given = batch if self.teacher.reads_batch else inputs
         teacher_logits = self.distiller.teacher_logits(given, rows, self.extract_logits)
@@ -253,8 +246,8 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
                     f"fit needs a teacher, but {type(self).__name__} was made without one: "
                     "DistillationModule(student=..., teacher=FrozenTeacher(network, checkpoint=...))."
                 )
-            index_training(datamodule_of(self.trainer), teacher.index if teacher.caches else None)
-            self._set_cache_epoch(0)
+            self._run.set_cache_epoch(0)
+            self._run.index(self.trainer)
             self._run.set_up(self.trainer)
             self._watch_layers()
         elif stage in ("validate", "test") and teacher is not None and not teacher.loaded:
@@ -265,22 +258,18 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
                     f"No teacher at {teacher.checkpoint}: the student is measured alone, without the losses and "
                     "metrics that compare it with the teacher."
                 )
-
-    def _set_cache_epoch(self, epoch: int) -> None:
-        for cache in self.teacher.caches if self.teacher is not None else ():
-            cache.set_epoch(epoch)
+        if stage == "validate" and teacher is not None and teacher.loaded:
+            self._run.index(self.trainer)
 
     @override
     def teardown(self, stage: str) -> None:
         self.distiller.detach()
-        self._run.stop()
-        if stage == "fit":
-            index_training(datamodule_of(self.trainer), None)
+        self._run.stop(attached_trainer(self))
 
     @override
     def on_train_epoch_start(self) -> None:
         self._run.check_replicas(self.trainer)
-        self._set_cache_epoch(self.trainer.current_epoch)
+        self._run.set_cache_epoch(self.trainer.current_epoch)
 
     @override
     def on_fit_start(self) -> None:
@@ -306,7 +295,9 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
     def on_train_start(self) -> None:
         super().on_train_start()
         self.distiller.train()  # because Lightning keeps the mode of module.eval(), which leaves out the layers' terms
-        self._set_cache_epoch(self.trainer.current_epoch)  # resumed within an epoch, there is no on_train_epoch_start
+        self._run.set_cache_epoch(
+            self.trainer.current_epoch
+        )  # resumed within an epoch, there is no on_train_epoch_start
         self._run.start(self.trainer, self.student)
 
     @override
@@ -420,12 +411,9 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
         self._run.fit_policies(checkpoint, *states_of(checkpoint), prefix="distiller.")
         trainer = attached_trainer(self)
         fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-        if fitting and "loops" in checkpoint:  # loader workers fetch their first batches before on_train_start
-            loop = checkpoint["loops"]["fit_loop"]
-            epochs = loop["epoch_progress"]["current"]
-            done = loop["epoch_loop.batch_progress"]["is_last_batch"]
-            self._set_cache_epoch(epochs["ready" if done else "processed"])
-        if not fitting:
+        if fitting:
+            self._run.resume_cache(checkpoint)
+        else:
             self._run.warn_of_changes()  # else at the start of training: a callback may put back what it had set
 
 

@@ -22,6 +22,7 @@ from kd_lightning.modules.non_finite import NonFiniteHandler, NonFiniteWatch
 from kd_lightning.modules.replicas import check_replicas, distiller_state, gather, is_distributed
 from kd_lightning.modules.run_length import RunLength
 from kd_lightning.teachers import Teacher
+from kd_lightning.teachers.indexed import index_training, split_index
 from kd_lightning.temperature import Progress
 
 __all__ = [
@@ -94,6 +95,8 @@ class DistillationRun:
         self._restored: dict[str, Any] = {}
         self._misfit: dict[str, Any] | None = None  # a checkpoint of other policies, until the optimiser is restored
         self._step_hooks: list[RemovableHandle] = []
+        self.rows: Tensor | None = None
+        """The rows of the batch at hand in the teacher's cache."""
 
     @property
     def teacher(self) -> Teacher:
@@ -123,6 +126,46 @@ class DistillationRun:
         self._finite = NonFiniteWatch()
         self._restored.pop("resumed_teacher", None)
         rank_zero_info(f"Teacher: {self.teacher!r}, fingerprint {self.teacher.fingerprint()[:8]}")
+
+    # ---- the teacher's cache ----------------------------------------------------------------------------------------
+
+    def index(self, trainer: Trainer) -> None:
+        """Have the data module's batches name their rows in the teacher's cache."""
+        index_training(datamodule_of(trainer), self.teacher.index if self.teacher.caches else None)
+
+    def set_cache_epoch(self, epoch: int) -> None:
+        """Select the slot of an epoch."""
+        for cache in self.teacher.caches:
+            cache.set_epoch(epoch)
+
+    def resume_cache(self, checkpoint: dict[str, Any]) -> None:
+        """Select the slot of a resumed fit, whose loader workers fetch batches before training starts."""
+        if "loops" in checkpoint:
+            loop = checkpoint["loops"]["fit_loop"]
+            epochs = loop["epoch_progress"]["current"]
+            done = loop["epoch_loop.batch_progress"]["is_last_batch"]
+            self.set_cache_epoch(epochs["ready" if done else "processed"])
+
+    def take_rows(self, batch: Any, predicting: bool = False) -> Any:
+        """Return the batch without its rows, which stay on the host: on the device, reading them would sync."""
+        batch, self.rows = split_index(batch)
+        if self.rows is None and self.distiller.teacher is not None and not predicting:
+            self.rows = self.teacher.rows(batch)
+        return batch
+
+    def check_rows(self, rows: Tensor | None) -> None:
+        """Raise if a training batch does not name its rows and the teacher has a cache.
+
+        Raises:
+            ValueError: If there are no rows.
+        """
+        if rows is None and self.teacher.caches:
+            raise ValueError(
+                "the teacher has a cache, but the training batch does not say which samples it has: make the loader of "
+                "teacher.index(dataset), or give the teacher no cache."
+            )
+
+    # ---- checks -----------------------------------------------------------------------------------------------------
 
     def check_student(self, student: nn.Module) -> None:
         """Raise if the student is no network, or shares parameters with the teacher.
@@ -159,8 +202,10 @@ class DistillationRun:
             optimizer.register_step_post_hook(lambda *_: self.teacher.update()) for optimizer in trainer.optimizers
         ]
 
-    def stop(self) -> None:
-        """Leave the optimisers of the fit as they were."""
+    def stop(self, trainer: Trainer | None) -> None:
+        """Leave the optimisers and the data of the fit as they were."""
+        if trainer is not None:
+            index_training(datamodule_of(trainer), None)
         while self._step_hooks:
             self._step_hooks.pop().remove()
 

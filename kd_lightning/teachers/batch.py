@@ -51,7 +51,9 @@ class FromBatch(MadeAt):
         return inputs
 
     @override
-    def index(self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None) -> IndexedDataset:
+    def index(
+        self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None, part: str = "train"
+    ) -> IndexedDataset:
         """Raise, since these logits need no cache.
 
         Raises:

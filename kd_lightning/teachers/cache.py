@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from kd_lightning.teachers.indexed import IndexedDataset, input_fingerprints
 
 __all__ = ["TeacherCache"]
 
+_PART = 40  # bits of a row number below those that tell its part
 _SAME_TEACHER = 0.1  # relative error of a row, because bfloat16 gives 0.01 and another input or teacher about 1
 
 
@@ -32,8 +34,10 @@ class TeacherCache:
 
     A cache belongs to one teacher, one dataset and one transform. A file of another teacher, dataset or transform, a
     truncated file and a damaged file each raise an error that names the cause. Each process compares a row with its
-    checksum at the first read, and the first batch of stored rows with the teacher's own logits. Validation does not
-    use the cache.
+    checksum at the first read, and the first batch of stored rows with the teacher's own logits.
+
+    Validation data have a part of their own, ``index(dataset, part="val")``, in a file beside the first:
+    ``teacher.val.cache`` beside ``teacher.cache``. Under ``augmentation`` their samples are drawn once.
 
     The file holds a header (4096 bytes, JSON and CRC-32), a CRC-32 of 4 bytes for each row, the rows, and a flag byte
     for each row: 2C + 5 bytes per sample and slot for float16. A row is written whole, under a lock, before its flag is
@@ -105,7 +109,7 @@ class TeacherCache:
                 f"{augmentation!r}. One draw of each sample is augmentation='fixed'."
             )
         self.path = Path(path)
-        self.dtype = dtype
+        self.dtype: Literal["float16", "bfloat16", "float32"] = dtype
         self.top_k = top_k
         self._codec = RowCodec(dtype, top_k, temperature)
         self.augmentation = augmentation
@@ -116,24 +120,32 @@ class TeacherCache:
         self._file: CacheFile | None = None
         self._compared = False
         self._epoch = 0
+        self.first = 0
+        """The number of the first row."""
+        self._others: dict[str, TeacherCache] = {}  # parts beside the training data
 
     # ---- teacher and dataset ---------------------------------------------------------------------------------------
 
-    def index(self, dataset: Any, teacher: str, collate_fn: Callable[[Any], Any] | None = None) -> IndexedDataset:
+    def index(
+        self, dataset: Any, teacher: str, collate_fn: Callable[[Any], Any] | None = None, part: str = "train"
+    ) -> IndexedDataset:
         """Wrap a dataset so that each sample carries its row, and open the cache for the dataset.
 
         Args:
             dataset: A map-style dataset, or an :class:`IndexedDataset` from another cache's ``index``.
             teacher: The teacher's fingerprint.
             collate_fn: See :class:`IndexedDataset`.
+            part: Name of the data: ``"train"``, or that of other data, which are kept in a file of their own.
 
         Raises:
             ValueError: If the file belongs to another teacher, dataset or transform, if the file is damaged, if the
                 samples are random, or if caches of one dataset differ in slots or seed.
         """
+        if part != "train":
+            return self._part(part).index(dataset, teacher, collate_fn)
         slots = None if self.augmentation is None else self.slots
         if not isinstance(dataset, IndexedDataset):
-            dataset = IndexedDataset(dataset, slots, self.seed, collate_fn)
+            dataset = IndexedDataset(dataset, slots, self.seed, collate_fn, self.first)
         elif (dataset.slots, dataset.seed) != (slots, self.seed):
             raise ValueError(
                 f"caches of one dataset must agree on its augmentation, but {self.path} has {slots} slots and seed "
@@ -155,7 +167,7 @@ class TeacherCache:
         if self._identity not in (None, identity):
             raise ValueError(
                 f"the cache {self.path} is in use for another teacher or dataset. A cache is of one: make another "
-                "TeacherCache, with a path of its own. Validation data need none."
+                "TeacherCache, with a path of its own, or name the part: teacher.index(dataset, part='val')."
             )
         self.dataset, self._identity, self._compared = dataset, identity, False
         self._file = CacheFile(self.path, identity) if self.path.exists() else None
@@ -175,11 +187,25 @@ class TeacherCache:
         """The bytes of a row in the file, with its checksum and flag; 0 while there is no file."""
         return 0 if self._file is None else self._file.row_bytes + 5
 
+    @property
+    def parts(self) -> tuple[TeacherCache, ...]:
+        """The caches of the training data and of each other part in use."""
+        return (self, *self._others.values())
+
+    def _part(self, name: str) -> TeacherCache:
+        if name not in self._others:
+            path = self.path.with_name(f"{self.path.stem}.{name}{self.path.suffix}")
+            augmentation = None if self.augmentation is None else "fixed"
+            part = TeacherCache(path, self.dtype, self.top_k, augmentation, 1, self.seed, self._codec.temperature)
+            part.first = (zlib.crc32(name.encode()) % 2**22 + 1) << _PART
+            self._others[name] = part
+        return self._others[name]
+
     def missing(self) -> RowNumbers:
-        """Return the numbers of the rows that are not written yet."""
+        """Return the numbers of the rows that are not written yet, those of other parts left out."""
         if self._file is None:
-            return np.arange(self._in_use()["samples"] * self.slots)
-        return np.flatnonzero(self._file.flags == 0)
+            return self.first + np.arange(self._in_use()["samples"] * self.slots)
+        return self.first + np.flatnonzero(self._file.flags == 0)
 
     def verify(self) -> None:
         """Compare every written row with its checksum.
@@ -207,7 +233,10 @@ class TeacherCache:
             ValueError: If a row does not match its checksum, if a row number is out of range, if the teacher's own
                 logits differ from the stored logits, or if they cannot be stored.
         """
-        identity, numbers = self._in_use(), rows.cpu().numpy()
+        numbers = rows.cpu().numpy()
+        if numbers.size and numbers[0] >> _PART != self.first >> _PART:
+            return self._of_row(int(numbers[0])).logits(rows, compute, device)
+        identity, numbers = self._in_use(), numbers - self.first
         if numbers.size and not 0 <= numbers.min() <= numbers.max() < identity["samples"] * self.slots:
             raise ValueError(
                 f"the cache {self.path} has rows 0 to {identity['samples'] * self.slots - 1}, got {numbers.max()}: the "
@@ -234,6 +263,20 @@ class TeacherCache:
             self._file.write(numbers[new], encoded[new])
         assert self._file is not None
         return self._codec.decode(self._file.read(numbers), self._file.shape, device)
+
+    def _of_row(self, row: int) -> TeacherCache:
+        """Return the part that a row number tells.
+
+        Raises:
+            RuntimeError: If the part is not in use.
+        """
+        for part in self._others.values():
+            if row >> _PART == part.first >> _PART:
+                return part
+        raise RuntimeError(
+            f"the cache {self.path} does not know the data of row {row}: wrap them first, "
+            "DataLoader(teacher.index(dataset, part=...), ...)."
+        )
 
     def _in_use(self) -> dict[str, Any]:
         if self._identity is None:

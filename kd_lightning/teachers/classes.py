@@ -184,8 +184,10 @@ class MappedClasses(Teacher):
         return self.teacher.network()
 
     @override
-    def index(self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None) -> IndexedDataset:
-        return self.teacher.index(dataset, collate_fn)
+    def index(
+        self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None, part: str = "train"
+    ) -> IndexedDataset:
+        return self.teacher.index(dataset, collate_fn, part)
 
     @override
     def rows(self, batch: Any) -> Tensor | None:

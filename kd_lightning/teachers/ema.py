@@ -212,7 +212,9 @@ class EMATeacher(Teacher):
         )
 
     @override
-    def index(self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None) -> IndexedDataset:
+    def index(
+        self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None, part: str = "train"
+    ) -> IndexedDataset:
         """Raise, since logits of a moving average cannot be kept.
 
         Raises:

@@ -177,7 +177,9 @@ class TeacherEnsemble(Teacher):
         return tuple(cache for teacher in self.teachers for cache in teacher.caches)
 
     @override
-    def index(self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None) -> IndexedDataset:
+    def index(
+        self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None, part: str = "train"
+    ) -> IndexedDataset:
         """As :meth:`FrozenTeacher.index`, for the caches of all members that have one."""
         caches = self.caches
         if not caches:
@@ -188,7 +190,7 @@ class TeacherEnsemble(Teacher):
                 "the caches of an ensemble must draw the same augmentation, got (augmentation, slots, seed) of "
                 f"{', '.join(map(str, sorted(draws, key=str)))}: give them the same."
             )
-        first, *_ = [teacher.index(dataset, collate_fn) for teacher in self.teachers if teacher.caches]
+        first, *_ = [teacher.index(dataset, collate_fn, part) for teacher in self.teachers if teacher.caches]
         return first
 
     @override

@@ -49,6 +49,8 @@ def split_index(batch: Any) -> tuple[Any, Tensor | None]:
 class IndexedDataset(Dataset[Any]):
     r"""A dataset whose samples carry their row in a teacher cache: :math:`\text{slot} \cdot N + \text{index}`.
 
+    Rows of another part than the training data begin at ``first``, so that they tell their part.
+
     With ``slots``, random augmentation is replayed: before a sample is fetched, the global generators of torch, Python
     and NumPy are seeded with a hash of (``seed``, row), and their states are restored afterwards. Epoch e draws all
     samples in slot e mod ``slots``, so each sample has ``slots`` versions, the same in every run (the idea of Shen &
@@ -63,6 +65,7 @@ class IndexedDataset(Dataset[Any]):
         seed: Seed of the replayed augmentation.
         collate_fn: Function that collates samples of ``dataset``, by default torch's. With another function, pass
             :meth:`collate` to the loader.
+        first: The first row.
 
     Raises:
         TypeError: If the dataset has no length or no ``[index]``.
@@ -81,6 +84,7 @@ class IndexedDataset(Dataset[Any]):
         slots: int | None = None,
         seed: int = 0,
         collate_fn: Callable[[Any], Any] | None = None,
+        first: int = 0,
     ) -> None:
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
             raise TypeError(
@@ -90,6 +94,7 @@ class IndexedDataset(Dataset[Any]):
         self.dataset = dataset
         self.slots = slots
         self.seed = seed
+        self.first = first
         self._collate_fn = default_collate if collate_fn is None else collate_fn
         self._epoch = torch.zeros(
             1, dtype=torch.int64
@@ -111,14 +116,14 @@ class IndexedDataset(Dataset[Any]):
 
     def __getitems__(self, indices: list[int]) -> _Samples:
         slot = int(self._epoch) % self.slots if self.slots else 0
-        return self.fetch([slot * len(self) + index for index in indices])
+        return self.fetch([self.first + slot * len(self) + index for index in indices])
 
     def fetch(self, rows: list[int]) -> _Samples:
         """Return the samples of these rows, of any slot."""
-        indices = [row % len(self) for row in rows]
+        indices = [(row - self.first) % len(self) for row in rows]
         if self.slots is None:
             return _Samples(_items(self.dataset, indices), rows)
-        seeds = [_mix(self.seed, row) for row in rows]
+        seeds = [_mix(self.seed, row - self.first) for row in rows]
         samples = []
         with kept_generators():
             if hasattr(self.dataset, "replay") and (batch := self.dataset.replay(indices, seeds)) is not None:
@@ -151,15 +156,18 @@ class _Samples(Sequence[Indexed]):
 
 @runtime_checkable
 class IndexesTraining(Protocol):
-    """A data module that has its training batches name their samples on request."""
+    """A data module that has its batches name their samples on request."""
 
     def index_training(self, index: Callable[..., Any] | None) -> None:
-        """Make the training loader of ``index(dataset, collate)``, with its ``collate``; None: as without a cache."""
+        """Make the training loader of ``index(dataset, collate)``, with its ``collate``; None: as without a cache.
+
+        A validation loader is made of ``index(dataset, collate, part="val")``, or of the dataset as it is.
+        """
         ...
 
 
 def index_training(datamodule: object, index: Callable[..., Any] | None) -> None:
-    """Have a data module index its training data, if it is one of those that can."""
+    """Have a data module index its data, if it is one of those that can."""
     if isinstance(datamodule, IndexesTraining):
         datamodule.index_training(index)
 
@@ -236,7 +244,7 @@ def input_fingerprints(dataset: IndexedDataset) -> tuple[str, str]:
     with kept_generators():
         for seed, order in ((1, 1), (2, -1), (3, 1)):
             seed_generators(seed)
-            samples = dataset.fetch(indices[::order])
+            samples = dataset.fetch([dataset.first + index for index in indices[::order]])
             found.append([_hash_sample(samples[position].batch) for position in range(len(indices))][::order])
     unequal = [index for index, *hashes in zip(indices, *found, strict=True) if len(set(hashes)) > 1]
     if unequal and dataset.slots is None:

@@ -218,18 +218,22 @@ class Teacher(ABC):
         """
         raise TypeError(f"{type(self).__name__} has no hidden states. Take KDLoss.")
 
-    def index(self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None) -> IndexedDataset:
-        """Wrap the training data so that their batches, ``(batch, index)``, name their rows in the cache.
+    def index(
+        self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None, part: str = "train"
+    ) -> IndexedDataset:
+        """Wrap data so that their batches, ``(batch, index)``, name their rows in the cache.
 
         .. code-block:: python
 
             data = teacher.index(dataset)
             loader = DataLoader(data, batch_size=64, shuffle=True)
+            validation = DataLoader(teacher.index(other, part="val"), batch_size=64)
 
         Args:
             dataset: A map-style dataset.
             collate_fn: Function that collates samples, by default torch's. With another function, pass
                 ``collate_fn=data.collate`` to the loader.
+            part: ``"train"``, or a name of other data, such as ``"val"``; see :class:`TeacherCache`.
 
         Raises:
             ValueError: If the teacher has no cache; if the cache's file is damaged or belongs to another teacher,
@@ -237,7 +241,7 @@ class Teacher(ABC):
         """
         if self.cache is None:
             raise ValueError("this teacher has no cache: FrozenTeacher(..., cache=TeacherCache(path)).")
-        return self.cache.index(dataset, self.fingerprint(), collate_fn)
+        return self.cache.index(dataset, self.fingerprint(), collate_fn, part)
 
     def rows(self, batch: Any) -> Tensor | None:
         """Return the ``index`` that :meth:`logits` takes for this batch, found on the host before the batch moves.

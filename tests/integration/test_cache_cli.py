@@ -30,7 +30,9 @@ def build(*arguments: str, config: str = "digits_cached") -> None:
 def test_a_cache_is_made_ahead_and_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     build("--data.num_workers=2")
     path = Path("logs/digits_cached/teacher.cache")
-    assert f"TeacherCache({path}, 264 of 264 rows, 25 bytes each)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"TeacherCache({path}, 264 of 264 rows, 25 bytes each)" in printed
+    assert "teacher.val.cache, 145 of 145 rows, 25 bytes each)" in printed
     content = path.read_bytes()
     assert len(content) == 4096 + 264 * 25
 
@@ -65,12 +67,12 @@ def test_an_interrupted_build_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
         build(OUTPUT)
     before = Path("made/ahead.cache").read_bytes()
     build(OUTPUT)
-    assert len(calls) == 6 + 12 - 5
+    assert len(calls) == 6 + 12 - 5 + 7  # the last are those of validation
     after = Path("made/ahead.cache").read_bytes()
     written = 4096 + 4 * 264, 4096 + 4 * 264 + 20 * 22 * 5
     assert before[slice(*written)] == after[slice(*written)]
     build(OUTPUT)  # there is nothing left to do
-    assert len(calls) == 6 + 12 - 5
+    assert len(calls) == 6 + 12 - 5 + 7
     damaged = bytearray(after)
     damaged[5200] ^= 1
     Path("made/ahead.cache").write_bytes(damaged)

@@ -359,3 +359,16 @@ def test_a_restricted_classmethod_is_one_of_the_class() -> None:
     assert Derived.name() == "Derived"
     with pytest.raises(TypeError, match="cannot be called on an instance"):
         Derived().name()
+
+
+def test_an_instance_may_wrap_the_first_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, seen = BoringModel(), []
+    look = getattr(module, _lightning.FIRST_LOOK)
+
+    def seeing(batch: Any, *rest: Any, **named: Any) -> Any:
+        seen.append(batch)
+        return look(batch, *rest, **named)
+
+    monkeypatch.setitem(vars(module), _lightning.FIRST_LOOK, seeing)
+    make_trainer().fit(module, make_loader(1))
+    assert len(seen) == 2

@@ -24,7 +24,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
-from kd_lightning import ClassificationModule, DistillationModule, Distiller, FrozenTeacher, TeacherEnsemble
+from kd_lightning import ClassificationModule, DistillationModule, Distiller, TeacherEnsemble
 from kd_lightning.callbacks import (
     AdaptiveTemperature,
     DistillationCallback,
@@ -35,7 +35,6 @@ from kd_lightning.callbacks import (
 )
 from kd_lightning.functional import bernoulli_kd_loss, kd_loss
 from kd_lightning.losses import BernoulliKDLoss, DKDLoss, KDLoss
-from kd_lightning.teachers import TeacherCache
 from kd_lightning.temperature import CosineSchedule, LearnableTemperature, LinearSchedule
 from tests.helpers import NUM_CLASSES, LearnedTemperature, assert_same, make_data, make_loader, make_network, snapshot
 from tests.unit.callbacks.helpers import Script
@@ -575,8 +574,6 @@ def test_impossible_combinations(teacher: nn.Module, make_trainer: MakeTrainer) 
     module.net = teacher  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ValueError, match="student and teacher share parameters"):
         make_trainer(callbacks=[DistillationCallback(teacher)]).fit(module, make_loader())
-    with pytest.raises(ValueError, match="does not know which samples a batch has"):
-        DistillationCallback(FrozenTeacher(teacher, cache=TeacherCache("cache.kdl")))
 
     class Silent(Plain):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
