@@ -1,9 +1,8 @@
-"""Where a teacher's weights live: a device of their own, the host, accelerate's device map, or shared pages."""
+"""Where a teacher's weights live: a device of their own, the host, or accelerate's device map."""
 
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -332,46 +331,3 @@ def test_torchao(kind: str, options: dict[str, Any]) -> None:
     assert torch.equal(teacher.logits(inputs), quantized()(inputs))
     assert teacher.fingerprint() == FrozenTeacher(quantized()).fingerprint()
     assert teacher.fingerprint() != FrozenTeacher(quantized(1)).fingerprint()
-
-
-# ---- one copy for the ranks of a node ----------------------------------------------------------------------------
-
-
-def private_memory() -> int:
-    """Return the bytes of this process that no other shares."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
-
-
-def grows_by(path: str, on_meta: bool, barrier: Any, results: Any) -> None:
-    before = private_memory()
-    with torch.device("meta" if on_meta else "cpu"):
-        net = nn.Linear(4096, 4096, bias=False)
-    teacher = FrozenTeacher(net, path)
-    teacher.logits(torch.ones(1, 4096))
-    barrier.wait(120)  # all have read their weights
-    results.put(private_memory() - before)
-    barrier.wait(120)  # none leaves before all have measured
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("on_meta", [True, False])
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells which pages are shared")
-def test_ranks_share_the_pages_of_a_safetensors_file(tmp_path: Path, on_meta: bool) -> None:
-    """A network on the meta device keeps the file's mapped pages; one with memory of its own gets a copy."""
-    path = str(tmp_path / "teacher.safetensors")
-    size = 4 * 4096 * 4096
-    save_file({"weight": torch.randn(4096, 4096)}, path)
-    context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(2), context.Queue()
-    ranks = [context.Process(target=grows_by, args=(path, on_meta, barrier, results)) for _ in range(2)]
-    for rank in ranks:
-        rank.start()
-    grown = [results.get(timeout=120) for _ in ranks]
-    for rank in ranks:
-        rank.join(60)
-        assert rank.exitcode == 0
-    if on_meta:
-        assert max(grown) < 0.5 * size
-    else:
-        assert min(grown) > 0.5 * size
