@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from kd_lightning.functional import divergences
+from kd_lightning.functional.class_divergences import DecoupledKL, NonTargetCrossEntropy, TargetCrossEntropy
+from kd_lightning.functional.divergences import SoftCrossEntropy
 from kd_lightning.functional.row_loss import CLASS_DIM, LossOptions, row_loss
 from kd_lightning.functional.rows import check_layout, without_padding
 from kd_lightning.functional.sparse import TeacherTarget
@@ -57,7 +58,7 @@ def hard_label_loss(
     options["scale"] = "none"
     student, teacher, _ = as_temperature(temperature, student_logits)
     at_one = Temperature(*(0 * t + 1 for t in (student, teacher)))  # for DDP, which expects every gradient
-    return row_loss(divergences.SoftCrossEntropy(), student_logits, certain, at_one, **options)
+    return row_loss(SoftCrossEntropy(), student_logits, certain, at_one, **options)
 
 
 def dkd_loss(
@@ -99,7 +100,7 @@ def dkd_loss(
     """
     check_weights(alpha=alpha, beta=beta)
     options["targets"] = _class_targets("dkd_loss", student_logits, options)
-    return row_loss(divergences.DecoupledKL(alpha, beta), student_logits, teacher_logits, temperature, **options)
+    return row_loss(DecoupledKL(alpha, beta), student_logits, teacher_logits, temperature, **options)
 
 
 def _class_targets(name: str, logits: Tensor, options: LossOptions) -> Tensor:
@@ -157,7 +158,7 @@ def nkd_loss(
     """
     check_weights(gamma=gamma)
     options["targets"] = _class_targets("nkd_loss", student_logits, options)
-    others = row_loss(divergences.NonTargetCrossEntropy(), student_logits, teacher_logits, temperature, **options)
+    others = row_loss(NonTargetCrossEntropy(), student_logits, teacher_logits, temperature, **options)
     options["scale"] = "none"
-    target = row_loss(divergences.TargetCrossEntropy(), student_logits, teacher_logits, 1.0, **options)
+    target = row_loss(TargetCrossEntropy(), student_logits, teacher_logits, 1.0, **options)
     return target + gamma * others

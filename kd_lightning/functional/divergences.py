@@ -25,18 +25,16 @@ from typing_extensions import override
 __all__ = [
     "BernoulliKL",
     "ClosedForm",
-    "DecoupledKL",
     "Divergence",
     "ForwardKL",
     "JensenShannon",
-    "NonTargetCrossEntropy",
     "ReverseKL",
     "SoftCrossEntropy",
     "SquaredError",
-    "TargetCrossEntropy",
     "TotalVariation",
     "check_fusible",
-    "log_sum",
+    "nan_to_zero",
+    "where_positive",
 ]
 
 
@@ -107,7 +105,7 @@ class ForwardKL(Divergence):
         """Return the KL with the normalisers outside the sum, whose gradient is exactly p − q: 0 for equal logits."""
         log_z_a, log_z_b = (z.logsumexp(dim, keepdim=True) for z in (a, b))
         q = (b - log_z_b).exp()
-        return (q * _where_positive(q, b - a)).sum(dim, keepdim=True) - log_z_b + log_z_a
+        return (q * where_positive(q, b - a)).sum(dim, keepdim=True) - log_z_b + log_z_a
 
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
@@ -155,7 +153,7 @@ class ReverseKL(Divergence):
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
         log_z_a, log_z_b = a.logsumexp(dim, keepdim=True), b.logsumexp(dim, keepdim=True)
         p = (a - log_z_a).exp()
-        return (p * _where_positive(p, a - b)).sum(dim, keepdim=True) - log_z_a + log_z_b
+        return (p * where_positive(p, a - b)).sum(dim, keepdim=True) - log_z_a + log_z_b
 
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
@@ -163,7 +161,7 @@ class ReverseKL(Divergence):
         log_z_ratio = _log_z_ratio(_peaks(a, b, dim), p, q, dim)
         weighted = a.sub_(b).mul_(p)
         mean = weighted.nansum(dim, keepdim=True)
-        gradient = _nan_to_zero(weighted).sub_(p * mean)
+        gradient = nan_to_zero(weighted).sub_(p * mean)
         return ClosedForm(mean - log_z_ratio, gradient, q.sub_(p) if teacher else None)
 
 
@@ -248,7 +246,7 @@ class SoftCrossEntropy(Divergence):
     @override
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
         q = b.softmax(dim)
-        return a.logsumexp(dim, keepdim=True) - (q * _where_positive(q, a)).sum(dim, keepdim=True)
+        return a.logsumexp(dim, keepdim=True) - (q * where_positive(q, a)).sum(dim, keepdim=True)
 
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
@@ -299,120 +297,17 @@ class BernoulliKL(Divergence):
     @override
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
         q = b.sigmoid()
-        cross = q * _where_positive(q, b - a)
+        cross = q * where_positive(q, b - a)
         return (cross + F.logsigmoid(-b) - F.logsigmoid(-a)).sum(dim, keepdim=True)
 
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
         p, q = a.sigmoid(), b.sigmoid()
         normaliser = F.logsigmoid(-b).sub_(F.logsigmoid(-a))
-        cross = _nan_to_zero(b.sub_(a).mul_(q))
+        cross = nan_to_zero(b.sub_(a).mul_(q))
         value = normaliser.add_(cross).sum(dim, keepdim=True)
         teacher_gradient = cross.mul_(1 - q) if teacher else None
         return ClosedForm(value, p.sub_(q), teacher_gradient)
-
-
-@dataclass(frozen=True)
-class DecoupledKL(Divergence):
-    r"""DKD: :math:`\alpha \, \mathrm{KL}(q_y \| p_y) + \beta \, \mathrm{KL}(\hat q \| \hat p)`.
-
-    The first term is between two-point distributions, target :math:`y` against the rest; the second between the
-    distributions over the rest, the target's column dropped. The log-odds of the target, :math:`z = a_y - \log
-    \sum_{k \ne y} e^{a_k}`, carry the first term alone.
-    """
-
-    alpha: float = 1.0
-    beta: float = 8.0
-    needs_labels: ClassVar[bool] = True
-    min_classes: ClassVar[int] = 3
-
-    @override
-    def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
-        assert labels is not None
-        a_y, b_y = a.gather(dim, labels), b.gather(dim, labels)
-        a, b = a.scatter(dim, labels, -math.inf), b.scatter(dim, labels, -math.inf)
-        odds_a, odds_b = a_y - log_sum(a, dim), b_y - log_sum(b, dim)
-        empty = _is_empty(b, dim)
-        rest = ForwardKL().definition(a.masked_fill(empty, 0.0), b.masked_fill(empty, 0.0), dim, None)
-        return self.alpha * _two_point_kl(odds_b, odds_a) + self.beta * rest.masked_fill(empty, 0.0)
-
-    @override
-    def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
-        assert labels is not None
-        a_y, b_y = a.gather(dim, labels), b.gather(dim, labels)
-        a, b = (z.scatter_(dim, labels, -math.inf) for z in (a, b))
-        peak_a, peak_b = a.amax(dim, keepdim=True), b.amax(dim, keepdim=True)
-        p, q = (_nan_to_zero(z.softmax(dim)) for z in (a, b))  # 0 at the target, and where the rest is empty
-        log_z_a, log_z_b = (
-            torch.where(peak == -math.inf, peak, peak - probability.amax(dim, keepdim=True).log())
-            for peak, probability in ((peak_a, p), (peak_b, q))
-        )
-        odds_a, odds_b = a_y.sub_(log_z_a), b_y.sub_(log_z_b)
-        weighted = b.sub_(a).mul_(q)
-        mean = weighted.nansum(dim, keepdim=True)
-        rest = torch.where(peak_b == -math.inf, 0.0, mean - log_z_b + torch.where(peak_a == -math.inf, 0.0, log_z_a))
-        value = self.alpha * _two_point_kl(odds_b, odds_a) + self.beta * rest
-
-        to_target = self.alpha * (odds_a.sigmoid() - odds_b.sigmoid())  # by the odds; the rest loses it as p has it
-        teacher_gradient = None
-        if teacher:
-            of_odds = _nan_to_zero(self.alpha * odds_b.sigmoid() * (-odds_b).sigmoid() * (odds_b - odds_a))
-            teacher_gradient = weighted.mul_(self.beta).sub_(q * (self.beta * mean + of_odds))
-            teacher_gradient.scatter_(dim, labels, of_odds)
-        of_rest = torch.where(peak_b == -math.inf, 0.0, self.beta)
-        gradient = torch.mul(p, of_rest - to_target, out=p).sub_(q.mul_(self.beta))
-        return ClosedForm(value, gradient.scatter_(dim, labels, to_target), teacher_gradient)
-
-
-@dataclass(frozen=True)
-class NonTargetCrossEntropy(Divergence):
-    r""":math:`-\sum_{k \ne y} \hat q_k \log \hat p_k` over the rest without the target: NKD's second term."""
-
-    needs_labels: ClassVar[bool] = True
-    min_classes: ClassVar[int] = 3
-
-    @override
-    def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
-        assert labels is not None
-        a, b = a.scatter(dim, labels, -math.inf), b.scatter(dim, labels, -math.inf)
-        empty = _is_empty(b, dim)
-        value = SoftCrossEntropy().definition(a.masked_fill(empty, 0.0), b.masked_fill(empty, 0.0), dim, None)
-        return value.masked_fill(empty, 0.0)
-
-    @override
-    def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
-        assert labels is not None
-        a, b = (z.scatter_(dim, labels, -math.inf) for z in (a, b))
-        empty = _is_empty(b, dim)
-        parts = SoftCrossEntropy().closed_form(
-            a.masked_fill_(empty, 0.0), b.masked_fill_(empty, 0.0), dim, None, teacher
-        )
-        return ClosedForm(*(None if part is None else part.masked_fill_(empty, 0.0) for part in parts))  # pyright: ignore
-
-
-@dataclass(frozen=True)
-class TargetCrossEntropy(Divergence):
-    r""":math:`-q_y \log p_y`, the teacher's confidence in the target as a constant weight: NKD's first term."""
-
-    needs_labels: ClassVar[bool] = True
-
-    @override
-    def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
-        assert labels is not None
-        q_y = _confidence(b, dim, labels)
-        return _where_positive(q_y, a.logsumexp(dim, keepdim=True) - a.gather(dim, labels)) * q_y
-
-    @override
-    def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
-        assert labels is not None
-        q_y = _confidence(b, dim, labels)
-        value = _where_positive(q_y, a.logsumexp(dim, keepdim=True) - a.gather(dim, labels)).mul_(q_y)
-        gradient = a.softmax(dim).mul_(q_y).scatter_add_(dim, labels, -q_y)
-        return ClosedForm(value, gradient, torch.zeros_like(b) if teacher else None)
-
-
-def _confidence(b: Tensor, dim: int, labels: Tensor) -> Tensor:
-    return (b.gather(dim, labels) - b.logsumexp(dim, keepdim=True)).exp().detach()
 
 
 def check_fusible(divergence: Divergence) -> None:
@@ -423,32 +318,11 @@ def check_fusible(divergence: Divergence) -> None:
         )
 
 
-def _nan_to_zero(x: Tensor) -> Tensor:
+def nan_to_zero(x: Tensor) -> Tensor:
     """Replace the NaN of 0 · ∞ by 0 in place, and keep ∞."""
     return x.nan_to_num_(0.0, math.inf, -math.inf)
 
 
-def _where_positive(probability: Tensor, logits: Tensor) -> Tensor:
+def where_positive(probability: Tensor, logits: Tensor) -> Tensor:
     """Return 0 where the probability is 0, because 0 · (±∞) is 0 by continuity and NaN in floating point."""
     return torch.where(probability > 0, logits, 0.0)
-
-
-def _two_point_kl(teacher_odds: Tensor, student_odds: Tensor) -> Tensor:
-    """Return the KL between two yes-or-no distributions that are given by their log-odds; 0 where both are sure."""
-    both_sure = (teacher_odds == student_odds) & (teacher_odds.abs() == math.inf)
-    t, s = teacher_odds.masked_fill(both_sure, 0.0), student_odds.masked_fill(both_sure, 0.0)
-    q, rest = t.sigmoid(), (-t).sigmoid()
-    yes = _where_positive(q, F.logsigmoid(t) - F.logsigmoid(s))
-    no = _where_positive(rest, F.logsigmoid(-t) - F.logsigmoid(-s))
-    return q * yes + rest * no
-
-
-def log_sum(logits: Tensor, dim: int) -> Tensor:
-    """Return the logsumexp, with gradient 0 where all logits are −inf; torch's own has NaN there."""
-    empty = _is_empty(logits, dim)
-    return torch.where(empty, -math.inf, logits.masked_fill(empty, 0.0).logsumexp(dim, keepdim=True))
-
-
-def _is_empty(logits: Tensor, dim: int) -> Tensor:
-    """Return the rows without a class: a softmax over nothing but −inf is NaN."""
-    return logits.amax(dim, keepdim=True) == -math.inf

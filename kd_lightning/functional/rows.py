@@ -65,23 +65,28 @@ def check_layout(logits: Tensor, class_dim: int, targets: Tensor | None = None) 
         )
 
 
-def check_labels(targets: Tensor | None, logits: Tensor, class_dim: int, ignore_index: int | None) -> None:
+def check_labels(targets: Tensor | None, logits: Tensor, class_dim: int, ignore_index: int | None) -> bool:
     """Raise if targets that are class indices do not fit the logits; values are looked at where that is no host sync.
+
+    Returns:
+        True if every target is known to be a class.
 
     Raises:
         ValueError: If the shapes do not fit, or if a target is outside of the classes; names its value.
     """
     if targets is None or targets.dtype == torch.bool or targets.is_floating_point():
-        return
+        return False
     if targets.dim() != logits.dim() - 1 or torch.compiler.is_compiling() or in_transform():
-        return
-    valid_positions(targets, logits, class_dim, ignore_index)
+        return False
+    _check_positions(targets, logits, class_dim)
     if not targets.is_cpu or not targets.numel():
-        return
+        return False
     classes = logits.shape[class_dim]
     low, high = (int(x) for x in targets.aminmax())
-    if classes < 2 or (low >= 0 and high < classes):
-        return
+    if low >= 0 and high < classes:
+        return True
+    if classes < 2:
+        return False
     wrong = targets[(targets < 0) | (targets >= classes)]
     wrong = wrong if ignore_index is None else wrong[wrong != ignore_index]
     if len(wrong):
@@ -91,6 +96,7 @@ def check_labels(targets: Tensor | None, logits: Tensor, class_dim: int, ignore_
             + f", got {int(wrong[0])}. Return such targets from unpack_batch(batch), or give the losses the "
             "ignore_index of the data."
         )
+    return False
 
 
 def check_logits(
@@ -195,6 +201,13 @@ def valid_positions(targets: Tensor | None, logits: Tensor, class_dim: int, igno
         return None
     if targets.is_floating_point() and targets.shape == logits.shape:
         return None
+    _check_positions(targets, logits, class_dim)
+    if targets.dtype == torch.bool:
+        return targets
+    return None if ignore_index is None else targets != ignore_index
+
+
+def _check_positions(targets: Tensor, logits: Tensor, class_dim: int) -> None:
     class_dim %= logits.dim()
     positions = logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
     if targets.shape != positions:
@@ -203,9 +216,6 @@ def valid_positions(targets: Tensor | None, logits: Tensor, class_dim: int, igno
             f"{tuple(targets.shape)} for logits of shape {tuple(logits.shape)} with class_dim={class_dim}."
             + (" Give the loss class_dim=1." if logits.dim() > 2 and targets.shape == _without_dim_1(logits) else "")
         )
-    if targets.dtype == torch.bool:
-        return targets
-    return None if ignore_index is None else targets != ignore_index
 
 
 def _without_dim_1(logits: Tensor) -> torch.Size:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, override
 
-from kd_lightning.functional.divergences import ClosedForm, Divergence, log_sum
+from kd_lightning.functional.class_divergences import log_sum
+from kd_lightning.functional.divergences import ClosedForm, Divergence
 from kd_lightning.functional.rows import check_option
 from kd_lightning.functional.temperature import Temperature, check_values, compute_dtype
 

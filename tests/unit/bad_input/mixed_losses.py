@@ -5,7 +5,7 @@ import math
 import torch
 
 from kd_lightning import functional, losses
-from kd_lightning.functional import divergences
+from kd_lightning.functional.class_divergences import DecoupledKL, TargetCrossEntropy
 from tests.unit.bad_input.case import Case
 
 ZEROS = torch.zeros(2, 2)
@@ -65,16 +65,14 @@ CASES = [
     weight_of_the_teacher(1.5),
     Case(
         "fused module with a divergence that needs labels",
-        lambda: losses.FusedLinearKDLoss(divergence=divergences.DecoupledKL()),
+        lambda: losses.FusedLinearKDLoss(divergence=DecoupledKL()),
         ValueError,
         "the fused loss takes a divergence that needs no labels, got DecoupledKL(alpha=1.0, beta=8.0): compute that "
         "one from logits.",
     ),
     Case(
         "fused loss with a divergence that needs labels",
-        lambda: functional.fused_linear_kd_loss(
-            ZEROS, ZEROS, ZEROS, ZEROS, 2.0, divergence=divergences.TargetCrossEntropy()
-        ),
+        lambda: functional.fused_linear_kd_loss(ZEROS, ZEROS, ZEROS, ZEROS, 2.0, divergence=TargetCrossEntropy()),
         ValueError,
         "the fused loss takes a divergence that needs no labels, got TargetCrossEntropy(): compute that one from "
         "logits.",

@@ -78,3 +78,18 @@ def test_hard_and_soft_labels_agree_for_a_certain_teacher() -> None:
     student = torch.randn(6, 5, dtype=torch.float64)
     certain = 1e3 * F.one_hot(torch.arange(6) % 5, 5).double()
     torch.testing.assert_close(hard_label_loss(student, certain, 1.0), kd_loss(student, certain, 1.0))
+
+
+@pytest.mark.parametrize("loss", [dkd_loss, nkd_loss])
+def test_ordinary_rows_are_the_same_beside_a_row_without_other_classes(loss: Any) -> None:
+    """A batch in which a row has no class but its target takes another way to the same bits."""
+    student, teacher, targets = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    masked = teacher.clone()
+    masked[3] = torch.full((5,), -torch.inf).index_fill(0, torch.tensor(3), 1.0)
+    alone, beside = (student.clone().requires_grad_() for _ in range(2))
+    rows = loss(alone[:3], teacher[:3], 4.0, targets=targets[:3], reduction="none")
+    with_it = loss(beside, masked, 4.0, targets=targets, reduction="none")
+    assert torch.equal(rows, with_it[:3])
+    rows.sum().backward()
+    with_it[:3].sum().backward()
+    assert torch.equal(alone.grad[:3], beside.grad[:3])  # pyright: ignore[reportOptionalSubscript]
