@@ -360,7 +360,7 @@ class DistillationCallback(HoldsDistiller, Callback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._run.check_replicas(trainer)
-        self._run.set_cache_epoch(trainer.current_epoch)
+        self._run.start_cache_epoch(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

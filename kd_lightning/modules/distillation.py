@@ -217,7 +217,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
         return out, targets
 
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:
-        if self.teacher is not None and self.teacher.loaded and self.teacher.serves(batch):
+        if self._run.can_ask(batch):
             out, targets = self._distil(batch, self.progress)
             losses = {"loss": out.loss, "kd_loss": out.kd_loss, "task_loss": out.task_loss}
             logits, teacher_logits = out.student_logits, out.teacher_logits
@@ -250,10 +250,10 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
             self._run.index(self.trainer)
             self._run.set_up(self.trainer)
             self._watch_layers()
-        elif stage in ("validate", "test") and teacher is not None and not teacher.loaded:
+        elif stage in ("validate", "test") and teacher is not None:
             if teacher.available():
                 teacher.load()
-            else:
+            if not teacher.loaded or (stage == "test" and not teacher.runs):
                 rank_zero_info(
                     f"No teacher at {teacher.checkpoint}: the student is measured alone, without the losses and "
                     "metrics that compare it with the teacher."
@@ -269,7 +269,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
     @override
     def on_train_epoch_start(self) -> None:
         self._run.check_replicas(self.trainer)
-        self._run.set_cache_epoch(self.trainer.current_epoch)
+        self._run.start_cache_epoch(self.trainer)
 
     @override
     def on_fit_start(self) -> None:

@@ -133,6 +133,14 @@ class DistillationRun:
         """Have the data module's batches name their rows in the teacher's cache."""
         index_training(datamodule_of(trainer), self.teacher.index if self.teacher.caches else None)
 
+    def start_cache_epoch(self, trainer: Trainer) -> None:
+        """Select the slot of the epoch, and release a teacher whose caches have every row. A collective."""
+        self.set_cache_epoch(trainer.current_epoch)
+        caches = self.teacher.caches
+        whole = bool(caches) and all(cache.complete for cache in caches)
+        if caches and trainer.strategy.reduce_boolean_decision(whole):  # so that the ranks stay alike
+            self.teacher.release()
+
     def set_cache_epoch(self, epoch: int) -> None:
         """Select the slot of an epoch."""
         for cache in self.teacher.caches:
@@ -152,6 +160,12 @@ class DistillationRun:
         if self.rows is None and self.distiller.teacher is not None and not predicting:
             self.rows = self.teacher.rows(batch)
         return batch
+
+    def can_ask(self, batch: Any) -> bool:
+        """Return True if there is a teacher for a batch of evaluation, or a cache that has it."""
+        teacher = self.distiller.teacher
+        known = teacher is not None and teacher.loaded and (teacher.runs or self.rows is not None)
+        return known and self.teacher.serves(batch)
 
     def check_rows(self, rows: Tensor | None) -> None:
         """Raise if a training batch does not name its rows and the teacher has a cache.

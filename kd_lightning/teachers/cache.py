@@ -207,6 +207,20 @@ class TeacherCache:
             return self.first + np.arange(self._in_use()["samples"] * self.slots)
         return self.first + np.flatnonzero(self._file.flags == 0)
 
+    @property
+    def complete(self) -> bool:
+        """Whether all rows of all parts in use are written, and compared with the teacher."""
+        return all(part._compared and part._file is not None and part._file.whole for part in self.parts)
+
+    def teacher_of_whole_file(self) -> str | None:
+        """Return the fingerprint of the teacher whose logits of all training data are in the file, or None.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        file = CacheFile(self.path) if self.path.exists() else None
+        return file.header["teacher"] if file is not None and file.whole else None
+
     def verify(self) -> None:
         """Compare every written row with its checksum.
 
@@ -217,7 +231,9 @@ class TeacherCache:
             for rows in np.array_split(np.flatnonzero(self._file.flags), max(len(self._file.flags) // 4096, 1)):
                 self._file.read(rows)
 
-    def logits(self, rows: Tensor, compute: Callable[[], TeacherTarget], device: torch.device | None = None) -> Any:
+    def logits(
+        self, rows: Tensor, compute: Callable[[], TeacherTarget] | None, device: torch.device | None = None
+    ) -> Any:
         """Return the logits of these rows as float32; compute and store the rows that are missing.
 
         Of tokens and with ``top_k``, and of a teacher that gives them, Sparse targets.
@@ -225,11 +241,12 @@ class TeacherCache:
         Args:
             rows: Row numbers ``(B,)``, best on the CPU: on another device they cost a host sync.
             compute: Function that returns the teacher's logits of the whole batch: ``(B, C)``, or ``(B, ...)`` with one
-                shape for all rows; or Sparse targets of ``top_k`` classes.
+                shape for all rows; or Sparse targets of ``top_k`` classes. None: the cache must have the rows.
             device: Device of the result, by default the CPU. The copy is asynchronous.
 
         Raises:
             RuntimeError: If :meth:`index` has not been called.
+            FileNotFoundError: If a row is missing and there is no ``compute``.
             ValueError: If a row does not match its checksum, if a row number is out of range, if the teacher's own
                 logits differ from the stored logits, or if they cannot be stored.
         """
@@ -243,7 +260,12 @@ class TeacherCache:
                 "batch is of another dataset."
             )
         new = np.ones(len(numbers), bool) if self._file is None else self._file.are_missing(numbers)
-        if new.any() or not self._compared:
+        if compute is None and new.any():
+            raise FileNotFoundError(
+                f"the cache {self.path} lacks row {numbers[new][0]}, and the teacher that would compute it is absent. "
+                "Give its checkpoint, or complete the cache where it is: kd-lightning cache-teacher."
+            )
+        if compute is not None and (new.any() or not self._compared):
             computed = compute()
             encoded = self._codec.encode(computed)
             shape = self._codec.shape(computed)

@@ -49,15 +49,15 @@ class CacheFile:
 
     Args:
         path: Path of the file.
-        identity: Teacher, dataset, transform and options of this run, which the header must match.
+        identity: Teacher, dataset, transform and options of this run, which the header must match; None: any.
 
     Raises:
         ValueError: If the file is truncated, too long, damaged, no teacher cache, or of another run.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, path: Path, identity: dict[str, Any] | None = None) -> None:
         self.path = path
-        header = self._read_header(identity)
+        self.header = header = self._read_header(identity or {})
         self.shape: list[int] = header["shape"]
         self.row_bytes: int = header["row_bytes"]
         count = header["samples"] * header["slots"]
@@ -92,6 +92,11 @@ class CacheFile:
                 os.link(own, path)
         finally:
             own.unlink(missing_ok=True)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all rows are written."""
+        return bool(self.flags.all())
 
     def are_missing(self, rows: RowNumbers) -> NDArray[np.bool_]:
         """Return True for each of the rows that is not written.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from typing_extensions import override
 
+from kd_lightning.teachers.absent import AbsentWeights, is_plain
 from kd_lightning.teachers.batch import BatchTeacher
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calibration import Calibration
@@ -156,6 +157,8 @@ class FrozenTeacher(Teacher):
         self.placement = placement
         self._placement = placement_of(placement, module, checkpoint is not None)
         self._placement.check(self)
+        self._absent: AbsentWeights | None = None
+        self._told = ""  # the fingerprint of absent weights
         self.loaded = checkpoint is None
         if self.loaded:
             check_finite(module, "weights in place")
@@ -174,18 +177,23 @@ class FrozenTeacher(Teacher):
 
     def available(self) -> bool:
         """Whether the weights are in place, or their file is there to be read."""
-        needed = () if self.loaded or self.checkpoint is None else (self.checkpoint,)
+        needed = () if self.loaded or self._in_cache is not None else (str(self.checkpoint),)
         needed += (self.calibration,) if isinstance(self.calibration, (str, Path)) else ()
         return all(Path(path).is_file() for path in needed)
 
     def load(self) -> FrozenTeacher:
-        """Read the checkpoint, the first time only. Called by itself on first use."""
+        """Read the checkpoint, the first time only. Called by itself on first use.
+
+        A checkpoint that is absent is not read where the cache has every row.
+        """
         if not self.loaded:
-            assert self.checkpoint is not None
-            load_weights(self.module, self.checkpoint, self.prefix)
-            check_finite(self.module, self.checkpoint)
-            self._placement.place(self.module)
+            if (told := self._in_cache) is None:
+                self._read()
+            else:
+                self._told, self._absent = told, AbsentWeights(self.module)
             self.loaded = True
+        if self._absent is not None:
+            return self
         if self.calibration is not None and self._calibration is None:
             calibration = Calibration.of(self.calibration)
             if calibration.fingerprint is not None:
@@ -193,12 +201,56 @@ class FrozenTeacher(Teacher):
             self._calibration = calibration
         return self
 
+    def _read(self) -> None:
+        assert self.checkpoint is not None
+        load_weights(self.module, self.checkpoint, self.prefix)
+        check_finite(self.module, self.checkpoint)
+        self._placement.place(self.module)
+
+    def _bring_back(self, absent: AbsentWeights) -> None:
+        if not self.runs:
+            raise FileNotFoundError(
+                f"the teacher's weights {self.checkpoint} are absent, and only samples of its cache are known. Give "
+                "the file, or batches of teacher.index(dataset)."
+            )
+        self._absent = None
+        self._read()
+        if self.channels_last:
+            self.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self._placement.move(self.module, lambda tensor: tensor.to(absent.device))
+        if self.fingerprint() != self._told:
+            raise ValueError(
+                f"the teacher's weights {self.checkpoint} have the fingerprint {self.fingerprint()[:8]}, but its cache "
+                f"is of {self._told[:8]}. Give the weights that the cache was made with."
+            )
+
+    @property
+    def _in_cache(self) -> str | None:
+        """The fingerprint that a whole cache has where the checkpoint is absent."""
+        if self.cache is None or self.checkpoint is None or Path(self.checkpoint).is_file():
+            return None
+        return self.cache.teacher_of_whole_file()
+
+    @property
+    @override
+    def runs(self) -> bool:
+        return self._absent is None or Path(str(self.checkpoint)).is_file()
+
+    @override
+    def release(self) -> None:
+        readable = self.checkpoint is not None and self._placement.releases
+        if self._absent is None and readable and all(map(is_plain, self.parameters())):
+            self._told = self.fingerprint()
+            self._absent = AbsentWeights(self.module)
+
     def fingerprint(self) -> str:
         """Return a hash of all weights and buffers (names, types, shapes, bytes), or the ``fingerprint`` given.
 
         Two teachers with the same fingerprint are bit-identical. Ranks compare it, and checkpoints store it.
         """
-        own = self.load()._own_fingerprint()
+        if self.load()._absent is not None:
+            return self._told
+        own = self._own_fingerprint()
         return own if self._calibration is None else self._calibration.fingerprint_with(own)
 
     def _own_fingerprint(self) -> str:
@@ -219,7 +271,8 @@ class FrozenTeacher(Teacher):
         return states if self._calibration is None else self._calibration.apply_hidden(states)
 
     def _frozen(self, call: Callable[[Any], Any], inputs: Any) -> Any:
-        self.load()
+        if (absent := self.load()._absent) is not None:
+            self._bring_back(absent)
         if self._can_eval and any(
             part.training for part in self._parts
         ):  # somebody called train() on it, or shares a part of it
@@ -275,13 +328,14 @@ class FrozenTeacher(Teacher):
 
         if self.cache is None or index is None:
             return compute()
-        device = self._placement.device_of_logits(inputs, self._a_weight)
-        return _outside_graphs(self._cached_logits)(self.cache, index, compute, device)
+        return _outside_graphs(self._cached_logits)(self.cache, index, compute if self.runs else None, inputs)
 
     def _cached_logits(
-        self, cache: TeacherCache, index: Tensor, compute: Callable[[], Tensor], device: torch.device
+        self, cache: TeacherCache, index: Tensor, compute: Callable[[], Tensor] | None, inputs: Any
     ) -> Tensor:
         weight = self._a_weight
+        absent = self._absent
+        device = self._placement.device_of_logits(inputs, weight) if absent is None else absent.device
         logits = cache.logits(index, compute, device)
         return (
             logits
@@ -301,7 +355,7 @@ class FrozenTeacher(Teacher):
 
     @override
     def modules(self) -> Iterable[nn.Module]:
-        return (self.module,)
+        return () if self._absent is not None else (self.module,)
 
     @override
     def network(self) -> nn.Module:
@@ -331,13 +385,19 @@ class FrozenTeacher(Teacher):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        given = fn
+
         def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
+            moved = given(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        if any(parameter.is_meta for parameter in self.module.parameters()):
+        if self._absent is None and any(parameter.is_meta for parameter in self.module.parameters()):
             self.load()
-        self._placement.move(self.module, fn if self.precision is None else keep_dtype)
+        fn = fn if self.precision is None else keep_dtype
+        if self._absent is not None:
+            self._absent.move(fn)
+        else:
+            self._placement.move(self.module, fn)
 
     def _run(self, inputs: Any) -> Any:
         network: Callable[..., Any] = self.module

@@ -40,6 +40,9 @@ class Placement:
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
+    releases: bool = True
+    """Whether the weights may be dropped and read again."""
+
     def check(self, teacher: FrozenTeacher) -> None:
         """Raise if an option of the teacher, whose attributes are all set, does not go with this place."""
 
@@ -68,6 +71,8 @@ class Placement:
 
 class Dispatched(Placement):
     """Weights that accelerate has placed, whose hooks bring each layer's inputs to its device: nothing is moved."""
+
+    releases = False
 
     def move(self, module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
         """Leave the weights where they are."""

@@ -180,6 +180,16 @@ class Teacher(ABC):
         """Read the checkpoint, the first time only."""
         return self
 
+    @property
+    def runs(self) -> bool:
+        """Return False if only the samples of its cache are known, because the weights are absent."""
+        return all(teacher.runs for teacher in self.teachers)
+
+    def release(self) -> None:
+        """Drop weights that can be read again, once caches have every row: called by the module that trains."""
+        for teacher in self.teachers:
+            teacher.release()
+
     def modules(self) -> Iterable[nn.Module]:
         """Return the teacher's networks, whose parameters the student may not share and which ranks have alike."""
         return ()
