@@ -185,11 +185,7 @@ class Distiller(DistillerParts):
         extra: Mapping[Any, Any],
         given: Mapping[str, Tensor | Sequence[TeacherTarget] | None],
     ) -> DistillationOutput:
-        """Distil from a student's output that is no tensor; ``given`` are the arguments that stand in for parts of it.
-
-        Raises:
-            ValueError: If the Distiller computes both losses from logits, as this one does.
-        """
+        """Distil from an output that is no logits; ``given`` are the call's other arguments. This Distiller raises."""
         raise ValueError(
             f"the student's logits must be a tensor, got {type(student).__name__}: hidden states are for "
             "FusedLinearKDLoss in a FusedDistiller. Give logits."

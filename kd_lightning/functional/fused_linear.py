@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import TypedDict, Unpack
 
 from kd_lightning.functional.divergences import Divergence, ForwardKL, check_fusible
 from kd_lightning.functional.rows import (
@@ -21,10 +22,11 @@ from kd_lightning.functional.rows import (
     check_num_items,
     check_option,
     in_compute_dtype,
+    labels_of,
     loss_factor,
     valid_positions,
 )
-from kd_lightning.functional.rows_fast import known_to_be_one
+from kd_lightning.functional.rows_fast import buffer_dtype, gradients_of, known_to_be_one, unbroadcast
 from kd_lightning.functional.sparse import Sparse
 from kd_lightning.functional.temperature import Temperature, as_temperature, compute_dtype, in_transform
 
@@ -47,25 +49,30 @@ class FusedTerms(NamedTuple):
     task_loss: Tensor
 
 
+class FusedOptions(TypedDict, total=False):
+    """Keywords of the fused losses; :func:`fused_linear_kd_terms` has the defaults."""
+
+    teacher_logits: Tensor | None
+    student_bias: Tensor | None
+    teacher_bias: Tensor | None
+    targets: Tensor | None
+    kd_weight: float
+    task_weight: float
+    scale: Scale
+    ignore_index: int | None
+    reduction: Reduction
+    num_items: float | Tensor | None
+    chunk_size: int
+    divergence: Divergence
+
+
 def fused_linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
     teacher_hidden: Tensor | None,
     teacher_weight: Tensor | None,
     temperature: float | Tensor | Temperature,
-    *,
-    teacher_logits: Tensor | None = None,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    targets: Tensor | None = None,
-    kd_weight: float = 1.0,
-    task_weight: float = 0.0,
-    scale: Scale = "student_teacher",
-    ignore_index: int | None = -100,
-    reduction: Reduction = "mean",
-    num_items: float | Tensor | None = None,
-    chunk_size: int = 256,
-    divergence: Divergence = _FORWARD_KL,
+    **options: Unpack[FusedOptions],
 ) -> Tensor:
     r"""Return the :func:`kd_loss` of ``hidden @ weight.T`` plus the weighted cross-entropy, a chunk of rows at a time.
 
@@ -74,7 +81,7 @@ def fused_linear_kd_loss(
 
     Gradients flow to the student's hidden states, weight and bias and to the temperature; the teacher is a constant.
     They are computed in the forward, so that no logits are kept for the backward. A second derivative, or a second
-    backward through one graph, is computed from the whole logits.
+    backward through one graph, is computed from the whole logits. Defaults: :func:`fused_linear_kd_terms`.
 
     Args:
         student_hidden: ``(N, H)`` or ``(B, L, H)``: the input of the student's output layer.
@@ -113,25 +120,8 @@ def fused_linear_kd_loss(
         >>> fused_linear_kd_loss(hidden, weight, None, None, 2.0, teacher_logits=teacher, chunk_size=1)
         tensor(0.2902, grad_fn=...)
     """
-    return fused_linear_kd_terms(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        temperature,
-        teacher_logits=teacher_logits,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        targets=targets,
-        kd_weight=kd_weight,
-        task_weight=task_weight,
-        scale=scale,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        num_items=num_items,
-        chunk_size=chunk_size,
-        divergence=divergence,
-    ).loss
+    heads = student_hidden, student_weight, teacher_hidden, teacher_weight
+    return fused_linear_kd_terms(*heads, temperature, **options).loss
 
 
 def fused_linear_kd_terms(
@@ -186,10 +176,7 @@ def fused_linear_kd_terms(
     factor = loss_factor(temp, logits_like, scale, -1, valid, reduction, num_items) * kd_weight
     one = Temperature(*(torch.ones_like(factor.detach()) for _ in range(2)))
     task_factor = loss_factor(one, logits_like, "none", -1, valid, reduction, num_items) * task_weight
-    labels = None
-    if task_weight and targets is not None:
-        labels = targets.unsqueeze(-1)
-        labels = labels if valid is None else torch.where(valid, labels, 0)
+    labels = labels_of(targets, valid, -1) if task_weight and targets is not None else None
 
     t_t = temp.teacher.view_as(temp.teacher)  # a shared T twice among the arguments would break the compiled graph
     rows = _Flat(*(_flat(x, shape) for x in (temp.student, t_t, factor, task_factor, valid, labels)))
@@ -307,7 +294,7 @@ def _definition(divergence: Divergence, *tensors: Any) -> tuple[Tensor, Tensor, 
     task = torch.zeros_like(kd)
     if rows.labels is not None:
         task = (s.logsumexp(-1, keepdim=True) - s.gather(-1, rows.labels)) * rows.task_factor
-    kd, task = ((x if rows.valid is None else torch.where(rows.valid, x, 0.0)).sum() for x in (kd, task))
+    kd, task = _counted(kd, rows.valid).sum(), _counted(task, rows.valid).sum()
     return kd + task, kd.detach(), task.detach()
 
 
@@ -317,15 +304,17 @@ class _FusedLinear(torch.autograd.Function):
         ctx: Any, divergence: Divergence, chunk_size: int, wanted: tuple[bool, ...], *tensors: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         heads, rows = _Heads(*tensors[:7]), _Flat(*tensors[7:])
-        want_hidden, want_weight, want_bias = wanted[:3]
-        want_t_s, want_t_t, want_factor = wanted[7:10]
+        want: Any = _Heads(*wanted[:7])  # pyright: ignore[reportArgumentType]
+        want_row = _Flat(*wanted[7:])
         hidden, weight = heads.hidden, heads.weight
         dtype = compute_dtype(hidden)
         kd_total, task_total = torch.zeros(2, dtype=dtype, device=hidden.device).unbind()
-        d_hidden = torch.empty_like(hidden, dtype=_kept(hidden)) if want_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=dtype) if want_weight else None
-        d_bias = torch.zeros_like(weight[:, 0], dtype=dtype) if want_bias else None
-        per_row: list[tuple[Tensor | None, ...]] = []
+        d_hidden = torch.empty_like(hidden, dtype=buffer_dtype(hidden)) if want.hidden else None
+        d_weight = torch.zeros_like(weight, dtype=dtype) if want.weight else None
+        d_bias = torch.zeros_like(weight[:, 0], dtype=dtype) if want.bias else None
+        values: list[Tensor] = []
+        d_t_s: list[Tensor] = []
+        d_t_t: list[Tensor] = []
 
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], chunk_size):
@@ -334,26 +323,22 @@ class _FusedLinear(torch.autograd.Function):
                 s = F.linear(hidden[part], weight, heads.bias).to(dtype)
                 t = _teacher_logits(heads, part, dtype)
                 task_value, task_gradient = _cross_entropy(s, labels, task_c)
-                d_t_s = d_t_t = None
                 s, t = s.div_(t_s), t.div_(t_t)
-                kept_s = s.clone() if want_t_s else None
-                kept_t = t.clone() if want_t_t else None
-                form = divergence.closed_form(s, t, -1, None, want_t_t)
+                kept_s = s.clone() if want_row.student_temperature else None
+                kept_t = t.clone() if want_row.teacher_temperature else None
+                form = divergence.closed_form(s, t, -1, None, want_row.teacher_temperature)
                 del s, t
-                if kept_s is not None:
-                    d_t_s = (form.student * kept_s).nansum(-1, keepdim=True) * (-c / t_s)
-                if kept_t is not None and form.teacher is not None:
-                    d_t_t = (form.teacher * kept_t).nansum(-1, keepdim=True) * (-c / t_t)
-                value, d_t_s, d_t_t, task_value = (
-                    x if x is None or ok is None else torch.where(ok, x, 0.0)
-                    for x in (form.value, d_t_s, d_t_t, task_value)
-                )
-                assert value is not None
+                value = _counted(form.value, ok)
                 kd_total += (value * c).sum()
                 if task_value is not None:
-                    task_total += task_value.sum()
-                per_row.append((value, d_t_s, d_t_t))
-                if want_hidden or want_weight or want_bias:
+                    task_total += _counted(task_value, ok).sum()
+                if want_row.factor:
+                    values.append(value)
+                if kept_s is not None:
+                    d_t_s.append(_counted((form.student * kept_s).nansum(-1, keepdim=True) * (-c / t_s), ok))
+                if kept_t is not None and form.teacher is not None:
+                    d_t_t.append(_counted((form.teacher * kept_t).nansum(-1, keepdim=True) * (-c / t_t), ok))
+                if want.hidden or want.weight or want.bias:
                     gradient = form.student.mul_(c / t_s)
                     if task_gradient is not None:
                         gradient += task_gradient
@@ -361,17 +346,10 @@ class _FusedLinear(torch.autograd.Function):
                         gradient.masked_fill_(~ok, 0.0)
                     _through_linear(gradient, hidden[part], weight, part, d_hidden, d_weight, d_bias)
 
-        value, d_t_s, d_t_t = (
-            torch.cat([x for x in column if x is not None]) if want and per_row else None
-            for column, want in zip(
-                zip(*per_row, strict=True) if per_row else [()] * 3, (want_factor, want_t_s, want_t_t), strict=True
-            )
-        )
         ctx.divergence, ctx.wanted, ctx.gradients = divergence, wanted, (d_hidden, d_weight, d_bias)
-        ctx.save_for_backward(*tensors, value, d_t_s, d_t_t)
-        total = kd_total + task_total
+        ctx.save_for_backward(*tensors, *(torch.cat(parts) if parts else None for parts in (values, d_t_s, d_t_t)))
         ctx.mark_non_differentiable(kd_total, task_total)
-        return total, kd_total, task_total
+        return kd_total + task_total, kd_total, task_total
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
@@ -379,32 +357,27 @@ class _FusedLinear(torch.autograd.Function):
         *tensors, value, d_t_s, d_t_t = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
         if torch.is_grad_enabled() or gradients is None:
-            with torch.enable_grad():
-                aliases = [x.view_as(x) if want else x for x, want in zip(tensors, ctx.wanted, strict=True)]
-                loss, *_ = _definition(ctx.divergence, *aliases)
-            wanted = [x for x, want in zip(aliases, ctx.wanted, strict=True) if want]
-            found = iter(torch.autograd.grad(loss, wanted, g, create_graph=torch.is_grad_enabled()))
-            return None, None, None, *(next(found) if want else None for want in ctx.wanted)
+            loss = lambda *given: _definition(ctx.divergence, *given)[0]  # noqa: E731
+            return None, None, None, *gradients_of(loss, tensors, ctx.wanted, g)
         if not known_to_be_one(g):
             for x in gradients:
                 if x is not None:
                     x.mul_(g)
         student = (None if x is None else x.to(like.dtype) for x, like in zip(gradients, tensors[:3], strict=True))
         rows = _Flat(*tensors[7:])
-        temperatures = (
-            None if x is None else (g * x).sum_to_size(to.shape)
-            for x, to in (
-                (d_t_s, rows.student_temperature),
-                (d_t_t, rows.teacher_temperature),
-                (value, rows.factor),
-            )
-        )  # fmt: skip
-        return None, None, None, *student, None, None, None, None, *temperatures, None, None, None
+        by_row = _Flat(
+            unbroadcast(g, d_t_s, rows.student_temperature),
+            unbroadcast(g, d_t_t, rows.teacher_temperature),
+            unbroadcast(g, value, rows.factor),
+            task_factor=None,
+            valid=None,
+            labels=None,
+        )
+        return None, None, None, *student, None, None, None, None, *by_row
 
 
-def _kept(x: Tensor) -> torch.dtype:
-    """Return the dtype of a gradient buffer: float32 for float16, which underflows before the gradient scaler acts."""
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
+def _counted(values: Tensor, valid: Tensor | None) -> Tensor:
+    return values if valid is None else torch.where(valid, values, 0.0)
 
 
 def _teacher_logits(heads: _Heads, part: slice, dtype: torch.dtype) -> Tensor:

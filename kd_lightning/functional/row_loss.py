@@ -22,6 +22,7 @@ from kd_lightning.functional.rows import (
     check_option,
     definition,
     in_compute_dtype,
+    labels_of,
     loss_factor,
     valid_positions,
     without_padding,
@@ -129,19 +130,12 @@ def row_loss(
             divergence, student_logits, teacher_logits, temp, valid, class_dim
         )
     else:
-        labels = _labels(targets, valid, class_dim) if divergence.needs_labels else None
+        labels = labels_of(targets, valid, class_dim) if divergence.needs_labels else None
 
     rows = Rows(student_logits, teacher_logits, temp.student, temp.teacher, factor, valid, labels)
     fast = not traced and closed_form_applies(rows, class_dim)
     loss = (closed_form if fast else definition)(divergence, class_dim, reduction != "none", rows)
     return (loss.squeeze(class_dim) if reduction == "none" else loss).to(dtype)
-
-
-def _labels(targets: Tensor | None, valid: Tensor | None, class_dim: int) -> Tensor:
-    """Return class indices with a class dimension of size 1; 0 where the position is masked."""
-    assert targets is not None
-    labels = targets.unsqueeze(class_dim)
-    return labels if valid is None else torch.where(valid, labels, 0)
 
 
 def _with_plain_numbers(temperature: float | Tensor | Temperature, logits: Tensor, traced: bool) -> Temperature:

@@ -25,6 +25,7 @@ __all__ = [
     "check_option",
     "definition",
     "in_compute_dtype",
+    "labels_of",
     "loss_factor",
     "loss_scale",
     "valid_positions",
@@ -224,6 +225,13 @@ def _without_dim_1(logits: Tensor) -> torch.Size:
 
 def _count_word(number: int) -> str:
     return {1: "one", 2: "two", 3: "three"}[number]
+
+
+def labels_of(targets: Tensor | None, valid: Tensor | None, class_dim: int) -> Tensor:
+    """Return class indices with a class dimension of size 1; 0 where the position is masked."""
+    assert targets is not None
+    labels = targets.unsqueeze(class_dim)
+    return labels if valid is None else torch.where(valid, labels, 0)
 
 
 def in_compute_dtype(temperature: Temperature, logits: Tensor) -> Temperature:

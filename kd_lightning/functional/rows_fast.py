@@ -9,7 +9,7 @@ kernel launches cost more than arithmetic, take a shorter Function that evaluate
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,16 @@ from kd_lightning.functional.divergences import Divergence
 from kd_lightning.functional.rows import Rows, definition
 from kd_lightning.functional.temperature import widened_over
 
-__all__ = ["CHUNK_ACCELERATOR", "CHUNK_CPU", "closed_form", "closed_form_applies", "known_to_be_one"]
+__all__ = [
+    "CHUNK_ACCELERATOR",
+    "CHUNK_CPU",
+    "buffer_dtype",
+    "closed_form",
+    "closed_form_applies",
+    "gradients_of",
+    "known_to_be_one",
+    "unbroadcast",
+]
 
 CHUNK_CPU = 2**17
 """Elements of logits per chunk; up to twice as many stay whole. The three to six chunks in use (1.5 to 3 MB in float32)
@@ -76,7 +85,7 @@ class _SmallLoss(torch.autograd.Function):
         d_student, ctx.d_student = ctx.d_student, None
         if d_student is None or torch.is_grad_enabled():
             rows = Rows(student, teacher, t_s, t_t, factor, None, labels)
-            d_student, *_ = _gradients_of_definition(ctx.equation, Rows(True, *[False] * 6), rows, g)
+            d_student, *_ = gradients_of(_definition(*ctx.equation), rows, Rows(True, *[False] * 6), g)
         else:
             d_student = d_student.mul_(_plain(g) * (factor / t_s)).to(student.dtype)
         return None, None, None, d_student
@@ -92,7 +101,7 @@ class _ClosedFormLoss(torch.autograd.Function):
         parts = _chunks(student, class_dim)
         d_student = None
         if wanted.student and len(parts) > 1:
-            d_student = torch.empty_like(student, dtype=_buffer_dtype(student))
+            d_student = torch.empty_like(student, dtype=buffer_dtype(student))
         per_position: list[tuple[Tensor | None, ...]] = []
         for part in parts:
             s, t, t_s, t_t, c, ok, labels = everything if part is ... else (_take(x, part) for x in everything)
@@ -109,7 +118,7 @@ class _ClosedFormLoss(torch.autograd.Function):
                 if ok is not None:  # because 0 · NaN is NaN
                     form.student.masked_fill_(~ok, 0.0)
                 if d_student is None:
-                    d_student = form.student.mul_(c / t_s).to(_buffer_dtype(student))
+                    d_student = form.student.mul_(c / t_s).to(buffer_dtype(student))
                 else:
                     torch.mul(form.student, c / t_s, out=d_student[part])
 
@@ -134,7 +143,7 @@ class _ClosedFormLoss(torch.autograd.Function):
         if torch.is_grad_enabled() or (ctx.wanted.student and d_student is None):
             pairs = zip(everything, ctx.constants, strict=True)
             rows = Rows(*(constant if x is None else x for x, constant in pairs))
-            return None, None, None, None, *_gradients_of_definition(ctx.equation, ctx.wanted, rows, g)
+            return None, None, None, None, *gradients_of(_definition(*ctx.equation), rows, ctx.wanted, g)
         if d_student is not None:
             if not known_to_be_one(g):
                 d_student.mul_(g)
@@ -142,16 +151,16 @@ class _ClosedFormLoss(torch.autograd.Function):
         gradients = Rows(
             student=d_student,
             teacher=None,
-            student_temperature=_summed(g, d_t_s, everything.student_temperature),
-            teacher_temperature=_summed(g, d_t_t, everything.teacher_temperature),
-            factor=_summed(g, value, everything.factor),
+            student_temperature=unbroadcast(g, d_t_s, everything.student_temperature),
+            teacher_temperature=unbroadcast(g, d_t_t, everything.teacher_temperature),
+            factor=unbroadcast(g, value, everything.factor),
             valid=None,
             labels=None,
         )
         return None, None, None, None, *gradients
 
 
-def _buffer_dtype(logits: Tensor) -> torch.dtype:
+def buffer_dtype(logits: Tensor) -> torch.dtype:
     """Return the dtype of the gradient buffer: float32 for float16, which underflows before a gradient scaler acts."""
     return torch.float32 if logits.dtype == torch.float16 else logits.dtype
 
@@ -166,25 +175,28 @@ def _joined(logits: Tensor, class_dim: int, parts: list[Any], values: tuple[Any,
     return whole
 
 
-def _summed(g: Tensor, per_position: Tensor | None, to: Any) -> Tensor | None:
+def unbroadcast(g: Tensor, per_position: Tensor | None, to: Any) -> Tensor | None:
     """Return the gradient of an input that was broadcast over the positions."""
     return None if per_position is None else (g * per_position).sum_to_size(to.shape)
 
 
-def _gradients_of_definition(
-    equation: tuple[Divergence, int, bool], wanted: Rows, rows: Rows, g: Tensor
+def _definition(divergence: Divergence, class_dim: int, summed: bool) -> Callable[..., Tensor]:
+    return lambda *rows: definition(divergence, class_dim, summed, Rows(*rows))
+
+
+def gradients_of(
+    loss: Callable[..., Tensor], given: Sequence[Any], wanted: Sequence[bool], g: Tensor
 ) -> list[Tensor | None]:
-    """Return the gradients by autograd over the definition.
+    """Return the gradients of a loss by autograd, None where a gradient is not wanted.
 
     Double backward needs it, and so does a second backward through one graph, because the first frees the buffer.
     """
-    divergence, class_dim, summed = equation
     with torch.enable_grad():
         # as aliases, because the path from the temperatures to the factor belongs to the outer graph
-        rows = Rows(*(x.view_as(x) if want else x for x, want in zip(rows, wanted, strict=True)))
-        loss = definition(divergence, class_dim, summed, rows)
-    inputs = [x for x, want in zip(rows, wanted, strict=True) if want]
-    found = iter(torch.autograd.grad(loss, inputs, g, create_graph=torch.is_grad_enabled()))
+        aliases = [x.view_as(x) if want else x for x, want in zip(given, wanted, strict=True)]
+        value = loss(*aliases)
+    inputs = [x for x, want in zip(aliases, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(value, inputs, g, create_graph=torch.is_grad_enabled()))
     return [next(found) if want else None for want in wanted]
 
 

@@ -7,7 +7,7 @@ Equations, shapes and sources are those of the function of the same name in :mod
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from typing_extensions import Unpack, override
@@ -107,7 +107,7 @@ class LogitLoss(nn.Module):
 
         A ``reduction`` given here replaces the module's own.
         """
-        return type(self).function(
+        return self._loss(
             student_logits,
             teacher_logits,
             temperature,
@@ -117,8 +117,11 @@ class LogitLoss(nn.Module):
             class_dim=self.class_dim,
             ignore_index=self.ignore_index,
             reduction=self.reduction if reduction is None else reduction,
-            **{name: getattr(self, name) for name in self.options},
         )
+
+    def _loss(self, *given: Any, **options: Any) -> Tensor:
+        """Return the loss of both logits and the temperature, with the options of every loss."""
+        return type(self).function(*given, **options, **{name: getattr(self, name) for name in self.options})
 
     def extra_repr(self) -> str:
         """Return the options, the loss's own first."""
@@ -168,29 +171,12 @@ class KDLoss(LogitLoss):
         self.beta = beta
 
     @override
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: TeacherTarget,
-        temperature: float | Tensor | Temperature,
-        targets: Tensor | None = None,
-        num_items: float | Tensor | None = None,
-        reduction: Reduction | None = None,
-    ) -> Tensor:
-        """Return the loss, or that of the convention; the arguments are those of :class:`LogitLoss`."""
+    def _loss(self, *given: Any, **options: Any) -> Tensor:
         if self.convention is None:
-            return super().forward(student_logits, teacher_logits, temperature, targets, num_items, reduction)
-        return CONVENTIONS[self.convention](
-            student_logits,
-            teacher_logits,
-            temperature,
-            targets=targets,
-            num_items=num_items,
-            class_dim=self.class_dim,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction if reduction is None else reduction,
-            **({"alpha": self.alpha, "beta": self.beta} if self.convention == "torchdistill" else {}),
-        )
+            return super()._loss(*given, **options)
+        del options["scale"]  # which the convention has
+        weights = {"alpha": self.alpha, "beta": self.beta} if self.convention == "torchdistill" else {}
+        return CONVENTIONS[self.convention](*given, **options, **weights)
 
     @override
     def extra_repr(self) -> str:
@@ -245,28 +231,8 @@ class FusedLinearKDLoss(LogitLoss):
         check_fusible(self.divergence)
 
     @override
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: TeacherTarget,
-        temperature: float | Tensor | Temperature,
-        targets: Tensor | None = None,
-        num_items: float | Tensor | None = None,
-        reduction: Reduction | None = None,
-    ) -> Tensor:
-        """Return the divergence between logits; the arguments are those of :class:`LogitLoss`."""
-        return row_loss(
-            self.divergence,
-            student_logits,
-            teacher_logits,
-            temperature,
-            targets=targets,
-            num_items=num_items,
-            scale=self.scale,
-            class_dim=self.class_dim,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction if reduction is None else reduction,
-        )
+    def _loss(self, *given: Any, **options: Any) -> Tensor:
+        return row_loss(self.divergence, *given, **options)
 
     def from_hidden(
         self,
