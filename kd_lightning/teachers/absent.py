@@ -15,10 +15,12 @@ class AbsentWeights:
 
     Args:
         module: The network, whose parameters are replaced by parameters without values.
+        fingerprint: The fingerprint of the teacher with its weights.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, fingerprint: str) -> None:
         self.module = module
+        self.fingerprint = fingerprint
         parameters = [parameter for parameter in module.parameters() if is_plain(parameter)]
         self.device = parameters[0].device if parameters else torch.device("cpu")
         empty = {id(parameter): _empty(parameter) for parameter in parameters}  # one parameter may have two names

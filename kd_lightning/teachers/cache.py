@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 import zlib
@@ -170,6 +171,8 @@ class TeacherCache:
                 "TeacherCache, with a path of its own, or name the part: teacher.index(dataset, part='val')."
             )
         self.dataset, self._identity, self._compared = dataset, identity, False
+        if self not in dataset.caches:
+            dataset.caches.append(self)
         self._file = CacheFile(self.path, identity) if self.path.exists() else None
         self.set_epoch(self._epoch)
         return dataset
@@ -207,6 +210,9 @@ class TeacherCache:
             return self.first + np.arange(self._in_use()["samples"] * self.slots)
         return self.first + np.flatnonzero(self._file.flags == 0)
 
+    def _written(self) -> int:
+        return 0 if self._file is None else int(np.count_nonzero(self._file.flags))
+
     @property
     def complete(self) -> bool:
         """Whether all rows of all parts in use are written, and compared with the teacher."""
@@ -228,7 +234,7 @@ class TeacherCache:
             ValueError: If a row does not match its checksum.
         """
         if self._file is not None:
-            for rows in np.array_split(np.flatnonzero(self._file.flags), max(len(self._file.flags) // 4096, 1)):
+            for rows in self._file.blocks():
                 self._file.read(rows)
 
     def logits(
@@ -300,6 +306,20 @@ class TeacherCache:
             "DataLoader(teacher.index(dataset, part=...), ...)."
         )
 
+    def read_ahead(self, rows: list[int]) -> None:
+        """Bring rows that are written into memory and compare them with their checksums, in a loader's worker.
+
+        The training process then finds them in the page cache, and verified if it forked the worker.
+        """
+        if self._file is None and self.path.exists():
+            self._file = CacheFile(self.path, self._in_use())
+        if self._file is not None:
+            numbers = np.array(rows) - self.first
+            with contextlib.suppress(ValueError):  # because the training process reads the row and raises
+                there = numbers[~self._file.are_missing(numbers)]
+                self._file.request(there)
+                self._file.read(there)
+
     def _in_use(self) -> dict[str, Any]:
         if self._identity is None:
             raise RuntimeError(
@@ -360,4 +380,4 @@ class TeacherCache:
             return f"{type(self).__name__}({self.path})"
         rows = self._identity["samples"] * self.slots
         size = "" if self._file is None else f", {self.row_bytes} bytes each"
-        return f"{type(self).__name__}({self.path}, {rows - len(self.missing())} of {rows} rows{size})"
+        return f"{type(self).__name__}({self.path}, {self._written()} of {rows} rows{size})"

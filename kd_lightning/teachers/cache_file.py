@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import zlib
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ _MAGIC = b"KDLCACHE"
 _VERSION = 1
 _HEADER = 4096  # bytes: magic, JSON, zeros, and the CRC-32 of the preceding bytes
 _WRITTEN = 0xA5
+
+_BLOCK = 2**26  # bytes that are copied or verified at a time
 
 Bytes = NDArray[np.uint8]
 RowNumbers = NDArray[np.int64]
@@ -50,32 +53,55 @@ class CacheFile:
     Args:
         path: Path of the file.
         identity: Teacher, dataset, transform and options of this run, which the header must match; None: any.
+        alone: Whether no other process may write: the file is locked until this object is gone, and rows are not.
 
     Raises:
+        BlockingIOError: If another process has the file alone.
         ValueError: If the file is truncated, too long, damaged, no teacher cache, or of another run.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any] | None = None) -> None:
+    def __init__(self, path: Path, identity: dict[str, Any] | None = None, alone: bool = False) -> None:
         self.path = path
         self.header = header = self._read_header(identity or {})
         self.shape: list[int] = header["shape"]
         self.row_bytes: int = header["row_bytes"]
-        count = header["samples"] * header["slots"]
+        self.first, last = header.get("shard", (0, header["samples"] * header["slots"]))
+        count = last - self.first
         layout, size = _Layout.of(count, self.row_bytes), path.stat().st_size
         if size != layout.end:
             self._fail(f"is {'truncated' if size < layout.end else 'too long'}: {size} bytes, {layout.end} expected")
         self.writable = os.access(path, os.W_OK)
-        whole = np.asarray(np.memmap(path, np.uint8, "r+" if self.writable else "r"))
+        self._lock = open(path, "r+b") if alone else None  # noqa: SIM115  (the lock is held as long as the file is open)
+        if fcntl is not None and self._lock is not None:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open(path, "r+b" if self.writable else "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE if self.writable else mmap.ACCESS_READ)
+        whole = np.frombuffer(self._map, np.uint8)
         self.checksums = whole[layout.checksums : layout.rows].view(np.uint32)
         self.rows = whole[layout.rows : layout.flags].reshape(count, self.row_bytes)
         self.flags = whole[layout.flags :]
-        self._verified = np.zeros(count, bool)
-        self.are_missing(np.arange(count))
+        # shared with forked processes, so that rows that a loader's worker has verified are not verified again
+        self._verified = np.frombuffer(mmap.mmap(-1, max(count, 1)), bool)
 
     @staticmethod
-    def create(path: Path, identity: dict[str, Any], shape: list[int], row_bytes: int) -> None:
-        """Create the file with all its space atomically, or keep the file that another process has created."""
+    def create(
+        path: Path,
+        identity: dict[str, Any],
+        shape: list[int],
+        row_bytes: int,
+        shard: tuple[int, int] | None = None,
+    ) -> None:
+        """Create the file with all its space atomically, or keep the file that another process has created.
+
+        Args:
+            path: Path of the file.
+            identity: See :class:`CacheFile`.
+            shape: Shape of a sample's logits.
+            row_bytes: Bytes of a row.
+            shard: The rows of the file, first and last + 1; None: all.
+        """
         header = {"version": _VERSION, **identity, "shape": shape, "row_bytes": row_bytes}
+        header |= {} if shard is None else {"shard": shard}
         block = (_MAGIC + json.dumps(header).encode()).ljust(_HEADER - 4, b"\0")
         path.parent.mkdir(parents=True, exist_ok=True)
         own = path.with_name(f".{path.name}.{os.getpid()}")
@@ -83,7 +109,8 @@ class CacheFile:
             with open(own, "wb") as file:
                 file.write(block + zlib.crc32(block).to_bytes(4, "little"))
                 file.flush()
-                end = _Layout.of(identity["samples"] * identity["slots"], row_bytes).end
+                first, last = shard or (0, identity["samples"] * identity["slots"])
+                end = _Layout.of(last - first, row_bytes).end
                 if hasattr(os, "posix_fallocate"):  # because writing to a map on a full disk kills the process
                     os.posix_fallocate(file.fileno(), 0, end)
                 else:
@@ -104,7 +131,7 @@ class CacheFile:
         Raises:
             ValueError: If a flag is neither of its two values.
         """
-        flags = self.flags[rows]
+        flags = self.flags[rows - self.first]
         wrong = (flags != 0) & (flags != _WRITTEN)
         if wrong.any():
             self._fail(f"is damaged: the flag of row {rows[wrong][0]} is {flags[wrong][0]:#x}")
@@ -116,18 +143,56 @@ class CacheFile:
         Raises:
             ValueError: If a row does not match its checksum.
         """
-        found = self.rows[rows]
-        new = np.flatnonzero(~self._verified[rows])
+        at = rows - self.first
+        new = np.flatnonzero(~self._verified[at])
+        found = self.rows[at]
         if new.size:
-            wrong = new[self.checksums[rows[new]] != _checksums(rows[new], found[new])]
+            wrong = new[self.checksums[at[new]] != _checksums(rows[new], found[new])]
             if wrong.size:  # read again under the lock, because another process may be writing
                 with self._locked():
-                    found[wrong] = self.rows[rows[wrong]]
-                    wrong = wrong[self.checksums[rows[wrong]] != _checksums(rows[wrong], found[wrong])]
+                    found[wrong] = self.rows[at[wrong]]
+                    wrong = wrong[self.checksums[at[wrong]] != _checksums(rows[wrong], found[wrong])]
             if wrong.size:
                 self._fail(f"is damaged: row {rows[wrong[0]]} does not match its checksum")
-            self._verified[rows[new]] = True
+            self._verified[at[new]] = True
         return found
+
+    def request(self, rows: RowNumbers) -> None:
+        """Request rows from the file system all at once: page faults would wait for a disk or network one by one."""
+        if not hasattr(self._map, "madvise") or not len(rows):
+            return
+        at = np.unique(rows) - self.first
+        begins = _HEADER + 4 * len(self.flags) + at * self.row_bytes
+        starts = begins // mmap.PAGESIZE * mmap.PAGESIZE
+        ends = begins + self.row_bytes
+        apart = np.flatnonzero(starts[1:] > ends[:-1]) + 1  # rows on neighbouring pages are one block
+        for start, end in zip(starts[np.r_[0, apart]], ends[np.r_[apart - 1, -1]], strict=True):
+            self._map.madvise(mmap.MADV_WILLNEED, int(start), int(end - start))
+
+    def blocks(self) -> Iterator[RowNumbers]:
+        """Yield the numbers of written rows, in order and in blocks that are read at a time.
+
+        Raises:
+            ValueError: If a flag is neither of its two values.
+        """
+        size = max(_BLOCK // max(self.row_bytes, 1), 1)
+        for begin in range(self.first, self.first + len(self.flags), size):
+            rows = np.arange(begin, min(begin + size, self.first + len(self.flags)))
+            rows = rows[~self.are_missing(rows)]
+            self.request(rows)
+            yield rows
+
+    def adopt(self, shard: CacheFile) -> None:
+        """Copy the rows of a shard, each compared with its checksum.
+
+        Raises:
+            ValueError: If a row does not match its checksum, or the rows are of another shape.
+        """
+        if (shard.shape, shard.row_bytes) != (self.shape, self.row_bytes):
+            shard._fail(f"has rows of shape {tuple(shard.shape)}, but {self.path} of {tuple(self.shape)}")
+        for rows in shard.blocks():
+            self.write(rows, shard.read(rows))
+        self._map.flush()  # before the shard is deleted
 
     def write(self, rows: RowNumbers, encoded: Bytes) -> None:
         """Write the rows that no process has written yet.
@@ -144,14 +209,18 @@ class CacheFile:
             )
         rows, first = np.unique(rows, return_index=True)  # a sampler may repeat a sample
         with self._locked():
-            new = self.flags[rows] == 0
+            new = self.flags[rows - self.first] == 0
             rows, encoded = rows[new], encoded[first[new]]
-            self.rows[rows] = encoded
-            self.checksums[rows] = _checksums(rows, encoded)
-            self.flags[rows] = _WRITTEN
+            at = rows - self.first
+            self.rows[at] = encoded
+            self.checksums[at] = _checksums(rows, encoded)
+            self.flags[at] = _WRITTEN
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
+        if self._lock is not None:  # held since the file was opened
+            yield
+            return
         with open(
             self.path, "r+b" if self.writable else "rb"
         ) as file:  # because forked processes share an open file's lock

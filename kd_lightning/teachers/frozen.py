@@ -158,7 +158,6 @@ class FrozenTeacher(Teacher):
         self._placement = placement_of(placement, module, checkpoint is not None)
         self._placement.check(self)
         self._absent: AbsentWeights | None = None
-        self._told = ""  # the fingerprint of absent weights
         self.loaded = checkpoint is None
         if self.loaded:
             check_finite(module, "weights in place")
@@ -187,10 +186,10 @@ class FrozenTeacher(Teacher):
         A checkpoint that is absent is not read where the cache has every row.
         """
         if not self.loaded:
-            if (told := self._in_cache) is None:
+            if (fingerprint := self._in_cache) is None:
                 self._read()
             else:
-                self._told, self._absent = told, AbsentWeights(self.module)
+                self._absent = AbsentWeights(self.module, fingerprint)
             self.loaded = True
         if self._absent is not None:
             return self
@@ -218,10 +217,10 @@ class FrozenTeacher(Teacher):
         if self.channels_last:
             self.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self._placement.move(self.module, lambda tensor: tensor.to(absent.device))
-        if self.fingerprint() != self._told:
+        if self.fingerprint() != absent.fingerprint:
             raise ValueError(
                 f"the teacher's weights {self.checkpoint} have the fingerprint {self.fingerprint()[:8]}, but its cache "
-                f"is of {self._told[:8]}. Give the weights that the cache was made with."
+                f"is of {absent.fingerprint[:8]}. Give the weights that the cache was made with."
             )
 
     @property
@@ -240,16 +239,15 @@ class FrozenTeacher(Teacher):
     def release(self) -> None:
         readable = self.checkpoint is not None and self._placement.releases
         if self._absent is None and readable and all(map(is_plain, self.parameters())):
-            self._told = self.fingerprint()
-            self._absent = AbsentWeights(self.module)
+            self._absent = AbsentWeights(self.module, self.fingerprint())
 
     def fingerprint(self) -> str:
         """Return a hash of all weights and buffers (names, types, shapes, bytes), or the ``fingerprint`` given.
 
         Two teachers with the same fingerprint are bit-identical. Ranks compare it, and checkpoints store it.
         """
-        if self.load()._absent is not None:
-            return self._told
+        if (absent := self.load()._absent) is not None:
+            return absent.fingerprint
         own = self._own_fingerprint()
         return own if self._calibration is None else self._calibration.fingerprint_with(own)
 
@@ -424,15 +422,7 @@ class FrozenTeacher(Teacher):
         count = sum(parameter.numel() for parameter in self.module.parameters())
         parts = [type(self.module).__name__, f"{count:,} frozen parameters"]
         parts.append("weights in place" if self.checkpoint is None else f"checkpoint={self.checkpoint!r}")
-        options = (
-            "transform",
-            "precision",
-            "channels_last",
-            "compile",
-            "micro_batch_size",
-            "placement",
-            "calibration",
-        )
+        options = ["transform", "precision", "channels_last", "compile", "micro_batch_size", "placement", "calibration"]
         parts += [f"{name}={getattr(self, name)!r}" for name in options if getattr(self, name)]
         parts += [f"cache={str(cache.path)!r}" for cache in self.caches]
         return f"{type(self).__name__}({', '.join(parts)})"

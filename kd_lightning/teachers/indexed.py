@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, default_collate, get_worker_info
 from typing_extensions import override
 
 __all__ = [
@@ -44,6 +44,14 @@ def split_index(batch: Any) -> tuple[Any, Tensor | None]:
         ('batch', None)
     """
     return (batch.batch, batch.rows) if isinstance(batch, Indexed) else (batch, None)
+
+
+class ReadsAhead(Protocol):
+    """A cache that reads rows before they are needed."""
+
+    def read_ahead(self, rows: list[int]) -> None:
+        """Have the rows in memory, and compared with their checksums."""
+        ...
 
 
 class IndexedDataset(Dataset[Any]):
@@ -95,6 +103,8 @@ class IndexedDataset(Dataset[Any]):
         self.slots = slots
         self.seed = seed
         self.first = first
+        self.caches: list[ReadsAhead] = []
+        """The caches whose rows a loader's workers read ahead."""
         self._collate_fn = default_collate if collate_fn is None else collate_fn
         self._epoch = torch.zeros(
             1, dtype=torch.int64
@@ -120,6 +130,9 @@ class IndexedDataset(Dataset[Any]):
 
     def fetch(self, rows: list[int]) -> _Samples:
         """Return the samples of these rows, of any slot."""
+        if get_worker_info() is not None:
+            for cache in self.caches:
+                cache.read_ahead(rows)
         indices = [(row - self.first) % len(self) for row in rows]
         if self.slots is None:
             return _Samples(_items(self.dataset, indices), rows)

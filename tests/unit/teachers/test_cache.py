@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import copy
 import json
+import mmap
 import multiprocessing
 import pickle
 import random
 import signal
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning import Distiller, FrozenTeacher
-from kd_lightning.teachers import TeacherCache
+from kd_lightning.teachers import TeacherCache, cache_file
+from kd_lightning.teachers.cache_file import CacheFile
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, make_data, make_network
 
 COUNT = 24
@@ -474,3 +477,74 @@ def test_no_graph_goes_through_the_map(teacher: nn.Module, path: Path) -> None:
     for _ in range(2):
         for (inputs, _), rows in DataLoader(data, batch_size=8):
             torch.testing.assert_close(compiled(inputs, rows), step(inputs, rows))
+
+
+# ---- opening, and reading ahead ----------------------------------------------------------------------------------
+
+
+def test_opening_costs_nothing_for_each_row(tmp_path: Path) -> None:
+    count, identity = 2_000_000, {"teacher": "t", "samples": 2_000_000, "slots": 1}
+    CacheFile.create(tmp_path / "a", identity, [1], 1)
+    tracemalloc.start()
+    file = CacheFile(tmp_path / "a", identity)
+    assert tracemalloc.get_traced_memory()[1] < count / 8
+    tracemalloc.stop()
+    assert len(file.flags) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("filled", [COUNT, COUNT // 2])
+def test_workers_verify_rows_ahead(
+    teacher: nn.Module, path: Path, filled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = cached(teacher, path)
+    first.index(make_data(COUNT))
+    inputs, _ = make_data(COUNT).tensors
+    expected = first.logits(inputs[:filled], torch.arange(filled))
+    frozen = cached(copy.deepcopy(teacher), path)
+    data = frozen.index(make_data(COUNT))
+    loader = DataLoader(data, batch_size=filled, num_workers=2, sampler=range(filled))
+    (batch, _), rows = next(iter(loader))
+    file = the_cache(frozen)._file
+    assert file is not None
+    assert file._verified[:filled].all()
+    monkeypatch.setattr(cache_file, "_checksums", lambda *_: pytest.fail("a worker has verified the rows"))
+    assert torch.equal(the_cache(frozen).logits(rows, None), expected)
+    assert torch.equal(batch, inputs[:filled])
+
+
+@pytest.mark.slow
+def test_a_damaged_row_is_told_by_the_training_process(teacher: nn.Module, path: Path) -> None:
+    fill(cached(teacher, path))
+    content = bytearray(path.read_bytes())
+    content[4096 + 4 * COUNT + 12 * 7] ^= 1
+    path.write_bytes(content)
+    frozen = cached(teacher, path)
+    data = frozen.index(make_data(COUNT))
+    (inputs, _), rows = next(iter(DataLoader(data, batch_size=COUNT, num_workers=1)))
+    with pytest.raises(ValueError, match=r"row 7 does not match its checksum\. To have it built anew, delete the file"):
+        frozen.logits(inputs, rows)
+
+
+def test_rows_are_requested_in_blocks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = {"samples": 100, "slots": 1}
+    path.parent.mkdir()
+    CacheFile.create(path, identity, [2048], 4096)
+    file = CacheFile(path, identity)
+    asked: list[tuple[int, int]] = []
+
+    class Map:
+        def madvise(self, advice: int, start: int, length: int) -> None:
+            assert start % mmap.PAGESIZE == 0
+            asked.append((start, length))
+
+    monkeypatch.setattr(file, "_map", Map())
+    file.request(np.array([5, 50, 6, 51, 5, 99]))
+    begin = 4096 + 4 * 100
+    for row in (5, 6, 50, 51, 99):
+        assert any(
+            start <= begin + row * 4096 and begin + (row + 1) * 4096 <= start + length for start, length in asked
+        )
+    assert len(asked) == 3
+    file.request(np.array([], dtype=np.int64))
+    assert len(asked) == 3
