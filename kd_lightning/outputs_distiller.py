@@ -127,27 +127,22 @@ class OutputsDistiller(Distiller):
                 "Leave out the cache, or distil one output with its own loss, such as KDLoss."
             )
         self.kd_loss.served = True
-        others = {name: term for name, term in self.kd_loss.terms.items() if name != self.kd_loss.first}
-        kept = [name for name, _ in self.temperature.named_buffers() if name.rpartition(".")[2] != "multiplier"]
-        for name, term in others.items():
-            if term.temperature is None and kept:
+        state = [name for name, _ in self.temperature.named_buffers() if name.rpartition(".")[2] != "multiplier"]
+        distillers: dict[str, Distiller] = {}
+        for name, term in self.kd_loss.terms.items():
+            if name == self.kd_loss.first:
+                continue
+            if term.temperature is None and state:
                 raise ValueError(
-                    f"{type(self.temperature).__name__} keeps a state, {kept[0]}, which several outputs cannot share. "
+                    f"{type(self.temperature).__name__} keeps a state, {state[0]}, which several outputs cannot share. "
                     f"Give the output {name!r} a temperature of its own: OutputTerm(..., temperature=...)."
                 )
-        self.outputs = nn.ModuleDict(
-            {
-                name: Distiller(
-                    self.teacher,
-                    self.temperature if term.temperature is None else term.temperature,
-                    term.kd_loss,
-                    self.task_loss,
-                    term.weight,
-                    0.0 if term.task_weight is None else term.task_weight,
-                )
-                for name, term in others.items()
-            }
-        )
+            temperature = self.temperature if term.temperature is None else term.temperature
+            task_weight = 0.0 if term.task_weight is None else term.task_weight
+            distillers[name] = Distiller(
+                self.teacher, temperature, term.kd_loss, self.task_loss, term.weight, task_weight
+            )
+        self.outputs = nn.ModuleDict(distillers)
 
     @override
     def run_student(self, logits: Callable[[Any], Tensor], network: nn.Module, inputs: Any) -> Any:
@@ -207,13 +202,11 @@ class OutputsDistiller(Distiller):
             extra=extra,
         )
         outputs = {kd_loss.first: first}
-        kd = weight_at(main.weight, progress, "weight") * first.kd_loss
-        task = first.task_loss
-        if main.task_weight is not None:
-            task = weight_at(main.task_weight, progress, "task_weight") * task
+        own_task = 1.0 if main.task_weight is None else weight_at(main.task_weight, progress, "task_weight")
+        kd, task = weight_at(main.weight, progress, "weight") * first.kd_loss, own_task * first.task_loss
         for name, distiller in self.outputs.items():
-            mine = kd_loss.targets_of(name, parts, targets, extra)
-            out = distiller(inputs, parts[name], mine, progress, teacher_logits=_taught(taught, name), extra=extra)
+            own = kd_loss.targets_of(name, parts, targets, extra)
+            out = distiller(inputs, parts[name], own, progress, teacher_logits=_taught(taught, name), extra=extra)
             outputs[name] = out
             kd, task = kd + out.kd_weight * out.kd_loss, task + out.task_weight * out.task_loss
         loss = first.kd_weight * kd + first.task_weight * task

@@ -20,12 +20,7 @@ from kd_lightning.callbacks.teacher_scores import TeacherScores
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.losses.task import as_targets, check_scalar
 from kd_lightning.modules.added_groups import add_groups
-from kd_lightning.modules.run import (
-    DistillationRun,
-    HoldsDistiller,
-    is_logging_step,
-    step_readings,
-)
+from kd_lightning.modules.run import DistillationRun, HoldsDistiller, is_logging_step, step_readings
 from kd_lightning.teachers import Teacher, extract_logits
 from kd_lightning.teachers.calls import counting_positions
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
@@ -270,18 +265,7 @@ class DistillationCallback(HoldsDistiller, Callback):
     def _distil(self, call: StudentCall, batch: Any, task_loss: Tensor) -> tuple[DistillationOutput, Tensor | None]:
         """Return the output, and the targets or the mask of the valid positions."""
         logits = self.extract_logits(call.output)
-        from_call = self.inputs is None and not self._run.teacher.reads_batch
-        inputs = call.inputs() if from_call else batch if self.inputs is None else select(batch, self.inputs, "inputs")
-        if from_call and any(leaf.grad_fn is not None for leaf in tensors((call.args, call.kwargs))):
-            raise RuntimeError(
-                f"{self._student} is called with what the student computed, on which the teacher cannot be run. Say "
-                "what the teacher gets: inputs=0 for the first part of the batch, or inputs=lambda batch: …"
-            )
-        if from_call and changed((call.args, call.kwargs), call.given):
-            raise RuntimeError(
-                f"training_step changed the inputs of {self._student} in place, so the teacher would see others than "
-                "the student did. Make a copy there, or say what the teacher gets: inputs=lambda batch: …"
-            )
+        inputs = self._inputs(call, batch)
         if changed((logits, call.output), call.returned):
             raise RuntimeError(
                 f"training_step changed the output of {self._student} in place, so its logits are gone: write "
@@ -297,11 +281,29 @@ class DistillationCallback(HoldsDistiller, Callback):
         if targets is None and self._layer is not None:
             positions = logits.movedim(self.distiller.class_dim, -1).shape[:-1]
             targets = counting_positions(None, call.by_name(self._layer), positions)
-        given: dict[str, Any] = {"teacher_logits": teacher_logits, "task_loss": task_loss}
-        given["extra"] = take_extra(batch, self.distiller.batch_keys)[1]
+        _, extra = take_extra(batch, self.distiller.batch_keys)
+        given: dict[str, Any] = {"teacher_logits": teacher_logits, "task_loss": task_loss, "extra": extra}
         out = self.distiller(inputs, student, targets, self.progress, **given)
         check_scalar(out.loss)
         return out, targets
+
+    def _inputs(self, call: StudentCall, batch: Any) -> Any:
+        """Return the teacher's inputs: what ``inputs`` selects of the batch, or those of the student's call."""
+        if self.inputs is not None:
+            return select(batch, self.inputs, "inputs")
+        if self._run.teacher.reads_batch:
+            return batch
+        if any(leaf.grad_fn is not None for leaf in tensors((call.args, call.kwargs))):
+            raise RuntimeError(
+                f"{self._student} is called with what the student computed, on which the teacher cannot be run. Say "
+                "what the teacher gets: inputs=0 for the first part of the batch, or inputs=lambda batch: …"
+            )
+        if changed((call.args, call.kwargs), call.given):
+            raise RuntimeError(
+                f"training_step changed the inputs of {self._student} in place, so the teacher would see others than "
+                "the student did. Make a copy there, or say what the teacher gets: inputs=lambda batch: …"
+            )
+        return call.inputs()
 
     def _choose(self, calls: list[StudentCall]) -> StudentCall:
         if self.forward_call is None and len(calls) > 1:
