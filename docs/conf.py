@@ -23,6 +23,7 @@ exclude_patterns = ["_build"]
 nb_execution_mode = "auto"  # notebooks are committed without outputs; `.ci/run` leaves this out, its tests run them
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
+nb_output_stderr = "remove"  # progress bars of a terminal; tests run the notebooks with warnings as errors
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 napoleon_use_ivar = True
