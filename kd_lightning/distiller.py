@@ -21,7 +21,7 @@ from kd_lightning.losses.task import as_targets, check_targets, is_readable, tas
 from kd_lightning.output import DistillationOutput, as_terms
 from kd_lightning.schedules import ConstantSchedule, Progress, Schedule, as_schedule, weight_at
 from kd_lightning.teachers import Opinions, Teacher, extract_logits
-from kd_lightning.teachers.calls import HiddenStates, counting_positions
+from kd_lightning.teachers.calls import HiddenStates, by_name, counting_positions
 from kd_lightning.teachers.frozen import as_teacher
 from kd_lightning.temperature import Signals, TemperaturePolicy, as_policy
 from kd_lightning.temperature.base import Temperatures
@@ -95,6 +95,7 @@ class Distiller(DistillerParts):
     ) -> None:
         super().__init__()
         self.kd_enabled = True
+        self.input_names: Sequence[str] = ()  # of inputs given by position, for a mask among them
         self.kd_loss = KDLoss(ignore_index=getattr(task_loss, "ignore_index", -100)) if kd_loss is None else kd_loss
         self.task_loss = CrossEntropyLoss(ignore_index=self.task_ignore_index) if task_loss is None else task_loss
         self.layers = LayerTerms(layers or ())
@@ -148,7 +149,8 @@ class Distiller(DistillerParts):
             self.looked_at = True
             self._check_first_batch(student_logits, teacher_logits, targets if task_loss is None else None)
         student = student_logits.movedim(self.class_dim, -1)
-        counting = counting_positions(targets, inputs, student.shape[:-1])
+        named = by_name(inputs, self.input_names)
+        counting = counting_positions(targets, named, student.shape[:-1])
         signals = Signals(student, student, counting, progress, self.ignore_index, extra=extra or {})
         opinions = self._teaching.opinions(teacher_logits, signals, self.class_dim, inputs)
         kd_loss, temperature = self._distil(opinions.seen(signals), opinions)
@@ -157,7 +159,7 @@ class Distiller(DistillerParts):
         elif task_loss is None:
             check_targets(targets, task_weight)
             task_loss = kd_loss.new_zeros(())
-        layers = self.layers(progress, self.kd_enabled, inputs)
+        layers = self.layers(signals, self.kd_enabled, named)
         loss = kd_weight * kd_loss + task_weight * task_loss
         for term in layers.values():
             loss = loss + term.weight * term.loss

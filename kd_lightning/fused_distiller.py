@@ -16,7 +16,7 @@ from kd_lightning.losses.task import check_targets
 from kd_lightning.output import DistillationOutput
 from kd_lightning.schedules import Progress
 from kd_lightning.teachers import extract_logits
-from kd_lightning.teachers.calls import HiddenStates, check_hidden_states, counting_positions, hidden_states
+from kd_lightning.teachers.calls import HiddenStates, by_name, check_hidden_states, counting_positions, hidden_states
 from kd_lightning.temperature import Signals
 
 __all__ = ["FusedDistiller", "make_distiller"]
@@ -88,7 +88,7 @@ class FusedDistiller(Distiller):
         if not isinstance(temperature, Temperature):
             raise ValueError(f"FusedLinearKDLoss takes one temperature, but {self.temperature!r} gives several.")
         teacher = self._teaching.hidden_states(inputs)
-        counting = counting_positions(targets, inputs, shape[:-1])
+        counting = counting_positions(targets, by_name(inputs, self.input_names), shape[:-1])
         terms = kd_loss.from_hidden(student, teacher, temperature, counting, kd_weight, task_weight)
         empty = student.hidden.new_empty(0, shape[-1])
         output = DistillationOutput(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from kd_lightning.layers.extractor import FeatureExtractor, find_layers, layer_d
 from kd_lightning.losses import FeatureLoss, SoftFeatureLoss
 from kd_lightning.schedules import as_schedule, weight_at
 from kd_lightning.teachers import Teacher
-from kd_lightning.teachers.calls import call_model, padding_mask
+from kd_lightning.teachers.calls import call_model, has_decoder, padding_mask
 from kd_lightning.temperature import Progress, Schedule, Signals, TemperaturePolicy, as_policy
 from kd_lightning.temperature.base import Temperatures
 
@@ -255,6 +255,7 @@ class LayerTerms(nn.ModuleList):
         super().__init__(terms)
         self._extractors: tuple[FeatureExtractor, FeatureExtractor] | None = None
         self._layers: list[tuple[str, str]] = []
+        self._in_encoder: list[bool] = []
 
     @override
     def __iter__(self) -> Iterator[LayerTerm]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -281,6 +282,7 @@ class LayerTerms(nn.ModuleList):
             (_one_layer(student, term.student_layer), _one_layer(network, term.teacher_layer)) for term in self
         ]
         students, teachers = zip(*self._layers, strict=True)
+        self._in_encoder = [_is_in_encoder(student, name) for name in students]
         depths = layer_depths(student, list(dict.fromkeys(students)))
         for term, name in zip(self, students, strict=True):
             term.depth = depths[name]
@@ -336,21 +338,30 @@ class LayerTerms(nn.ModuleList):
                 term.build(*built_for)
 
     @override
-    def forward(self, progress: Progress, enabled: bool = True, inputs: Any = None) -> dict[str, LayerResult]:
+    def forward(
+        self,
+        signals: Signals,
+        enabled: bool = True,
+        inputs: Mapping[str, Any] | None = None,
+    ) -> dict[str, LayerResult]:
         """Return all terms, from the last forward of each network; none in eval mode.
 
         Args:
-            progress: Where training stands.
+            signals: Of the logits: where training stands, and the positions that count of a decoder without a mask.
             enabled: Whether the terms count.
-            inputs: Of the batch, for the mask of its padding.
+            inputs: Of the batch by name, for the mask of its padding.
         """
         if not (self.training and len(self)):
             self.clear()
             return {}
+        inputs = inputs or {}
         mask = padding_mask(inputs)
+        if mask is None and has_decoder(inputs):
+            mask = signals.valid
+        of_encoder = padding_mask(inputs, of_encoder=True)
         return {
-            name: term(*features, progress, enabled, mask)
-            for name, term, features in zip(self.names, self, self._features(), strict=True)
+            name: term(*features, signals.progress, enabled, of_encoder if within else mask)
+            for name, term, within, features in zip(self.names, self, self._in_encoder, self._features(), strict=True)
         }
 
     def _features(self) -> list[tuple[Tensor, Tensor]]:
@@ -376,6 +387,15 @@ def _one_layer(module: nn.Module, pattern: str) -> str:
         raise ValueError(f"a LayerTerm joins one layer with one, but {pattern!r} matches {', '.join(found)}: "
                          "give a term for each.")  # fmt: skip
     return found[0]
+
+
+def _is_in_encoder(network: nn.Module, layer: str) -> bool:
+    """Return True for a layer of the encoder of one of Hugging Face's encoder–decoder networks."""
+    for module in network.modules():
+        get_encoder: Any = getattr(module, "get_encoder", None)
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and get_encoder is not None:
+            return any(part is network.get_submodule(layer) for part in get_encoder().modules())
+    return False
 
 
 def _channel_dim(features: Tensor) -> int:

@@ -32,6 +32,7 @@ from kd_lightning.modules.run import DistillationRun, HoldsDistiller, is_logging
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.modules.temperature_state import KeepsTemperatureState
 from kd_lightning.teachers import Teacher
+from kd_lightning.teachers.calls import positional_names
 from kd_lightning.teachers.indexed import split_index
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 from kd_lightning.temperature.extra import take_extra
@@ -122,6 +123,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
         self._save_plain_hyperparameters()
         self.student = student
         self.distiller = make_distiller(teacher, temperature, kd_loss, task_loss, kd_weight, task_weight, layers)
+        self.distiller.input_names = positional_names(student)
         self.distiller.keeps_output = True
         self._run = DistillationRun(self.distiller, type(self).__name__)
         self._run.check_student(student)

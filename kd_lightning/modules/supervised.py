@@ -34,7 +34,7 @@ from kd_lightning.modules.optimization import (
 )
 from kd_lightning.modules.run import LABEL_KEYS
 from kd_lightning.teachers import extract_logits
-from kd_lightning.teachers.calls import call_model
+from kd_lightning.teachers.calls import by_name, call_model, padding_mask, positional_names
 
 __all__ = ["SupervisedModule"]
 
@@ -160,15 +160,23 @@ class SupervisedModule(CheckpointedModule):
         targets = as_targets(targets, self.device)
         if self._is_encoder_decoder:
             return self._with_decoder_inputs(inputs, targets), targets
+        mask = padding_mask(by_name(inputs, positional_names(self.network)))
         if not self.shift_labels:
-            return inputs, targets
+            return inputs, self._without_padding(targets, mask)
         if targets is None:
             raise ValueError(
                 "shift_labels=True shifts the batch's labels, but it has none: give (input_ids, labels) or a mapping "
                 "with 'labels', such as input_ids.clone() with -100 at what is not to be learnt."
             )
-        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
         return inputs, next_token_targets(targets, mask, self.ignore_index)
+
+    def _without_padding(self, targets: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """Return targets that are ignored at padding, where there is one for each position of the inputs' mask."""
+        ignore = getattr(self._task_loss, "ignore_index", None)
+        by_position = targets is not None and mask is not None and targets.shape == mask.shape
+        if targets is None or mask is None or not by_position or ignore is None or targets.is_floating_point():
+            return targets
+        return targets.masked_fill(~mask, ignore)
 
     @property
     def _is_encoder_decoder(self) -> bool:

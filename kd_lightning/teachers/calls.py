@@ -14,13 +14,16 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 __all__ = [
     "Call",
     "HiddenStates",
+    "by_name",
     "call_model",
     "check_hidden_states",
     "counting_positions",
     "extract_logits",
+    "has_decoder",
     "hidden_states",
     "in_micro_batches",
     "padding_mask",
+    "positional_names",
 ]
 
 
@@ -31,27 +34,53 @@ class Call(NamedTuple):
     kwargs: Mapping[str, Any]
 
 
-def padding_mask(inputs: Any) -> Tensor | None:
-    """Return where the positions of the logits are no padding, by the inputs' mask; None without one.
+def positional_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the arguments that a network takes by position.
 
-    The mask is the keyword ``attention_mask``, or ``decoder_attention_mask`` where a decoder has inputs of its own.
+    Example:
+        >>> positional_names(nn.Bilinear(2, 3, 1))
+        ('input1', 'input2')
+    """
+    parameters = inspect.signature(module.forward).parameters.values()
+    return tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
+
+
+def by_name(inputs: Any, names: Sequence[str] = ()) -> Mapping[str, Any]:
+    """Return inputs by name: those given by keyword, and those by position as far as their names are known.
+
+    Example:
+        >>> by_name(Call((1, 2), {"c": 3}), ("a",))
+        {'a': 1, 'c': 3}
+    """
+    if isinstance(inputs, Mapping):
+        return inputs
+    args, keywords = inputs if isinstance(inputs, Call) else (inputs, {})
+    return {**dict(zip(names, args if isinstance(args, (tuple, list)) else [args], strict=False)), **keywords}
+
+
+def has_decoder(inputs: Mapping[str, Any]) -> bool:
+    """Return True if a decoder has inputs of its own."""
+    return any(str(name).startswith("decoder_") for name in inputs)
+
+
+def padding_mask(inputs: Mapping[str, Any], of_encoder: bool = False) -> Tensor | None:
+    """Return where the positions of the logits, or of an encoder's features, are no padding; None without a mask.
+
+    The mask is the input ``attention_mask``, or ``decoder_attention_mask`` where a decoder has inputs of its own.
 
     Args:
-        inputs: Inputs as for :func:`call_model`.
+        inputs: By name.
+        of_encoder: Whether the mask is for an encoder beside a decoder.
 
     Example:
         >>> padding_mask({"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])})
         tensor([[ True,  True, False]])
     """
-    keywords = inputs.kwargs if isinstance(inputs, Call) else inputs
-    if not isinstance(keywords, Mapping):
-        return None
-    decoder = any(str(name).startswith("decoder_") for name in keywords)
-    mask = keywords.get("decoder_attention_mask" if decoder else "attention_mask")
+    mask = inputs.get("decoder_attention_mask" if has_decoder(inputs) and not of_encoder else "attention_mask")
     return mask != 0 if isinstance(mask, Tensor) else None
 
 
-def counting_positions(targets: Tensor | None, inputs: Any, positions: Sequence[int]) -> Tensor | None:
+def counting_positions(targets: Tensor | None, inputs: Mapping[str, Any], positions: Sequence[int]) -> Tensor | None:
     """Return the targets, or without them the padding mask of the inputs where it has the logits' positions."""
     if targets is not None:
         return targets

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from kd_lightning import ClassificationModule, DistillationModule
+from kd_lightning import ClassificationModule, DistillationModule, LayerTerm
 from kd_lightning.callbacks import DistillationCallback
 from kd_lightning.functional import kd_loss
+from kd_lightning.losses import HintLoss
 from tests.integration.projects.helpers import distil, trained
 
 transformers: Any = pytest.importorskip("transformers")
@@ -179,3 +180,26 @@ def test_encoder_decoder(kind: str, as_tuple: bool, make_trainer: MakeTrainer) -
     assert logits.shape == (32, 7, VOCABULARY)
     with pytest.raises(ValueError, match="is an encoder–decoder, whose labels stand at their places"):
         ClassificationModule(student, shift_labels=True)._loss(next(iter(data)))
+
+
+@pytest.mark.parametrize("length", [7, 12])
+def test_layers_of_encoder_and_decoder_have_masks_of_their_own(length: int) -> None:
+    """The encoder's is the source's mask, the decoder's the labels, though both may be of one length."""
+    torch.manual_seed(0)
+    batch = translations()[0]
+    batch["labels"] = torch.nn.functional.pad(batch["labels"], (0, length - 7), value=-100)
+    student, teacher = encoder_decoder("bart", 16), encoder_decoder("bart", 16)
+    trained(teacher, lambda: teacher(**batch).loss, steps=2, lr=5e-3)
+    names = ["model.encoder.layers.0", "model.decoder.layers.0"]
+    module = DistillationModule(student, teacher, layers=[LayerTerm(name, name, HintLoss()) for name in names])
+    inputs, targets = module.inputs_and_targets(batch)
+    module.distiller.build_projectors(student, inputs)
+    with module.distiller.attach(student):
+        out = module.distiller(inputs, module(inputs), targets)
+    both = [network(**batch, output_hidden_states=True) for network in (student, teacher.eval())]
+    for name, states, counts in (
+        (names[0], "encoder_hidden_states", batch["attention_mask"] == 1),
+        (names[1], "decoder_hidden_states", batch["labels"] != -100),
+    ):
+        ours, theirs = (each[states][1][counts] for each in both)
+        torch.testing.assert_close(out.layer_losses[name], (ours - theirs).square().mean())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from kd_lightning import Distiller, LayerTerm
+from kd_lightning import ClassificationModule, DistillationModule, Distiller, LayerTerm
 from kd_lightning.losses import (
     AttentionKDLoss,
     AttentionTransferLoss,
@@ -74,26 +76,61 @@ def test_similarities_are_those_of_the_tokens(loss: FeatureLoss) -> None:
     torch.testing.assert_close(term(*other, Progress(), mask=mask).loss, term(*zero, Progress()).loss)
 
 
+class Body(nn.Module):
+    """Its features are the inputs, and a number of its own at padding."""
+
+    def __init__(self, padding: float) -> None:
+        super().__init__()
+        self.layer, self.head, self.padding = nn.Identity(), nn.Linear(4, 3), padding
+        self.head.weight.data += 1.0  # stands for training
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = input_ids[..., None].expand(-1, -1, 4)
+        return self.head(self.layer(torch.where(attention_mask[..., None] == 1, hidden, self.padding)))
+
+
+MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+
+
 def test_padding_of_a_batch_reaches_the_terms() -> None:
     """Only the padding differs between student and teacher: 4000 without the mask."""
-
-    class Body(nn.Module):
-        def __init__(self, padding: float) -> None:
-            super().__init__()
-            self.layer, self.head, self.padding = nn.Identity(), nn.Linear(4, 3), padding
-            self.head.weight.data += 1.0  # stands for training
-
-        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            hidden = input_ids[..., None].expand(-1, -1, 4)
-            return self.head(self.layer(torch.where(attention_mask[..., None] == 1, hidden, self.padding)))
-
     student, teacher = Body(0.0), Body(100.0)
-    inputs = {"input_ids": torch.ones(2, 5), "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])}
+    inputs = {"input_ids": torch.ones(2, 5), "attention_mask": MASK}
     distiller = Distiller(teacher, task_weight=0.0, layers=[LayerTerm("layer", "layer", HintLoss())])
     distiller.build_projectors(student, inputs)
     with distiller.attach(student):
         out = distiller(inputs, student(**inputs))
     assert out.layer_losses["layer"] == 0.0
+
+
+def test_a_module_finds_a_mask_that_is_given_by_position() -> None:
+    class Positional(DistillationModule):
+        def unpack_batch(self, batch: Any) -> tuple[Any, None]:
+            return batch, None
+
+    module = Positional(
+        Body(0.0), Body(100.0), task_weight=0.0, layers=[LayerTerm("layer", "layer", HintLoss())]
+    ).train()
+    inputs = (torch.ones(2, 5), MASK)
+    module.distiller.build_projectors(module.student, inputs)
+    with module.distiller.attach(module.student):
+        out = module.distiller(inputs, module(inputs))
+    assert out.layer_losses["layer"] == 0.0
+    by_keyword = {"input_ids": inputs[0], "attention_mask": MASK}
+    plain = Distiller(module.teacher, task_weight=0.0)
+    torch.testing.assert_close(out.kd_loss, plain(by_keyword, module.student(*inputs)).kd_loss)
+    assert out.kd_loss < plain(inputs, module.student(*inputs)).kd_loss  # which does not know the names
+
+
+@pytest.mark.parametrize(
+    "module", [ClassificationModule(Body(0.0)), DistillationModule(Body(0.0), Body(100.0))], ids=["plain", "distilled"]
+)
+def test_labels_at_padding_do_not_count(module: Any) -> None:
+    """Where labels stand at their places and none is −100, the mask says which are padding."""
+    labels = torch.zeros(2, 5, dtype=torch.long)
+    batch = {"input_ids": torch.ones(2, 5), "attention_mask": MASK, "labels": labels}
+    assert torch.equal(module.inputs_and_targets(batch)[1], labels.masked_fill(MASK == 0, -100))
+    assert torch.equal(module.inputs_and_targets({**batch, "labels": labels[:, 0]})[1], labels[:, 0])
 
 
 def test_a_loss_of_ones_own_without_a_mask() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kd_lightning.teachers import Call, extract_logits
-from kd_lightning.teachers.calls import call_model, in_micro_batches, padding_mask
+from kd_lightning.teachers.calls import by_name, call_model, in_micro_batches, padding_mask
 
 
 def test_call_model() -> None:
@@ -89,6 +89,6 @@ def test_the_mask_of_a_decoder_is_its_own() -> None:
     inputs = {"attention_mask": source, "decoder_input_ids": torch.zeros(1, 3, dtype=torch.long)}
     assert padding_mask(inputs) is None
     for given in (inputs | {"decoder_attention_mask": target}, Call((), inputs | {"decoder_attention_mask": target})):
-        mask = padding_mask(given)
+        mask = padding_mask(by_name(given))
         assert mask is not None
         assert mask.tolist() == [[True, False, False]]
