@@ -51,14 +51,14 @@ class OutputTerm:
         temperature: float | Schedule | TemperaturePolicy | Callable[[Progress], float] | None = None,
         weight: float | Schedule | Callable[[Progress], float] = 1.0,
         task_weight: float | Schedule | Callable[[Progress], float] | None = None,
-        teacher: str | None = None,
+        teacher: str | int | None = None,
         targets: str | int | None = None,
     ) -> None:
         self.kd_loss: nn.Module = KDLoss() if kd_loss is None else as_loss(kd_loss, "kd_loss")
         self.temperature = None if temperature is None else as_policy(temperature)
         self.weight = as_schedule(weight, "weight")
         self.task_weight = None if task_weight is None else as_schedule(task_weight, "task_weight")
-        self.teacher = teacher
+        self.teacher = None if teacher is None else str(teacher)
         self.targets = targets
 
     def __repr__(self) -> str:
@@ -237,7 +237,8 @@ class OutputsKDLoss(nn.Module):
             too.
 
     Raises:
-        ValueError: If there are no outputs, or the first has a temperature, which is the Distiller's.
+        ValueError: If there are no outputs, a name has a dot or is a method of ``ModuleDict``, or the first output has
+            a temperature, which is the Distiller's.
         TypeError: If an output has neither a loss nor an OutputTerm.
 
     Example:
@@ -274,6 +275,13 @@ class OutputsKDLoss(nn.Module):
         if predict not in ("first", "mean"):
             raise ValueError(f"predict must be 'first' or 'mean', got {predict!r}.")
         self.terms = {str(name): _as_term(name, term) for name, term in outputs.items()}
+        for name in self.terms:
+            if not name or "." in name or hasattr(nn.ModuleDict(), name):
+                raise ValueError(
+                    "an output is named by a key, an attribute or a position of what the network returns, without a "
+                    f"dot and not as a method of torch's ModuleDict, got {name!r}: have forward return it under "
+                    "another name."
+                )
         self.predict: Literal["first", "mean"] = predict
         self.first, main = next(iter(self.terms.items()))
         if main.temperature is not None:

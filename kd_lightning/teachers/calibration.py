@@ -89,7 +89,16 @@ class Calibration:
             )
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Return the logits divided by the temperature, in float32; ``(…, C)`` where each class has one."""
+        """Return the logits divided by the temperature, in float32; ``(…, C)`` where each class has one.
+
+        Raises:
+            ValueError: If there are several outputs, or other classes than the calibration has.
+        """
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                "a calibration is of one tensor of logits, but OutputsKDLoss takes several outputs of this teacher, "
+                f"{', '.join(logits)}: leave calibration out, or name one output."
+            )
         logits = logits.to(compute_dtype(logits))
         if len(self.temperature) == 1:
             return logits / self.temperature[0]

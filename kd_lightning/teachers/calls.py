@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 __all__ = [
     "Call",
@@ -22,6 +23,7 @@ __all__ = [
     "has_decoder",
     "hidden_states",
     "in_micro_batches",
+    "naming_inputs",
     "padding_mask",
     "positional_names",
 ]
@@ -133,6 +135,34 @@ def _check_arguments(module: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         ) from None
 
 
+def naming_inputs(call: Callable[[Any], Any], module: nn.Module, inputs: Any) -> Any:
+    """Return the result of a teacher's call.
+
+    Args:
+        call: A function of the inputs that calls the network.
+        module: The network, for the message.
+        inputs: Inputs as for :func:`call_model`.
+
+    Raises:
+        ValueError: If the network cannot take inputs of this shape.
+    """
+    if torch.compiler.is_compiling():
+        return call(inputs)
+    try:
+        return call(inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError) as error:
+        text = " ".join(str(error).split()).rstrip(".")
+        if not re.search(r"shapes? |size|channels|out of range|dimension", text):
+            raise
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+        raise ValueError(
+            f"the teacher {type(module).__name__} cannot take the student's inputs, of shape {shapes}: {text}. Give a "
+            "teacher of such inputs, or FrozenTeacher(network, transform=...), which makes its own of them."
+        ) from error
+
+
 def extract_logits(output: Any) -> Tensor:
     """Return the logits of a network's output.
 
@@ -164,7 +194,8 @@ def in_micro_batches(module: Callable[..., Any], inputs: Any, size: int) -> Any:
     """Call a network on micro-batches of at most ``size`` samples, and join the outputs.
 
     The first tensor's first dimension is the batch size. Tensors of that size are split; every micro-batch gets all
-    other inputs whole. Output tensors, nested in any way, are joined along their first dimension.
+    other inputs whole. Output tensors, nested in any way, are joined along their first dimension; a tensor that
+    every micro-batch returned, such as an output layer's weight, stays as it is.
 
     Args:
         module: The network.
@@ -199,7 +230,7 @@ def in_micro_batches(module: Callable[..., Any], inputs: Any, size: int) -> Any:
 def _joined(pieces: tuple[Any, ...]) -> Any:
     first = pieces[0]
     if isinstance(first, Tensor) and first.dim() > 0:
-        return torch.cat(pieces)
+        return first if all(piece is first for piece in pieces) else torch.cat(pieces)
     if first is None or (isinstance(first, (bool, int, float, str)) and all(piece == first for piece in pieces)):
         return first
     what = "a tensor without a batch dimension" if isinstance(first, Tensor) else f"a {type(first).__name__}"

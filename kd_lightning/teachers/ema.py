@@ -144,7 +144,15 @@ class EMATeacher(Teacher):
             averages[name].copy_(wide)
 
     def _restore(self, state_dict: Mapping[str, Any]) -> None:
-        self._restored, self._updates, saved = None, state_dict["updates"], state_dict["average"]
+        saved = state_dict["average"]
+        shapes = [{name: tuple(x.shape) for name, x in named} for named in (saved.items(), _tensors(self._network()))]
+        if shapes[0] != shapes[1]:
+            other = dict(sorted(shapes[0].items() ^ shapes[1].items()))
+            raise ValueError(
+                "the checkpoint's EMATeacher averaged another student than the one that this one follows: they differ "
+                f"in {', '.join(list(other)[:4])}. Resume with that student, and with a new EMATeacher."
+            )
+        self._restored, self._updates = None, state_dict["updates"]
         for name, average in _tensors(self._network()):
             average.copy_(saved[name])
             if average.dtype != saved[name].dtype:

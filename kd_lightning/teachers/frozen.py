@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -12,7 +11,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from kd_lightning.teachers.absent import AbsentWeights, is_plain
@@ -20,12 +19,14 @@ from kd_lightning.teachers.batch import BatchTeacher
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calibration import Calibration
 from kd_lightning.teachers.calls import (
+    Call,
     HiddenStates,
     call_model,
     check_hidden_states,
     extract_logits,
     hidden_states,
     in_micro_batches,
+    naming_inputs,
 )
 from kd_lightning.teachers.freeze import freeze
 from kd_lightning.teachers.made_at import device_of
@@ -152,7 +153,7 @@ class FrozenTeacher(Teacher):
         self.compile = compile
         self.micro_batch_size = micro_batch_size
         self._parts = tuple(module.modules())
-        self._compiled: Callable[..., Any] | None = None
+        self._compiled: dict[bool, Callable[..., Any]] = {}
         self._fingerprint: str | None = fingerprint
         self.placement = placement
         self._placement = placement_of(placement, module, checkpoint is not None)
@@ -265,7 +266,7 @@ class FrozenTeacher(Teacher):
         """Run the network up to its output layer; see :func:`hidden_states`. ``check`` compares the two."""
         if check:
             self._frozen(partial(check_hidden_states, self.module), inputs)
-        states = self._frozen(partial(hidden_states, self.module), inputs)
+        states = self._frozen(partial(self._run, hidden=True), inputs)
         return states if self._calibration is None else self._calibration.apply_hidden(states)
 
     def _frozen(self, call: Callable[[Any], Any], inputs: Any) -> Any:
@@ -286,28 +287,9 @@ class FrozenTeacher(Teacher):
             if self.precision is not None:
                 autocast = torch.autocast(device_of(inputs).type, enabled=False)
             with torch.no_grad(), autocast:
-                return self._called(call, inputs)
+                return naming_inputs(call, self.module, inputs)
 
         return self._placement.call(run, self.module, inputs)
-
-    def _called(self, call: Callable[[Any], Any], inputs: Any) -> Any:
-        """Return the call's result, or raise an error that names the teacher where the inputs have another shape."""
-        if torch.compiler.is_compiling():
-            return call(inputs)
-        try:
-            return call(inputs)
-        except torch.OutOfMemoryError:
-            raise
-        except (IndexError, RuntimeError) as error:
-            text = " ".join(str(error).split()).rstrip(".")
-            if not re.search(r"shapes? |size|channels|out of range|dimension", text):
-                raise
-            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
-            raise ValueError(
-                f"the teacher {type(self.module).__name__} cannot take the student's inputs, of shape {shapes}: "
-                f"{text}. Give a teacher of such inputs, or FrozenTeacher(network, transform=...), which makes its own "
-                "of them."
-            ) from error
 
     def logits(
         self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
@@ -397,16 +379,20 @@ class FrozenTeacher(Teacher):
         else:
             self._placement.move(self.module, fn)
 
-    def _run(self, inputs: Any) -> Any:
-        network: Callable[..., Any] = self.module
+    def _run(self, inputs: Any, hidden: bool = False) -> Any:
+        """Call the network, or run it up to its output layer."""
+        network: Callable[..., Any] = self._states if hidden else self.module
         if self.compile and not torch.compiler.is_compiling():  # else it is part of the graph around it
-            if self._compiled is None:
+            if hidden not in self._compiled:
                 options = self.compile if isinstance(self.compile, Mapping) else {}
-                self._compiled = torch.compile(self.module, **options)
-            network = self._compiled
+                self._compiled[hidden] = torch.compile(network, **options)
+            network = self._compiled[hidden]
         if self.micro_batch_size is None:
             return call_model(network, inputs)
         return in_micro_batches(network, inputs, self.micro_batch_size)
+
+    def _states(self, *args: Any, **kwargs: Any) -> HiddenStates:
+        return hidden_states(self.module, Call(args, kwargs))
 
     def _prepared(self, tensor: Tensor) -> Tensor:
         if self.precision is not None and tensor.is_floating_point():
@@ -416,7 +402,7 @@ class FrozenTeacher(Teacher):
         return tensor
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_compiled": None}  # compiled code is not pickled, but made again
+        return {**vars(self), "_compiled": {}}  # compiled code is not pickled, but made again
 
     def __repr__(self) -> str:
         count = sum(parameter.numel() for parameter in self.module.parameters())

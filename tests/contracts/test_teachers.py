@@ -6,123 +6,20 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from lightning.pytorch import Trainer
 
-from kd_lightning import DistillationModule, Distiller, FrozenTeacher, TeacherEnsemble, teachers
+from kd_lightning import DistillationModule, Distiller, teachers
 from kd_lightning.callbacks import DistillationCallback
-from kd_lightning.export import export_student
-from kd_lightning.teachers import (
-    BatchTeacher,
-    EMATeacher,
-    FunctionTeacher,
-    LogitsFile,
-    MappedClasses,
-    OnnxTeacher,
-    Teacher,
-)
-from tests.helpers import NUM_CLASSES, NUM_FEATURES, in_a_fork, make_data, make_loader, make_network
+from kd_lightning.teachers import Teacher
+from tests.contracts.kinds import BUILD, INPUTS, Plain, each, inputs_of, loader_of, of
+from tests.helpers import NUM_CLASSES, make_network
 
 NO_TEACHERS = {"Teacher", "GivenLogits"}  # the protocol, and the stand-in of a Distiller without a teacher
 OF_TOKENS = {"ServedTeacher"}  # needs a server, and gives Sparse targets: tests/unit/teachers/test_served.py
-
-
-def network(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    net = make_network(norm=False)
-    for parameter in net.parameters():
-        parameter.data *= 3.0  # stands for training
-    return net
-
-
-class Scores:
-    """A function with weights that pickles."""
-
-    def __init__(self, seed: int) -> None:
-        self.weight = torch.randn(NUM_FEATURES, NUM_CLASSES, generator=torch.Generator().manual_seed(seed))
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        return inputs.float() @ self.weight
-
-
-def onnx(seed: int, folder: Path) -> Teacher:
-    path = folder / f"teacher-{seed}.onnx"
-    if not path.exists():
-        export_student(network(seed).eval(), path, "onnx", torch.randn(4, NUM_FEATURES))
-    return OnnxTeacher(path)
-
-
-def ema(seed: int, folder: Path) -> Teacher:
-    teacher = EMATeacher(decay=0.9 + seed / 100)
-    teacher.follow(network(seed))
-    return teacher
-
-
-def logits_file(seed: int, folder: Path) -> Teacher:
-    path = folder / f"logits-{seed}.npy"
-    np.save(path, Scores(seed)(make_data().tensors[0]).numpy())
-    return LogitsFile(path)
-
-
-BUILD: dict[str, Callable[[int, Path], Teacher]] = {
-    "BatchTeacher": lambda seed, folder: BatchTeacher(f"logits{seed}"),
-    "EMATeacher": ema,
-    "FrozenTeacher": lambda seed, folder: FrozenTeacher(network(seed)),
-    "FunctionTeacher": lambda seed, folder: FunctionTeacher(Scores(seed), name=f"scores {seed}"),
-    "LogitsFile": logits_file,
-    "MappedClasses": lambda seed, folder: MappedClasses(FrozenTeacher(network(seed)), [5, 4, 3, 2, 1, 0]),
-    "OnnxTeacher": onnx,
-    "TeacherEnsemble": lambda seed, folder: TeacherEnsemble([network(seed), network(seed + 10)]),
-}
-FORKED = {"OnnxTeacher"}  # it exports
-each = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.forked] if name in FORKED else []) for name in BUILD]
-)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The ONNX files of both seeds, exported once: an export takes seconds."""
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    folder = tmp_path_factory.mktemp("exported")
-    in_a_fork(lambda: [onnx(seed, folder) for seed in (0, 1)])
-    return folder
-
-
-@pytest.fixture
-def folder(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue("exported") if name in FORKED else tmp_path
-
-
-INPUTS = torch.randn(5, NUM_FEATURES, generator=torch.Generator().manual_seed(7))
-
-
-def inputs_of(teacher: Teacher, inputs: Tensor) -> Any:
-    """What the teacher is called with: the inputs, or a batch that has what it reads."""
-    if not teacher.reads_batch:
-        return inputs
-    key: str = vars(teacher)["key"]
-    return {"input": inputs, key: torch.arange(len(inputs)) if key == "id" else Scores(int(key[-1]))(inputs)}
-
-
-def loader_of(teacher: Teacher) -> DataLoader[Any]:
-    x, targets = make_data().tensors
-    if not teacher.reads_batch:
-        return make_loader()
-    batch = inputs_of(teacher, x) | {"labels": targets}
-    return DataLoader([{key: value[row] for key, value in batch.items()} for row in range(len(x))], 16)  # pyright: ignore
-
-
-def of(teacher: Teacher, inputs: Tensor = INPUTS) -> list[Tensor]:
-    return list(teacher.members(teacher.logits(inputs_of(teacher, inputs))))
 
 
 def test_every_exported_teacher_has_a_case() -> None:
@@ -167,24 +64,6 @@ def test_copies(name: str, folder: Path) -> None:
         for logits, value in zip(of(twin), expected, strict=True):
             assert torch.equal(logits, value)
         assert repr(twin) == repr(teacher)
-
-
-class Plain(LightningModule):
-    """The user's own module, which the callback distils."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = make_network()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, targets = (batch["input"], batch["labels"]) if isinstance(batch, dict) else batch
-        return nn.functional.cross_entropy(self(x), targets)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 @each

@@ -1,6 +1,7 @@
 """Several outputs that contradict each other, or that student, teacher or batch lack."""
 
 import torch
+from torch import Tensor, nn
 
 from kd_lightning import Distiller, FrozenTeacher, OutputsKDLoss, OutputTerm, TeacherCache
 from kd_lightning.losses import KDLoss
@@ -21,6 +22,20 @@ def two(**aux: object) -> OutputsKDLoss:
     return OutputsKDLoss({"cls": KDLoss(), "aux": OutputTerm(**aux)})  # pyright: ignore[reportArgumentType]
 
 
+class Heads(nn.Module):
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        return {"cls": inputs, "aux": inputs}
+
+
+def calibrated() -> object:
+    teacher = FrozenTeacher(Heads(), calibration=2.0)
+    return OutputsDistiller(teacher, 2.0, two(), task_weight=0.0)(Z, {"cls": Z, "aux": Z})
+
+
+NAME = (
+    "an output is named by a key, an attribute or a position of what the network returns, without a dot and not as a "
+    "method of torch's ModuleDict, got {!r}: have forward return it under another name."
+)
 CASES = [
     Case("no outputs", lambda: OutputsKDLoss({}), ValueError,
          "outputs must name at least one output and its loss, such as {'cls': KDLoss()}, got {}."),
@@ -29,6 +44,13 @@ CASES = [
          "scale='student_teacher', class_dim=-1, ignore_index=-100, reduction='mean')]."),
     Case("a number for a loss", lambda: OutputsKDLoss({"cls": 1.0}), TypeError,  # pyright: ignore[reportArgumentType]
          "the output 'cls' needs a loss, such as KDLoss(), or an OutputTerm, got 1.0: an instance of one."),
+    Case("a part of a part", lambda: OutputsKDLoss({"cls": KDLoss(), "head.aux": KDLoss()}), ValueError,
+         NAME.format("head.aux")),
+    Case("an output named as a method", lambda: OutputsKDLoss({"cls": KDLoss(), "values": KDLoss()}), ValueError,
+         NAME.format("values")),
+    Case("a calibrated teacher", calibrated, ValueError,
+         "a calibration is of one tensor of logits, but OutputsKDLoss takes several outputs of this teacher, cls, aux: "
+         "leave calibration out, or name one output."),
     Case("another prediction", lambda: OutputsKDLoss({"cls": KDLoss()}, predict="max"),  # pyright: ignore
          ValueError, "predict must be 'first' or 'mean', got 'max'."),
     Case("a temperature of the first output", lambda: OutputsKDLoss({"cls": OutputTerm(temperature=2.0)}), ValueError,

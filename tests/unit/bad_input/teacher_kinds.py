@@ -35,6 +35,12 @@ def file_of(ids: Tensor, column: str = "logits") -> LogitsFile:
     return LogitsFile(FOLDER / "logits.safetensors", column=column)
 
 
+def following(student: nn.Module) -> EMATeacher:
+    teacher = EMATeacher()
+    teacher.follow(student)
+    return teacher
+
+
 NO_PROBABILITIES = (
     "output={!r} says that the teacher gives {}, which must be of one distribution for each sample (not negative, of "
     "sum 1 within 0.01), but these are not. Declare what they are: output='logits', 'log_probs' or 'probs'."
@@ -212,6 +218,13 @@ CASES = [
         RuntimeError,
         "an EMATeacher must know the student that it averages before it teaches: call teacher.follow(student), and "
         "teacher.update() after each optimiser step.",
+    ),
+    Case(
+        "ema: the average of another student",
+        lambda: following(nn.Linear(2, 3)).load_state_dict(following(nn.Linear(2, 4, bias=False)).state_dict()),
+        ValueError,
+        "the checkpoint's EMATeacher averaged another student than the one that this one follows: they differ in bias, "
+        "weight. Resume with that student, and with a new EMATeacher.",
     ),
     Case(
         "ema: layers",

@@ -16,7 +16,7 @@ from torch import nn
 from kd_lightning import DistillationModule, Distiller, FrozenTeacher
 from kd_lightning.callbacks import TemperatureMonitor
 from kd_lightning.functional import kd_loss
-from kd_lightning.models import DigitsCNN
+from kd_lightning.models import CausalTransformer, DigitsCNN
 from kd_lightning.teachers.frozen import Precision
 from kd_lightning.teachers.weights import fingerprint
 from kd_lightning.temperature import MultiTemperature
@@ -221,3 +221,21 @@ def test_one_forward_per_batch_with_accumulation_and_several_terms(
     )
     trainer.fit(make_module(temperature=temperature), make_loader(64, batch_size=16))
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("options", [{"micro_batch_size": 3}, {"compile": True}, {"precision": "bf16"}], ids=str)
+def test_hidden_states_are_made_as_logits_are(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In micro-batches, compiled, in the teacher's precision; the output layer is one."""
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
+    network = CausalTransformer(11, 8, 1, 2, max_length=6)
+    for parameter in network.parameters():
+        parameter.data += 0.3  # stands for training
+    teacher, calls = FrozenTeacher(network, **options), []
+    network.base_model.register_forward_hook(lambda _, args, output: calls.append(len(output)))
+    tokens = torch.randint(11, (8, 6))
+    states = teacher.hidden_states(tokens)
+    assert calls == ([3, 3, 2] if "micro_batch_size" in options else [8])
+    assert states.weight is network.get_output_embeddings().weight
+    torch.testing.assert_close(states.hidden @ states.weight.T, teacher.logits(tokens))
+    assert len(compiled) == 2 * ("compile" in options)
