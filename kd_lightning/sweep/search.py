@@ -237,36 +237,33 @@ class _Sweep:
         self.show(started.name)
         watch = Validations(plan.monitor, report)
         began = time.monotonic()
-        state, score, reason = "COMPLETE", None, ""
-        try:
-            with self.queue.heartbeat(trial):
-                score, epoch = train(plan.config, setting, folder, watch, plan.mode)
-            state = "PRUNED" if watch.pruned else "COMPLETE"
-            for name, value in (("score", score), ("epoch", epoch)):
-                trial.set_user_attr(name, value)
-        except LookupError as error:
-            if not watch.history and self.plan.monitor in str(error):  # because every run would fail alike
-                self.queue.give_up(trial.number)
-                raise
-            state, reason = "FAIL", _failed(error, folder)
-        except Exception as error:
-            state, reason = "FAIL", _failed(error, folder)
+        state, score, told = self.train(trial, setting, folder, watch)
         seconds = time.monotonic() - began
         trial.set_user_attr("seconds", round(seconds, 1))
-        if reason:
-            trial.set_user_attr("reason", reason)
-        kept = self.queue.finish(trial.number, state, score if state == "COMPLETE" else None)
+        kept = self.queue.finish(trial.number, state, score)
         _free_memory()
         done, total = self.progress()
-        run = self.as_run(self.queue.study.get_trials(deepcopy=False)[trial.number])
-        self.show(run.name)
-        told = {
-            "COMPLETE": f"{self.plan.monitor} {score if score is None else format(score, '.4f')} at epoch {run.epoch}",
-            "PRUNED": f"pruned at validation {len(watch.history)}",
-            "FAIL": f"failed: {reason}",
-        }[state]
+        self.show(started.name)
         late = "" if kept else "; another process has done it meanwhile"
-        _say(f"[{done}/{total}] {run.name}: {told}, {seconds:.0f} s{late}")
+        _say(f"[{done}/{total}] {started.name}: {told}, {seconds:.0f} s{late}")
+
+    def train(self, trial: Trial, setting: Setting, folder: Path, watch: Validations) -> tuple[str, float | None, str]:
+        """Return the state of a run that was trained, its score if it is complete, and both in words."""
+        try:
+            with self.queue.heartbeat(trial):
+                score, epoch = train(self.plan.config, setting, folder, watch, self.plan.mode)
+        except Exception as error:
+            if isinstance(error, LookupError) and not watch.history and self.plan.monitor in str(error):
+                self.queue.give_up(trial.number)  # because every run would fail alike
+                raise
+            reason = _failed(error, folder)
+            trial.set_user_attr("reason", reason)
+            return "FAIL", None, f"failed: {reason}"
+        trial.set_user_attr("score", score)
+        trial.set_user_attr("epoch", epoch)
+        if watch.pruned:
+            return "PRUNED", None, f"pruned at validation {len(watch.history)}"
+        return "COMPLETE", score, f"{self.plan.monitor} {score:.4f} at epoch {epoch}"
 
     def show(self, text: str) -> None:
         """Show the number of finished runs, and a text on the present one, in the progress bar."""
