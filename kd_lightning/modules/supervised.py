@@ -5,16 +5,17 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
+from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 from typing_extensions import override
 
@@ -262,8 +263,10 @@ class SupervisedModule(CheckpointedModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint["example_inputs"] = self._input_description
         trainer = attached_trainer(self)
-        if _counts_alone(trainer) and not trainer.is_last_batch:
-            checkpoint["train_metrics"] = {key: metrics.sums() for key, metrics in self._metrics_of("train")}
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING and not trainer.is_last_batch:
+            sums = {key: metrics.sums() for key, metrics in self._metrics_of("train")}
+            over_ranks = lambda value: trainer.strategy.reduce(value.clone(), reduce_op="sum")  # noqa: E731
+            checkpoint["train_metrics"] = tree_map_only(Tensor, over_ranks, sums)
         checkpoint["task_loss"] = as_code(self._task_loss)
 
     @override
@@ -306,7 +309,7 @@ class SupervisedModule(CheckpointedModule):
         elif self._earlier_in_epoch is None:
             rank_zero_info(
                 "Resumed within an epoch: its train_ metrics cover the rest of the epoch only, because checkpoints of "
-                "several processes, and of earlier versions, hold no metrics."
+                "earlier versions hold no metrics."
             )
 
     @override
@@ -394,19 +397,16 @@ class SupervisedModule(CheckpointedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._input_description = checkpoint.get("example_inputs")
-        trainer = attached_trainer(self)
-        self._earlier_in_epoch = checkpoint.get("train_metrics") if _counts_alone(trainer) else None
+        trainer, earlier = attached_trainer(self), checkpoint.get("train_metrics")
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            # one rank goes on from the sums over all
+            self._earlier_in_epoch = {} if earlier is not None and trainer.global_rank else earlier
         before, now = checkpoint.get("task_loss"), as_code(self._task_loss)
         if before is not None and _plain_parts(before) != _plain_parts(now):
             rank_zero_warn(
                 f"the checkpoint was trained with task_loss={before}, but now task_loss={now}, which is used from here "
                 f"on. To go on as before, give {type(self).__name__} the same task_loss."
             )
-
-
-def _counts_alone(trainer: Trainer | None) -> TypeGuard[Trainer]:
-    """Return True in a fit of one process; of several, a checkpoint would hold rank 0's counts alone."""
-    return trainer is not None and trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1
 
 
 def _plain_parts(code: str) -> list[str]:

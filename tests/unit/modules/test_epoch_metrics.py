@@ -83,6 +83,43 @@ def test_they_are_those_of_the_unbroken_run(kind: Any, make_trainer: MakeTrainer
     assert resumed == whole
 
 
+class InAFile(Callback):
+    """Writes rank 0's ``train_acc`` of the first epoch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.path.write_text(str(trainer.callback_metrics["train_acc"].item()))
+
+
+@pytest.mark.parametrize("later", [1, 2])
+def test_several_ranks_go_on_from_the_sums_over_all(later: int, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """Saved by two ranks within the epoch, resumed by two or by one."""
+
+    def run(name: str, devices: int, callbacks: list[Callback], **options: Any) -> float:
+        strategy = {"strategy": "ddp_fork", "devices": 2} if devices == 2 else {}
+        callbacks = [*callbacks, InAFile(tmp_path / name)]
+        trainer = make_trainer(
+            callbacks=callbacks,
+            max_epochs=1,
+            enable_checkpointing=len(callbacks) > 1,
+            use_distributed_sampler=False,
+            **strategy,
+        )
+        trainer.fit(make(DistillationModule), loader(), **options)
+        return float((tmp_path / name).read_text())
+
+    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = run("whole", 2, [saves])
+    sums = torch.load(tmp_path / "step=2.ckpt", weights_only=True)["train_metrics"]["train_0"]["acc"]
+    assert sums["total"] == 2 * 2 * 16  # both ranks have the same batches
+    resumed = run("resumed", later, [], ckpt_path=tmp_path / "step=2.ckpt")
+    rest = (whole * 2 * 5 * 16 - int(sums["correct"])) / 2 * later
+    assert resumed == pytest.approx((int(sums["correct"]) + rest) / (64 + 3 * 16 * later))
+
+
 @pytest.mark.parametrize("kind", [ClassificationModule, DistillationModule])
 def test_a_checkpoint_without_metrics_is_said(
     kind: Any, make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
