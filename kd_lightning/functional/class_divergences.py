@@ -25,7 +25,7 @@ from kd_lightning.functional.divergences import (
     where_positive,
 )
 
-__all__ = ["DecoupledKL", "NonTargetCrossEntropy", "TargetCrossEntropy", "log_sum"]
+__all__ = ["DecoupledKL", "NonTargetCrossEntropy", "TargetCrossEntropy", "log_sum", "softmax_and_log_z"]
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class DecoupledKL(Divergence):
         a, b = (z.scatter_(dim, labels, -math.inf) for z in (a, b))
         peak_a, peak_b = a.amax(dim, keepdim=True), b.amax(dim, keepdim=True)
         finite = a.is_cpu and math.isfinite((peak_a + peak_b + a_y + b_y).sum().item())  # without a host sync
-        p, log_z_a = _softmax_and_log_z(a, peak_a, dim, finite)
-        q, log_z_b = _softmax_and_log_z(b, peak_b, dim, finite)
+        p, log_z_a = softmax_and_log_z(a, peak_a, dim, finite)
+        q, log_z_b = softmax_and_log_z(b, peak_b, dim, finite)
         odds_a, odds_b = a_y.sub_(log_z_a), b_y.sub_(log_z_b)
         weighted = b.sub_(a).mul_(q)
         mean = weighted.nansum(dim, keepdim=True)
@@ -81,8 +81,15 @@ class DecoupledKL(Divergence):
         return ClosedForm(value, gradient.scatter_(dim, labels, to_target), teacher_gradient)
 
 
-def _softmax_and_log_z(z: Tensor, peak: Tensor, dim: int, finite: bool) -> tuple[Tensor, Tensor]:
-    """Return the softmax and the logsumexp: 0 and −inf for a row of nothing but −inf."""
+def softmax_and_log_z(z: Tensor, peak: Tensor, dim: int, finite: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the softmax and the logsumexp: 0 and −inf for a row of nothing but −inf.
+
+    Args:
+        z: Logits.
+        peak: The largest of each row.
+        dim: The class dimension.
+        finite: True if no row is of nothing but −inf.
+    """
     p = z.softmax(dim) if finite else nan_to_zero(z.softmax(dim))
     log_z = peak - p.amax(dim, keepdim=True).log_()
     return p, log_z if finite else torch.where(peak == -math.inf, peak, log_z)

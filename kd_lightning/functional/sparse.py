@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, override
 
-from kd_lightning.functional.class_divergences import log_sum
+from kd_lightning.functional.class_divergences import log_sum, softmax_and_log_z
 from kd_lightning.functional.divergences import ClosedForm, Divergence
 from kd_lightning.functional.rows import check_option
 from kd_lightning.functional.temperature import Temperature, check_values, compute_dtype
@@ -105,13 +105,8 @@ class Sparse:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Return the targets on another device, as trainers move batches."""
-        moved = (
-            None if x is None else x.to(device, non_blocking=non_blocking)
-            for x in (self.indices, self.log_probs, self.log_rest)
-        )
-        indices, log_probs, rest = moved
-        assert indices is not None
-        assert log_probs is not None
+        indices, log_probs = (x.to(device, non_blocking=non_blocking) for x in (self.indices, self.log_probs))
+        rest = None if self.log_rest is None else self.log_rest.to(device, non_blocking=non_blocking)
         return type(self)(indices, log_probs, self.temperature, self.tail, rest)
 
     def detach(self) -> Self:
@@ -259,26 +254,26 @@ def check_tail(divergence: Divergence, target: Sparse) -> None:
 
 
 def _check_temperature(target: Sparse, temperature: Any, class_dim: int) -> None:
-    is_tensor, made_at = isinstance(temperature, Tensor), target.temperature
-    if is_tensor and temperature.dim() > 0 and temperature.shape[class_dim] > 1:
+    made_at = target.temperature
+    if isinstance(temperature, Tensor) and temperature.dim() > 0 and temperature.shape[class_dim] > 1:
         raise ValueError(
             "Sparse targets do not name all classes, so the teacher's temperature must be one for each row, got shape "
             f"{tuple(temperature.shape)}. Take another policy, or the teacher's logits."
         )
     if target.tail in ("uniform", "renormalize"):
         return
-    received = "one that is learnt" if is_tensor and temperature.requires_grad else temperature
     message = (
         f"Sparse targets with tail={target.tail!r} were made at the teacher's temperature {made_at:g}, and how the "
         "rest of the probability changes with the temperature cannot be told: the loss's teacher temperature must be "
         "the same{}. Set it so, have the targets made at that of the loss, or take tail='uniform' or 'renormalize'."
     )
-    if not is_tensor or temperature.requires_grad:
-        if is_tensor or abs(temperature - made_at) > 1e-5 * made_at:
-            raise ValueError(message.format(f", got {received if is_tensor else format(received, 'g')}"))
+    if not isinstance(temperature, Tensor):
+        if abs(temperature - made_at) > 1e-5 * made_at:
+            raise ValueError(message.format(f", got {temperature:g}"))
+    elif temperature.requires_grad:
+        raise ValueError(message.format(", got one that is learnt"))
     else:
-        fits = ((temperature.detach() - made_at).abs() <= 1e-5 * made_at).all()
-        check_values(fits, message.format(""))
+        check_values(((temperature - made_at).abs() <= 1e-5 * made_at).all(), message.format(""))
 
 
 def _check_rows(indices: Tensor, named: Tensor, total: Tensor, num_classes: int) -> None:
@@ -327,9 +322,8 @@ class _Merged(Divergence):
         assert labels is not None
         k = labels.shape[dim]
         top = a.gather(dim, labels).masked_fill_(b.narrow(dim, 0, k) == -torch.inf, -torch.inf)
-        within = a.scatter_(dim, labels, -torch.inf).softmax(dim).nan_to_num_(0.0)  # NaN where the rest is empty
-        peak = a.amax(dim, keepdim=True)
-        rest = torch.where(peak == -torch.inf, peak, peak - within.amax(dim, keepdim=True).log_())
+        peak = a.scatter_(dim, labels, -torch.inf).amax(dim, keepdim=True)
+        within, rest = softmax_and_log_z(a, peak, dim)
         mass = self._mass(b, dim) if self.drop else None
         value, gradient, of_teacher = self.divergence.closed_form(torch.cat([top, rest], dim), b, dim, None, teacher)
         if mass is not None:
