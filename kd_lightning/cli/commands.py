@@ -14,13 +14,11 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader
-from typing_extensions import override
 
 from kd_lightning.calibration import calibrate as fit_calibration
 from kd_lightning.callbacks import TemperatureFinder
+from kd_lightning.cli.cache import check_shard, fill_caches
 from kd_lightning.configuration.diagnosis import import_class
 from kd_lightning.configuration.parser import Command
 from kd_lightning.export import SUFFIXES, ExportFormat, export_student, inputs_like
@@ -32,7 +30,7 @@ from kd_lightning.preflight import check as preflight
 from kd_lightning.preflight.facts import batches_of
 from kd_lightning.sweep import sweep as run_sweep
 from kd_lightning.teachers import FrozenTeacher, IndexedDataset, TeacherCache
-from kd_lightning.teachers.indexed import Rows, index_training, split_index
+from kd_lightning.teachers.indexed import index_training
 from kd_lightning.teachers.weights import load_weights
 
 __all__ = ["COMMANDS", "cache_teacher", "calibrate", "check", "export", "find_temperature", "plot_temperature", "sweep"]
@@ -202,11 +200,18 @@ def find_temperature(
 
 
 def cache_teacher(
-    trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None = None, output: str | None = None
+    trainer: Trainer,
+    model: LightningModule,
+    datamodule: LightningDataModule | None = None,
+    output: str | None = None,
+    num_shards: int = 1,
+    shard: int | None = None,
 ) -> None:
     """Compute the teacher's logits of the training and validation data, so that no epoch has to wait for them.
 
-    Rows that the cache already holds are kept: after an interruption, run the command again.
+    Rows that the cache already holds are kept: after an interruption, run the command again. Several jobs share the
+    work with ``--num_shards 8 --shard 0`` to ``7``, each into files of its own; the command without them then merges
+    the files, computes what a job left, and compares every row with its checksum.
 
     Args:
         trainer: Runs the prediction.
@@ -214,11 +219,15 @@ def cache_teacher(
         datamodule: Its data; the training part is cached in all slots, the validation part if its loaders read from
             ``teacher.index(dataset, part="val")``.
         output: The cache's file, if not the one that the configuration names.
+        num_shards: Number of jobs that share the work.
+        shard: Number of this job, from 0.
 
     Raises:
         TypeError: If the model is not a DistillationModule with a teacher.
-        ValueError: If there is no data, or its training loader does not read from ``teacher.index(dataset)``.
+        ValueError: If there is no data, or its training loader does not read from ``teacher.index(dataset)``; if the
+            shard is not one of ``num_shards``.
     """
+    check_shard(num_shards, shard)
     teacher = model.teacher if isinstance(model, DistillationModule) else None
     if not isinstance(model, DistillationModule) or teacher is None:
         raise TypeError(f"cache-teacher needs a DistillationModule with a teacher, got {type(model).__name__}.")
@@ -238,38 +247,7 @@ def cache_teacher(
             f"{type(datamodule).__name__} does not say which samples its batches have: make its training loader of "
             "teacher.index(dataset)."
         )
-    parts = [part for cache in teacher.caches for part in cache.parts]
-    for each in (loader, *tree_leaves(others)):
-        dataset = getattr(each, "dataset", None)
-        if not isinstance(dataset, IndexedDataset):
-            continue
-        missing = sorted({int(row) for part in parts if part.first == dataset.first for row in part.missing()})
-        if missing:
-            rest = DataLoader(
-                Rows(dataset, missing),
-                batch_size=each.batch_size,
-                num_workers=each.num_workers,
-                collate_fn=each.collate_fn,
-            )
-            trainer.predict(_CacheBuilder(model), rest, return_predictions=False)
-    for part in parts:
-        part.verify()
-        print(part)
-
-
-class _CacheBuilder(LightningModule):
-    """A module that predicts with the teacher of another, which fills the teacher's cache."""
-
-    def __init__(self, module: DistillationModule) -> None:
-        super().__init__()
-        self.module = module
-
-    @override
-    def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
-        batch, rows = split_index(batch)
-        teacher = self.module.teacher
-        assert teacher is not None
-        return teacher.logits(self.module.unpack(batch)[0], rows, self.module.extract_logits)
+    fill_caches(trainer, model, [loader, *tree_leaves(others)], num_shards, shard)
 
 
 def export(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import sys
 import warnings
 import zlib
@@ -124,6 +125,8 @@ class TeacherCache:
         self.first = 0
         """The number of the first row."""
         self._others: dict[str, TeacherCache] = {}  # parts beside the training data
+        self._shard: str | None = None  # the suffix of its file
+        self._merged: CacheFile | None = None  # while a shard is filled, the file that shards are merged into
 
     # ---- teacher and dataset ---------------------------------------------------------------------------------------
 
@@ -173,7 +176,7 @@ class TeacherCache:
         self.dataset, self._identity, self._compared = dataset, identity, False
         if self not in dataset.caches:
             dataset.caches.append(self)
-        self._file = CacheFile(self.path, identity) if self.path.exists() else None
+        self._shard, self._merged, self._file = None, None, self._open(self.path)
         self.set_epoch(self._epoch)
         return dataset
 
@@ -206,9 +209,64 @@ class TeacherCache:
 
     def missing(self) -> RowNumbers:
         """Return the numbers of the rows that are not written yet, those of other parts left out."""
-        if self._file is None:
-            return self.first + np.arange(self._in_use()["samples"] * self.slots)
-        return self.first + np.flatnonzero(self._file.flags == 0)
+        begin, lacks = self.rows.start - self.first, np.ones(len(self.rows), bool)
+        for file in (self._merged, self._file):
+            if file is not None:
+                lacks &= file.flags[begin - file.first :][: len(lacks)] == 0
+        return self.rows.start + np.flatnonzero(lacks)
+
+    @property
+    def rows(self) -> range:
+        """The numbers of the rows that this process may write: all, or those of its shard."""
+        total = self._in_use()["samples"] * self.slots
+        number, count = (0, 1) if self._shard is None else map(int, self._shard.split("-of-"))
+        first = total * number // count
+        return range(self.first + first, self.first + max(total * (number + 1) // count, first + 1))
+
+    # ---- a build by several processes ------------------------------------------------------------------------------
+
+    def take_shard(self, number: int, count: int) -> None:
+        """Have this process write one of ``count`` ranges of rows, to a file of its own beside the cache's.
+
+        No other process may write to that file, so that no lock is taken for a batch, and a dead process leaves its
+        rows to the next that takes the same range. :meth:`merge` puts the files together.
+
+        Raises:
+            BlockingIOError: If another process has taken the range.
+            ValueError: If a file is damaged or of another run.
+        """
+        self._shard, self._merged = f"{number}-of-{count}", self._open(self.path)
+        self._file = self._open(self._target)
+
+    def leave_shard(self) -> None:
+        """Leave the range of rows to another process, and read and write the cache's file again."""
+        self._shard = self._merged = self._file = None
+        self._file = self._open(self.path)
+
+    def merge(self) -> None:
+        """Copy the rows of all shards into the cache's file, each compared with its checksum; delete their files.
+
+        Raises:
+            BlockingIOError: If a process still fills a shard.
+            ValueError: If a shard is damaged or of another run.
+        """
+        self.leave_shard()
+        identity, file = self._in_use(), self._file
+        for path in sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.*-of-*")):
+            shard = CacheFile(path, identity, alone=True)
+            if file is None:
+                CacheFile.create(self.path, identity, shard.shape, shard.row_bytes)
+                file = CacheFile(self.path, identity)
+            file.adopt(shard)
+            path.unlink()
+        self._file = file
+
+    @property
+    def _target(self) -> Path:
+        return self.path if self._shard is None else self.path.with_name(f"{self.path.name}.{self._shard}")
+
+    def _open(self, path: Path) -> CacheFile | None:
+        return CacheFile(path, self._identity, alone=path != self.path) if path.exists() else None
 
     def _written(self) -> int:
         return 0 if self._file is None else int(np.count_nonzero(self._file.flags))
@@ -277,8 +335,9 @@ class TeacherCache:
             shape = self._codec.shape(computed)
             if self._file is None:
                 self._warn_of_top_k(computed, encoded)
-                CacheFile.create(self.path, identity, shape, encoded.shape[1])
-                self._file = CacheFile(self.path, identity)
+                own = (self.rows.start - self.first, self.rows.stop - self.first)
+                CacheFile.create(self._target, identity, shape, encoded.shape[1], None if self._shard is None else own)
+                self._file = CacheFile(self._target, identity, alone=self._shard is not None)
                 new = self._file.are_missing(numbers)  # read again, because another process may have written rows
             if shape != self._file.shape:
                 raise ValueError(
@@ -311,9 +370,9 @@ class TeacherCache:
 
         The training process then finds them in the page cache, and verified if it forked the worker.
         """
-        if self._file is None and self.path.exists():
-            self._file = CacheFile(self.path, self._in_use())
-        if self._file is not None:
+        if self._file is None and self._shard is None:
+            self._file = self._open(self.path)
+        if self._file is not None and self._shard is None:
             numbers = np.array(rows) - self.first
             with contextlib.suppress(ValueError):  # because the training process reads the row and raises
                 there = numbers[~self._file.are_missing(numbers)]
@@ -368,12 +427,12 @@ class TeacherCache:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None}  # because another process must open the file itself
+        return self.__dict__ | {"_file": None, "_merged": None}  # because another process must open the file itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self._identity is not None and self.path.exists():
-            self._file = CacheFile(self.path, self._identity)
+        if self._identity is not None and self._shard is None:
+            self._file = self._open(self.path)
 
     def __repr__(self) -> str:
         if self._identity is None:

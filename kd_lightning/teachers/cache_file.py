@@ -71,10 +71,15 @@ class CacheFile:
         if size != layout.end:
             self._fail(f"is {'truncated' if size < layout.end else 'too long'}: {size} bytes, {layout.end} expected")
         self.writable = os.access(path, os.W_OK)
-        self._lock = open(path, "r+b") if alone else None  # noqa: SIM115  (the lock is held as long as the file is open)
-        if fcntl is not None and self._lock is not None:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._alone = alone
         with open(path, "r+b" if self.writable else "rb") as file:
+            if fcntl is not None and alone:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by the map's copy of the descriptor
+                except BlockingIOError:
+                    raise BlockingIOError(
+                        f"the cache {path} is being filled by another process. Wait until it ends, or stop it."
+                    ) from None
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE if self.writable else mmap.ACCESS_READ)
         whole = np.frombuffer(self._map, np.uint8)
         self.checksums = whole[layout.checksums : layout.rows].view(np.uint32)
@@ -218,7 +223,7 @@ class CacheFile:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        if self._lock is not None:  # held since the file was opened
+        if self._alone:  # locked since it was opened
             yield
             return
         with open(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 from typing_extensions import override
@@ -188,7 +189,7 @@ def index_training(datamodule: object, index: Callable[..., Any] | None) -> None
 class Rows(Dataset[Any]):
     """A subset of an :class:`IndexedDataset`, given by rows of any slot, for instance those missing in a cache."""
 
-    def __init__(self, dataset: IndexedDataset, rows: Sequence[int]) -> None:
+    def __init__(self, dataset: IndexedDataset, rows: Sequence[int] | NDArray[np.int64]) -> None:
         self.dataset = dataset
         self.rows = rows
 
