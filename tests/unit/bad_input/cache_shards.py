@@ -19,5 +19,5 @@ CASES = [
         ValueError,
         _message(count, number),
     )
-    for c, n in [(8, None), (1, 0), (2, 2), (2, -1), (0, None)]
+    for count, number in [(8, None), (1, 0), (2, 2), (2, -1), (0, None)]
 ]
