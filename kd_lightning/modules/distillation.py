@@ -123,10 +123,10 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
         self._save_plain_hyperparameters()
         self.student = student
         self.distiller = make_distiller(teacher, temperature, kd_loss, task_loss, kd_weight, task_weight, layers)
-        self.distiller.input_names = positional_names(student)
         self.distiller.keeps_output = True
         self._run = DistillationRun(self.distiller, type(self).__name__)
         self._run.check_student(student)
+        self.distiller.input_names = positional_names(student)
         self._run.follow(student)
         if shift_labels and self.distiller.ignore_index is None:
             raise ValueError(
