@@ -33,7 +33,7 @@ from kd_lightning.teachers.made_at import device_of
 from kd_lightning.teachers.placement import Placement, placement_of
 from kd_lightning.teachers.teacher import Teacher
 from kd_lightning.teachers.transforms import Renormalize, apply_transform, check_transform, with_transform
-from kd_lightning.teachers.weights import check_finite, load_weights, looks_untrained
+from kd_lightning.teachers.weights import check_finite, is_without_values, load_weights, looks_untrained
 
 __all__ = ["FrozenTeacher", "Precision", "as_teacher"]
 
@@ -131,7 +131,7 @@ class FrozenTeacher(Teacher):
             raise ValueError(f"micro_batch_size must be 1 or more, or None for all at once, got {micro_batch_size}.")
         if fingerprint is not None and (not isinstance(fingerprint, str) or not fingerprint):
             raise ValueError(f"fingerprint must be a text that names the weights, such as 'v3', got {fingerprint!r}.")
-        without_values = any(parameter.is_meta for parameter in module.parameters())
+        without_values = is_without_values(module)
         if without_values and checkpoint is None and fingerprint is None:
             raise ValueError(
                 f"the teacher {type(module).__name__} has weights on the meta device, which have no values. Give "
@@ -371,7 +371,7 @@ class FrozenTeacher(Teacher):
             moved = given(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        if self._absent is None and any(parameter.is_meta for parameter in self.module.parameters()):
+        if self._absent is None and is_without_values(self.module):
             self.load()
         fn = fn if self.precision is None else keep_dtype
         if self._absent is not None:

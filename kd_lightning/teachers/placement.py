@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kd_lightning.teachers.made_at import device_of
-from kd_lightning.teachers.weights import fingerprint
+from kd_lightning.teachers.weights import fingerprint, is_without_values
 
 if TYPE_CHECKING:
     from kd_lightning.teachers.frozen import FrozenTeacher
@@ -248,7 +248,7 @@ def placement_of(placement: str | torch.device | Placement | None, module: nn.Mo
     """
     # accelerate's hooks bring each layer's inputs to its device, so that a move would break the placement
     spread = len(set((getattr(module, "hf_device_map", None) or {}).values())) > 1
-    dispatched = spread or (not has_file and any(parameter.is_meta for parameter in module.parameters()))
+    dispatched = spread or (not has_file and is_without_values(module))
     named = str(placement) if isinstance(placement, torch.device) else placement
     if dispatched and placement is not None:
         raise ValueError(

@@ -13,7 +13,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_finite", "fingerprint", "load_weights", "looks_untrained", "misfit", "no_torch_file"]
+__all__ = [
+    "check_finite",
+    "fingerprint",
+    "is_without_values",
+    "load_weights",
+    "looks_untrained",
+    "misfit",
+    "no_torch_file",
+]
 
 _Primitive: TypeAlias = bool | int | float | str | bytes | torch.dtype | None
 _KEYS = (
@@ -244,6 +252,11 @@ def _find_prefix(saved: Mapping[str, Any], wanted: Mapping[str, Any], checkpoint
 def _listing(names: list[str], separator: str = ", ", most: int = 8) -> str:
     more = f"{separator}… ({len(names) - most} more)" if len(names) > most else ""
     return separator.join(names[:most]) + more
+
+
+def is_without_values(module: nn.Module) -> bool:
+    """Return True if parameters of a network are on the meta device."""
+    return any(parameter.is_meta for parameter in module.parameters())
 
 
 def check_finite(module: nn.Module, source: str) -> None:
