@@ -42,7 +42,9 @@ class MaxLogitTemperature(TemperaturePolicy):
     ``KDLoss(scale="none")`` switches that off.
 
     Source: H.-C. Luong et al., "Consistently Informative Soft-Label Temperature for Knowledge Distillation", 2026,
-    arXiv 2605.20357. Its weights by the teacher's confidence and the student's difficulty are not part of this policy.
+    arXiv 2605.20357, as its abstract describes the temperatures. The paper also weighs samples by the teacher's
+    confidence and the student's difficulty; the equation of these weights was not available, so that this policy has
+    none beyond the loss's ``T_s T_t``.
 
     Example:
         >>> import torch

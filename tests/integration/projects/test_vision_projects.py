@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large, lraspp_mobilenet_v3_large
 
 from kd_lightning.callbacks import DistillationCallback
 from kd_lightning.cli import main
 from kd_lightning.functional import kd_loss
-from kd_lightning.losses import KDLoss
+from kd_lightning.losses import BernoulliKDLoss, KDLoss, MSELogitsLoss
+from kd_lightning.outputs_distiller import OutputsKDLoss, OutputTerm
 from kd_lightning.teachers.weights import load_weights
 from tests.integration.projects.helpers import distil, trained
 
@@ -128,6 +131,63 @@ def test_segmentation(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     data = DataLoader(TensorDataset(images, masks), batch_size=4)
     losses = distil(module, callback, data, make_trainer, tmp_path, max_epochs=8)
     assert losses.kd[0] == pytest.approx(expected.item(), rel=1e-4)
+
+
+# ---- detection ---------------------------------------------------------------------------------------------------
+
+
+def detector(kind: type[RetinaNet]) -> RetinaNet:
+    torch.manual_seed(0)
+    backbone: Any = nn.Sequential(nn.Conv2d(3, 8, 3, stride=8, padding=1), nn.ReLU())
+    backbone.out_channels = 8
+    anchors = AnchorGenerator(sizes=((32,),), aspect_ratios=((1.0,),))
+    return kind(backbone, num_classes=3, anchor_generator=anchors, min_size=32, max_size=32)
+
+
+class HeadOutputs(RetinaNet):
+    def forward(self, *images: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        batch, _ = self.transform(list(images))
+        return self.head([self.backbone(batch.tensors)])
+
+
+class Detects(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = detector(RetinaNet)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return torch.stack([*self.model(*batch).values()]).sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=3e-2)
+
+
+def test_detection(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """The outputs of a detector's head, for each anchor, by name."""
+    teacher = detector(HeadOutputs)
+    for parameter in teacher.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)  # stands for training
+    images, _ = stripes(4, 32)
+    module = Detects()
+    heads = detector(HeadOutputs)
+    heads.load_state_dict(module.model.state_dict())
+    with torch.no_grad():
+        student, taught = heads(*images), teacher.eval()(*images)
+    s, t = ((z["cls_logits"] / 2).sigmoid() for z in (student, taught))
+    of_classes = (t * (t / s).log() + (1 - t) * ((1 - t) / (1 - s)).log()).sum(2).mean() * 4
+    of_boxes = (student["bbox_regression"] - taught["bbox_regression"]).square().mean()
+    several = OutputsKDLoss(
+        {
+            "cls_logits": BernoulliKDLoss(class_dim=2),
+            "bbox_regression": OutputTerm(MSELogitsLoss(class_dim=2), weight=0.1),
+        }
+    )
+    callback = DistillationCallback(teacher, "model.head", 2.0, several, inputs=0)
+    box = {"boxes": torch.tensor([[4.0, 4.0, 20.0, 20.0]]), "labels": torch.tensor([1])}
+    samples: Any = [(image, box) for image in images]
+    data = DataLoader(samples, batch_size=4, collate_fn=lambda batch: tuple(zip(*batch, strict=True)))
+    losses = distil(module, callback, data, make_trainer, tmp_path, max_epochs=20)
+    assert losses.kd[0] == pytest.approx((of_classes + 0.1 * of_boxes).item(), rel=1e-4)
 
 
 # ---- timm --------------------------------------------------------------------------------------------------------
