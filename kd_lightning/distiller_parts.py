@@ -43,11 +43,11 @@ class DistillerParts(nn.Module):
     layers: LayerTerms
     kd_enabled: bool
     keeps_output: bool = False
-    """Whether :attr:`last_output` is kept; callbacks that read it turn this on."""
+    """True to keep :attr:`last_output`; callbacks that read it turn this on."""
     last_output: DistillationOutput | None = None
     """The output of the last call in train mode, if it is kept."""
     looked_at: bool = False
-    """Whether the values of a first batch have been checked."""
+    """True once the values of a first batch are checked."""
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Getting the student out: its weights, or the whole network, in a file that needs nothing of ours."""
+"""Export of the student: its weights, or the whole network, in a file that needs nothing of this library."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TOLERANCE = {"safetensors": 0.0, "torch.export": 1e-5, "onnx": 1e-4}
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how far it is from the network in memory.
+    """The file that was written, and its difference from the network in memory.
 
     Attributes:
         path: The file.

@@ -1,4 +1,4 @@
-"""How good the student is, and how close to its teacher: torchmetrics, built when the class count is known."""
+"""Metrics of the student, and of its agreement with the teacher: built when the class count is known."""
 
 from __future__ import annotations
 

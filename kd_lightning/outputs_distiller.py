@@ -25,7 +25,7 @@ __all__ = ["OutputTerm", "OutputsDistiller", "OutputsKDLoss", "SeveralOutputs"]
 
 
 class OutputTerm:
-    """How one of several outputs is distilled; see :class:`OutputsKDLoss`.
+    """The loss, temperature and weights of one of several outputs; see :class:`OutputsKDLoss`.
 
     Args:
         kd_loss: The distillation loss of this output, :class:`~kd_lightning.losses.KDLoss` by default.

@@ -1,4 +1,4 @@
-"""Where training stands: what schedules are a function of."""
+"""The progress of training, which schedules are a function of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Unit = Literal["epoch", "step"]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands.
+    """The progress of training.
 
     Attributes:
         step: Optimiser steps taken so far, from 0.

@@ -1,4 +1,4 @@
-"""Which errors are messages to the user, told in one paragraph, and which keep their traceback."""
+"""Errors as messages to the user, one paragraph each, or with their traceback."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def paragraph(error: Exception, args: list[str]) -> str | None:
 
     A message to the user is an error that a ``raise`` statement of this library raises, or one of an installed package
     that is raised for what it was given: a ValueError, TypeError, FileNotFoundError, ImportError or
-    MisconfigurationException with no line of the user's own code between. What else a user's settings cause in another
-    package is told by :mod:`kd_lightning.cli.foreign`. Any other error that happens without ``raise``, and one that the
-    user's own code raises, is a bug.
+    MisconfigurationException with no line of the user's own code between. :mod:`kd_lightning.cli.foreign` has the
+    paragraphs for other errors that a user's settings cause in another package. Any other error that happens without
+    ``raise``, and one that the user's own code raises, is a bug.
 
     Args:
         error: The error.
@@ -59,7 +59,7 @@ def paragraph(error: Exception, args: list[str]) -> str | None:
 
 
 def is_drawing(error: Exception) -> bool:
-    """Return True if a Trainer with a progress bar was running, whose line the cursor is in."""
+    """Return True if a Trainer with a progress bar was running, in whose line the cursor stands."""
     trainers = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
     return any(getattr(trainer, "progress_bar_callback", None) is not None for trainer in trainers)
 
@@ -86,7 +86,7 @@ def _as_settings(text: str, frames: list[FrameType]) -> str:
 
 
 def _first_step(text: str, written: Written) -> str:
-    """Return which configuration beside the user's writes the teacher that is absent, with a space before it."""
+    """Return a sentence that names the configuration that writes an absent teacher, with a space before it."""
     absent = re.match("there is no teacher checkpoint at '(.*?)'", text)
     for file in written.files if absent else ():
         for other in sorted(file.parent.glob("*.y*ml")):
@@ -109,7 +109,7 @@ def _of_user(frame: FrameType) -> bool:
 
 
 def _place(error: Exception, frames: list[FrameType], written: Written, text: str) -> str:
-    """Return where the class that raised the error, or its argument that the text is about, was written."""
+    """Return the place of the class that raised the error, or of its argument that the text names."""
     key: Key | None = getattr(error, "key", None)
     for frame in reversed(frames if key is None else []):
         owners = [type(frame.f_locals.get(name)).__name__ for name in ("self", "callback")]

@@ -1,4 +1,4 @@
-"""Errors of torch, Lightning and the operating system that a user's settings cause, told in this library's words."""
+"""Paragraphs for errors of torch, Lightning and the operating system that a user's settings cause."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["explain"]
 
 @dataclass(frozen=True)
 class _Foreign:
-    """An error of another package, by its type's name and a pattern of its text, and what to say in its place.
+    """An error of another package, by its type's name and a pattern of its text, and the paragraph in its place.
 
     Attributes:
         types: Names of the error's classes, its bases included.
@@ -37,8 +37,8 @@ def explain(error: Exception, text: str, frames: Sequence[FrameType], written: W
     Args:
         error: The error.
         text: Its text in one line.
-        frames: Where it was raised, the innermost last.
-        written: What the user wrote.
+        frames: The frames of its traceback, the innermost last.
+        written: The settings as the user wrote them.
     """
     names = {cls.__name__ for cls in type(error).__mro__}
     for foreign in _FOREIGN:
@@ -100,4 +100,4 @@ _FOREIGN = [
              "try again with a network."),
     _Foreign(("OSError",), r".+", _os_error),
 ]  # fmt: skip
-"""What a first match decides; the operating system's errors come last, because FileNotFoundError is one of ours too."""
+"""The first match decides. The operating system's errors come last: this library raises FileNotFoundError too."""

@@ -1,4 +1,4 @@
-"""Help that is there at once: read from the source of the commands, without importing torch and Lightning."""
+"""Help that is read from the source of the commands, without importing torch and Lightning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["HELP", "describe_command", "describe_commands"]
 _PACKAGE = Path(__file__).parents[1]
 _COMMANDS = "cli/commands.py"
 
-# Lightning's own commands, by what they do
+# Lightning's own commands
 _LIGHTNING = {
     "fit": "Train: a student with its teacher, or a network by itself.",
     "validate": "Measure a checkpoint on the validation data.",
@@ -27,7 +27,7 @@ _CHECKPOINT = {
 }
 _RESUME = {"resume": "auto: continue from the last checkpoint of the logger's latest run; start afresh without one."}
 
-# The others: the prefix of their options, and the functions and classes whose arguments the options are
+# This library's commands: the prefix of their options, and the function or class whose arguments the options are
 _OWN = {
     "check": ("", _COMMANDS, "check"),
     "calibrate": ("", _COMMANDS, "calibrate"),
@@ -75,7 +75,7 @@ def describe_command(command: str) -> str:
     """Return the help of a command: its own options, then those that all commands have.
 
     Args:
-        command: One of Lightning's commands or of ours.
+        command: A command of Lightning's or of this library.
     """
     if command == "init":
         return f"usage: kd-lightning init [{'|'.join(KINDS)}] DIR\n\n{_INIT}"

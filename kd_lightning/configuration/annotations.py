@@ -1,4 +1,4 @@
-"""What a type annotation lets a user write: its plain types and classes, and all of it in words."""
+"""The values that a type annotation allows: its plain types, its classes, and both in words."""
 
 from __future__ import annotations
 

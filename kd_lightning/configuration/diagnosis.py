@@ -1,7 +1,7 @@
-"""What is wrong with the settings of a command: the first mistake in them, told in one paragraph with its place.
+"""Diagnosis of a command's settings: one paragraph about the first mistake in them, with its place.
 
-jsonargparse knows that a setting is wrong, but reports it once per type of a union with the whole configuration.
-Here each class and argument that was written is checked by itself, with jsonargparse's public functions alone.
+jsonargparse reports a wrong setting once per type of a union, each time with the whole configuration. Here each class
+and argument that was written is checked by itself, with jsonargparse's public functions alone.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def diagnose(written: Written, owners: Mapping[str, Callable[..., Any]], error: 
     """Return one paragraph about the first mistake in the settings.
 
     Args:
-        written: What the user wrote.
+        written: The settings as the user wrote them.
         owners: The keys that the command accepts, each with the function that has an argument of this name.
         error: The parser's error, whose text is taken if no mistake is found here.
     """
@@ -72,7 +72,7 @@ def diagnose(written: Written, owners: Mapping[str, Callable[..., Any]], error: 
 def first_error(config: Any) -> Exception | None:
     """Return the first error when each class of a parsed configuration is built, those within others first.
 
-    The error has an attribute ``key``: where the class that raised it stands.
+    The error has an attribute ``key``, the place of the class that raised it.
 
     Args:
         config: The parsed configuration.
@@ -119,7 +119,7 @@ _Mistakes = Iterator[tuple[Key, str]]
 
 @dataclass(frozen=True)
 class _Walk:
-    """What is walked through, and the required arguments that are absent, which are told if nothing else is wrong."""
+    """The settings to search, and the required arguments that are absent, which count if nothing else is wrong."""
 
     written: Written
     owners: Mapping[str, Callable[..., Any]]
@@ -294,7 +294,7 @@ def _find(path: str, bases: Iterable[type]) -> Any:
 
 
 def _absent_module(path: str, error: ModuleNotFoundError) -> str:
-    """Return what to say of a class path whose import fails for an absent module.
+    """Return a text about a class path whose import fails for an absent module.
 
     Raises:
         ModuleNotFoundError: If the user's own code imports what an installed package does not have.
@@ -315,7 +315,7 @@ def _absent_module(path: str, error: ModuleNotFoundError) -> str:
 
 
 def _no_class(path: str, key: Key, annotation: Any) -> str:
-    """Return what to say of a short name that no known class has."""
+    """Return a text about a short name that no known class has."""
     bases = classes_of(annotation)
     names = class_names(bases)
     argument = next(str(part) for part in reversed(key) if part != "class_path" and not isinstance(part, int))

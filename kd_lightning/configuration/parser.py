@@ -297,7 +297,7 @@ def _check_trainer(config: Any, written: Written) -> None:
 
 
 _OF_A_RUN = ("best", "last", "hpc", "registry")
-"""What ``ckpt_path`` may be in place of a file: Lightning looks for it among those of the configured run."""
+"""Values of ``ckpt_path`` that name no file: Lightning looks for one among those of the configured run."""
 
 
 def _has(config: Any, key: Key) -> bool:
@@ -331,7 +331,7 @@ def _check_checkpoint(path: str | Path, weights_only: bool) -> dict[str, Any]:
 
 
 def _no_command(given: str | None, commands: list[str]) -> str:
-    """Return what to say where the first argument is no command."""
+    """Return a text about a first argument that is no command."""
     known = f"The commands are {', '.join(commands)}; kd-lightning COMMAND --help describes one."
     return f"name a command. {known}" if given is None else f"{given!r} is no command.{guess(given, commands)} {known}"
 

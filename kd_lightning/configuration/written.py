@@ -1,4 +1,4 @@
-"""The settings as a user wrote them: configuration files and options, merged, each with the place where it stands."""
+"""The settings as a user wrote them: configuration files and options, merged, each with its place."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _YAML_HINTS = {
 
 
 class CommandLineError(ValueError):
-    """A mistake on the command line or in a configuration, told in one paragraph."""
+    """A mistake on the command line or in a configuration; its text is one paragraph."""
 
 
 def dotted(key: Key) -> str:
@@ -88,7 +88,7 @@ class Written:
                 self.stray.append(option + equals + value)
 
     def place(self, key: Key) -> str:
-        """Return where a setting was written: the option, or the dotted key with file and line.
+        """Return the place of a setting: the option, or the dotted key with file and line.
 
         Args:
             key: Path of the setting in the tree.
@@ -132,7 +132,7 @@ class Written:
         return keys[0] if len(keys) == 1 else None
 
     def empty(self, value: Any = None, key: Key = ()) -> Iterable[Key]:
-        """Yield the key of each setting that is an empty mapping, which a parser does not miss if it is unknown."""
+        """Yield the key of each setting that is an empty mapping, which a parser ignores if it does not know it."""
         value = self.tree if value is None and not key else value
         parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         for name, part in parts:
@@ -170,7 +170,7 @@ class Written:
             self._mark(node, (), str(path))
 
     def _mark(self, node: yaml.Node, key: Key, file: str) -> None:
-        """Record where each setting stands, and raise if a mapping has a key twice, of which YAML takes the last."""
+        """Record the place of each setting, and raise if a mapping has a key twice, of which YAML takes the last."""
         pairs: list[tuple[str | int, yaml.Node, yaml.Node]] = []
         if isinstance(node, yaml.MappingNode):
             pairs = [(name.value, name, value) for name, value in node.value]

@@ -1,4 +1,4 @@
-r"""What other libraries compute under the name of the distillation loss, to move over without changing results.
+r"""The distillation losses of other libraries under their conventions, to move over without changing results.
 
 Each function takes the arguments of :func:`kd_loss` except ``scale``, which the convention fixes. Users choose one by
 ``KDLoss(convention=…)``.

@@ -1,4 +1,4 @@
-"""What turns an equation on rows into a loss: layout, masks, scale, reduction, and the differentiable definition."""
+"""The way from an equation on rows to a loss: layout, masks, scale, reduction, and the differentiable definition."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Scale = Literal["student_teacher", "student", "teacher", "none"]
 Reduction = Literal["mean", "sum", "none"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
 Target = TypeVar("Target")
-"""What is given of a teacher: logits, or targets of a few classes."""
+"""Logits of a teacher, or targets of a few classes."""
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 

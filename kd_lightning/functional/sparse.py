@@ -181,7 +181,7 @@ class Sparse:
 
 
 TeacherTarget: TypeAlias = Tensor | Sparse
-"""What a loss between logits takes of the teacher."""
+"""The teacher's side of a loss between logits."""
 
 
 def sparse_rows(

@@ -78,7 +78,7 @@ class FeatureExtractor:
 
     @property
     def attached(self) -> bool:
-        """Whether the hooks are on."""
+        """True while the hooks are on."""
         return self._attached
 
     def attach(self) -> FeatureExtractor:
@@ -171,7 +171,7 @@ class FeatureExtractor:
         self.detach()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy: without hooks, and without the network, which it would copy along."""
+        """Return the state of a copy: without hooks, and without the network, which it would copy along."""
         nothing: dict[str, Any] = {"_handles": [], "_features": {}, "_calls": {}, "_versions": {}}
         layers = dict.fromkeys(self._layers)
         return {**vars(self), **nothing, "_module": None, "_layers": layers, "_attached": False, "_recording": False}
@@ -221,7 +221,7 @@ def find_layers(module: nn.Module, layers: Sequence[str] | str) -> dict[str, nn.
 
 
 def layer_depths(module: nn.Module, names: Sequence[str]) -> dict[str, float]:
-    """How deep these layers lie among each other: 0 for the first to end, 1 for the last, evenly between.
+    """Return each layer's depth among these: 0 for the first to end, 1 for the last, evenly between.
 
     The order is that in which the network lists its modules; a block ends with the last module within it. One layer
     alone is in the middle, 0.5.
@@ -269,5 +269,5 @@ def _first_tensor(output: Any) -> Tensor | None:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often it was changed in place; not known in a compiled graph, where it is a value of its own."""
+    """Return how often a tensor was changed in place; 0 in a compiled graph, where that is not known."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version

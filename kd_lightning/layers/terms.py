@@ -31,7 +31,7 @@ _INTERPOLATION = {4: "bilinear", 5: "trilinear"}
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What a :class:`LayerTerm` computed.
+    """The result of a :class:`LayerTerm`.
 
     Attributes:
         loss: The term, unweighted.
@@ -120,12 +120,12 @@ class LayerTerm(nn.Module):
 
     @property
     def built(self) -> bool:
-        """Whether it is known if a projector is needed, and it is there if so."""
+        """True once the projector, if any, is built."""
         return self._channels is not None or self.loss.compares != "all"
 
     @property
     def shapes(self) -> tuple[int, int, int] | None:
-        """What the projector was built for: number of dimensions, student's channels, teacher's channels."""
+        """The projector's number of dimensions, student's channels and teacher's channels; None before it is built."""
         return self._channels
 
     def build(self, dims: int, student_channels: int, teacher_channels: int) -> None:
@@ -137,7 +137,7 @@ class LayerTerm(nn.Module):
             teacher_channels: Channels of the teacher's features.
 
         Raises:
-            ValueError: It was built for others.
+            ValueError: If the projector was built for other shapes.
         """
         channels = (dims, student_channels, teacher_channels)
         if self._channels not in (None, channels):
@@ -263,12 +263,12 @@ class LayerTerms(nn.ModuleList):
 
     @property
     def built(self) -> bool:
-        """Whether all terms are."""
+        """True once the projectors of all terms are built."""
         return all(term.built for term in self)
 
     @property
     def names(self) -> list[str]:
-        """What the terms are logged as: the student's layers, with the term's number where one has several."""
+        """The terms' names in logs: the student's layers, with the term's number where a layer has several."""
         layers = [term.student_layer for term in self]
         return [name if layers.count(name) == 1 else f"{name}_{index}" for index, name in enumerate(layers)]
 

@@ -13,9 +13,9 @@ from torch.optim.optimizer import Optimizer
 __all__ = ["add_groups"]
 
 _OF_SCHEDULERS = ("lr_lambdas", "max_lrs", "base_momentums", "max_momentums", "min_lrs")
-"""What torch's schedulers keep for each group beside ``base_lrs``."""
+"""The lists of torch's schedulers that have an entry for each group, beside ``base_lrs``."""
 _OF_GROUPS = ("max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
-"""What torch's schedulers keep in the groups beside ``initial_lr``."""
+"""The entries that torch's schedulers keep in the groups, beside ``initial_lr``."""
 
 
 def add_groups(configured: Any, groups: list[dict[str, Any]]) -> Any:

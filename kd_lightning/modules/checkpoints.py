@@ -1,4 +1,4 @@
-"""What a checkpoint of a module holds beside its weights, and loading it outside of a Trainer."""
+"""The content of a module's checkpoint beside its weights, and loading it outside of a Trainer."""
 
 from __future__ import annotations
 

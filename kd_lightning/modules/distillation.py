@@ -157,7 +157,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
     @property
     @override
     def progress(self) -> Progress:
-        """Where training stands; outside of ``fit`` where the last fit, or the checkpoint, left it."""
+        """The progress of training; outside of ``fit`` that of the last fit, or of the checkpoint."""
         return self._run.progress(attached_trainer(self))
 
     # ---- steps ----------------------------------------------------------------------------------------------------

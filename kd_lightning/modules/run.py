@@ -67,7 +67,7 @@ class HoldsDistiller:
 
     @property
     def progress(self) -> Progress:
-        """Where training stands."""
+        """The progress of training."""
         raise NotImplementedError
 
     @override

@@ -41,10 +41,10 @@ __all__ = ["SupervisedModule"]
 
 
 class SupervisedModule(CheckpointedModule):
-    r"""What :class:`~kd_lightning.ClassificationModule` and :class:`~kd_lightning.DistillationModule` share.
+    r"""The base of :class:`~kd_lightning.ClassificationModule` and :class:`~kd_lightning.DistillationModule`.
 
-    Batches, logits, optimisers, metrics and hyper-parameters. Two methods adapt it to other data and models:
-    :meth:`unpack_batch` and :meth:`extract_logits`.
+    It has their batches, logits, optimisers, metrics and hyper-parameters. :meth:`unpack_batch` and
+    :meth:`extract_logits` adapt it to other data and models.
 
     With ``mean_over="step"`` the gradient of an optimiser step is that of the mean over all its labelled positions,
     :math:`\sum_{b,i} \nabla \ell_{b,i} / \sum_b n_b`, with :math:`n_b` positions in each accumulated batch :math:`b` of

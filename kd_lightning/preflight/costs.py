@@ -63,7 +63,7 @@ def measure_costs(facts: Facts, dataset: Any, compiled: bool) -> Costs:
         costs.device_bytes = torch.cuda.get_device_properties(module.device).total_memory
     costs.teacher_bytes = sum(_bytes(network) for network in teacher.modules())
     costs.student_bytes = _bytes(module.student)
-    # only a network of ours can be run otherwise; the rest is measured as it is
+    # because only a network in this process can be run in another precision, or compiled
     if isinstance(teacher, FrozenTeacher):
         _time_variants(costs, teacher, module, batch, compiled)
     given = teacher_logits(module, batch, batch.inputs)

@@ -44,7 +44,7 @@ _REFUSALS = (ValueError, TypeError, RuntimeError, LookupError, OSError)
 
 @dataclass(frozen=True)
 class Problem:
-    """What kept a part of the preflight from being done: the part's name, and the error's text."""
+    """An error that ended a part of the preflight: the part's name, and the error's text."""
 
     name: str
     text: str

@@ -273,7 +273,7 @@ class TeacherCache:
 
     @property
     def complete(self) -> bool:
-        """Whether all rows of all parts in use are written, and compared with the teacher."""
+        """True if all rows of all parts in use are written, and compared with the teacher."""
         return all(part._compared and part._file is not None and part._file.whole for part in self.parts)
 
     def teacher_of_whole_file(self) -> str | None:

@@ -127,7 +127,7 @@ class CacheFile:
 
     @property
     def whole(self) -> bool:
-        """Whether all rows are written."""
+        """True if all rows are written."""
         return bool(self.flags.all())
 
     def are_missing(self, rows: RowNumbers) -> NDArray[np.bool_]:

@@ -32,7 +32,7 @@ class RowCodec:
     """
 
     tail: Tail = "bucket"
-    """How decoded targets are read; that of the targets that the teacher gave last."""
+    """The tail of decoded targets: that of the targets that the teacher gave last."""
 
     def __init__(self, dtype: str, top_k: int | None, temperature: float) -> None:
         self.name = dtype

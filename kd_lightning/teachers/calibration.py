@@ -47,7 +47,7 @@ class Calibration:
         """Return the calibration of a number or a file; one as it is.
 
         Raises:
-            TypeError: If it is none of these.
+            TypeError: If the argument is no calibration, number or path.
             ValueError: If the number is not positive and finite, or the file holds no calibration.
             FileNotFoundError: If there is no such file.
         """
@@ -80,7 +80,7 @@ class Calibration:
         """Raise if the calibration was fitted for another teacher.
 
         Raises:
-            ValueError: If it was fitted for another teacher.
+            ValueError: If the teacher has another fingerprint.
         """
         if self.fingerprint not in (None, fingerprint):
             raise ValueError(

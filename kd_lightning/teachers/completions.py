@@ -24,7 +24,7 @@ class _UnfitError(ValueError):
 
 
 class Protocol(NamedTuple):
-    """How a kind of server is asked, and what it answers.
+    """The requests and answers of a kind of server.
 
     Attributes:
         path: Of the endpoint, after the server's URL.

@@ -235,7 +235,7 @@ class TeacherEnsemble(Teacher):
     @property
     @override
     def settings(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """How the members are combined."""
+        """The settings by which the members are combined, in words."""
         weights = repr(self.confidence) if self.confidence else str(self.weights or None)
         routing = getattr(self.routing, "__qualname__", None) or repr(self.routing)
         temperatures = self.temperatures or None
@@ -289,11 +289,11 @@ class TeacherEnsemble(Teacher):
 
     @override
     def weigh(self, logits: Sequence[Tensor | MergedLogits], signals: Signals, inputs: Any = None) -> Opinions:
-        """Who knows what, who counts how much, and what they say together at temperature 1.
+        """Return each member's logits and weight, and the consensus at temperature 1.
 
         Args:
             logits: One ``(…, C)`` for each member, class dimension last.
-            signals: Of the batch, for its targets and progress; ``teacher_logits`` is not looked at.
+            signals: Of the batch, for its targets and progress; ``teacher_logits`` is not read.
             inputs: Of the batch, for ``routing``.
         """
         given = Opinions(logits, None, signals.student_logits)

@@ -176,7 +176,7 @@ class FrozenTeacher(Teacher):
             module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def available(self) -> bool:
-        """Whether the weights are in place, or their file is there to be read."""
+        """Return True if the weights are in place, or their file is there to be read."""
         needed = () if self.loaded or self._in_cache is not None else (str(self.checkpoint),)
         needed += (self.calibration,) if isinstance(self.calibration, (str, Path)) else ()
         return all(Path(path).is_file() for path in needed)

@@ -1,4 +1,4 @@
-"""What a teacher says of a batch, and the loss terms that follow."""
+"""The logits of a teacher for a batch, their weights and consensus, and the loss terms that follow."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Placement:
         return f"{type(self).__name__}()"
 
     releases: bool = True
-    """Whether the weights may be dropped and read again."""
+    """True if the weights may be dropped and read again."""
 
     def check(self, teacher: FrozenTeacher) -> None:
         """Raise if an option of the teacher, whose attributes are all set, does not go with this place."""

@@ -87,10 +87,10 @@ class Routing:
             )
         assert self._classes is not None
         known = self._classes = self._classes.to(targets.device)
-        nobody = len(known) - 1
-        if nobody > num_classes:
-            raise ValueError(f"routing names class {nobody - 1}, but classes go from 0 to {num_classes - 1}.")
-        return known[torch.where((targets >= 0) & (targets < nobody), targets, nobody)]
+        unknown = len(known) - 1
+        if unknown > num_classes:
+            raise ValueError(f"routing names class {unknown - 1}, but classes go from 0 to {num_classes - 1}.")
+        return known[torch.where((targets >= 0) & (targets < unknown), targets, unknown)]
 
 
 def check_served(known: Tensor, signals: Signals) -> Tensor:

@@ -55,13 +55,13 @@ class Teacher(ABC):
     temperatures: Sequence[TemperaturePolicy] = ()
     """The teacher's own policies, which the Distiller registers, trains and checkpoints."""
     settings: str = ""
-    """How the teacher is set up beyond its weights; a checkpoint compares it."""
+    """The teacher's settings beyond its weights in words; a checkpoint compares them."""
     gives_hidden_states: bool = False
-    """Whether :meth:`hidden_states` works."""
+    """True if the teacher has :meth:`hidden_states`."""
     known: Tensor | None = None
     """``(C,)``: the classes of the student that the teacher knows; None: all. The others carry no distillation."""
     reads_batch: bool = False
-    """Whether :meth:`logits` takes the whole batch, of which the teacher reads a part, instead of the inputs."""
+    """True if :meth:`logits` takes the whole batch, of which the teacher reads a part, instead of the inputs."""
 
     @abstractmethod
     def logits(

@@ -1,4 +1,4 @@
-"""What a teacher sees of a batch whose inputs were prepared for the student."""
+"""Transforms of a batch's inputs, which were prepared for the student, to those of the teacher."""
 
 from __future__ import annotations
 

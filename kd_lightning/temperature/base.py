@@ -1,4 +1,4 @@
-"""What every temperature policy gives back and inherits."""
+"""The base class of temperature policies, and the temperature that they return."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ __all__ = ["JoinedTemperature", "MultiTemperature", "ProductTemperature"]
 
 
 class _CombinedTemperature(TemperaturePolicy):
-    """What combinations share: their parts, and the parts' centring one after the other."""
+    """Base of combinations: their parts, and the parts' centring one after the other."""
 
     reads_logits = False
 

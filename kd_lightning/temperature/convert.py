@@ -1,4 +1,4 @@
-"""What a user may write for a temperature, and the policy that it means."""
+"""Conversion of a number, a schedule or a policy, as a user may write a temperature, to a policy."""
 
 from __future__ import annotations
 

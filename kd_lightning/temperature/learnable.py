@@ -35,7 +35,7 @@ class _ReverseGradient(torch.autograd.Function):
 
 
 class _BoundedTemperature(TemperaturePolicy):
-    """What the learnable policies share: the bounds, the reversal and the optimiser group."""
+    """Base of the learnable policies: the bounds, the reversal and the optimiser group."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a temperature policy is given: one batch, and where training stands."""
+"""The input of a temperature policy: one batch, and the progress of training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Signals"]
 
 @dataclass(frozen=True)
 class Signals:
-    """What a policy may look at: one batch, and where training stands.
+    """The input of a policy: one batch, and the progress of training.
 
     Attributes:
         student_logits: ``(…, C)``, class dimension last.

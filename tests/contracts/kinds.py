@@ -84,7 +84,7 @@ INPUTS = torch.randn(5, NUM_FEATURES, generator=torch.Generator().manual_seed(7)
 
 
 def inputs_of(teacher: Teacher, inputs: Tensor = INPUTS) -> Any:
-    """What the teacher is called with: the inputs, or a batch that has what it reads."""
+    """Return the teacher's argument: the inputs, or a batch that has the part that it reads."""
     if not teacher.reads_batch:
         return inputs
     key: str = vars(teacher)["key"]

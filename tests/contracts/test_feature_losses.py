@@ -1,4 +1,4 @@
-"""What every loss between features keeps, found by itself: an exported class without a setting here fails."""
+"""The contract of losses between features: an exported class without a setting here fails."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def info_nce(s: Array, t: Array, t_s: float, t_t: float) -> float:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a loss is built, and what it must compute."""
+    """The construction of a loss, and its independent formula."""
 
     module: FeatureLoss
     function: str
@@ -183,7 +183,7 @@ def loss_of(name: str, s: Tensor, t: Tensor, temperature: Any = T, module: Featu
 
 
 def numerical_gradient(name: str, s: Tensor, t: Tensor) -> Array:
-    """Of the independent formula, by central differences."""
+    """Return the gradient of the independent formula, by central differences."""
     point, taught = s.detach().numpy().copy(), t.detach().numpy()
     gradient = np.zeros_like(point)
     for index in np.ndindex(point.shape):

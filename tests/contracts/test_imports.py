@@ -105,7 +105,7 @@ def test_no_circle_of_packages() -> None:
 
 
 def test_no_module_uses_the_packages_lazy_names() -> None:
-    """They would lead to a circle that no graph shows."""
+    """Such imports would lead to a circle that no graph shows."""
     lazy = {f"kd_lightning.{name}" for name in kd_lightning.__all__} - set(MODULES)
     assert not [path for path in FILES if imported(path) & lazy]
 

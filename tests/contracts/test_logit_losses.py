@@ -1,4 +1,4 @@
-"""What every loss between logits keeps, found by itself: a new exported class without a setting here fails the run."""
+"""The contract of losses between logits: an exported class without a setting here fails."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def entropy_gated(s: Array, t: Array, ts: Any, tt: Any, y: int, threshold: float
 
 
 def alpha_beta(s: Array, t: Array, ts: Any, tt: Any, y: int, alpha: float, beta: float) -> Any:
-    """As in Cichocki and Amari, whose sum of three powers has no cancelled terms."""
+    """Return the form of Cichocki and Amari, whose sum of three powers has no cancelled terms."""
     p, q = softmax(s, ts), softmax(t, tt)
     total = alpha + beta
     powers = q**alpha * p**beta - alpha / total * q**total - beta / total * p**total
@@ -93,7 +93,7 @@ def nkd_others(s: Array, t: Array, ts: Any, tt: Any, y: int) -> Any:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a loss is built, and what it must compute."""
+    """The construction of a loss, and its independent formula."""
 
     module: LogitLoss
     row: Callable[..., Any] | None

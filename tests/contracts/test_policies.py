@@ -1,4 +1,4 @@
-"""What every exported policy and schedule keeps, found by itself: a new class without a setting here fails the run."""
+"""The contract of policies and schedules: an exported class without a setting here fails."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def _made_cifar100(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def _made_assistant(tmp_path: Path) -> None:
-    """What the first run of a chain leaves to the second; tests/integration/test_assistant.py runs both."""
+    """Write the checkpoint that a chain's first run leaves; tests/integration/test_assistant.py runs both."""
     students = {"digits_assistant": ((8, 16), 32), "digits": ((4, 8), 16)}
     for run, (channels, hidden) in students.items():
         folder = tmp_path / "logs" / run / "version_0" / "checkpoints"

@@ -133,7 +133,7 @@ def test_text_is_indexed_too(make_trainer: MakeTrainer, tmp_path: Path) -> None:
 
 
 class Plain(LightningModule):
-    """Somebody's module, which knows neither teacher nor cache."""
+    """A user's module, which knows neither teacher nor cache."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -69,14 +69,14 @@ class Report(Callback):
 
 
 def ensemble(teacher: torch.nn.Module) -> TeacherEnsemble:
-    """Of two, with a temperature to learn, and weights and routing by row."""
+    """An ensemble of two, with a temperature to learn, and weights and routing by row."""
     members = [FrozenTeacher(copy.deepcopy(teacher)), FrozenTeacher(teacher, micro_batch_size=4)]
     teacher.get_parameter("3.bias").data.add_(1.0)
     return TeacherEnsemble(members, [LearnedTemperature(), 3.0], "confidence", routing=[[0, 1, 2, 3], [2, 3, 4, 5]])
 
 
 def of_different_classes(teacher: torch.nn.Module) -> TeacherEnsemble:
-    """Of two that know four of the six classes each, one of which is merged of two."""
+    """An ensemble of two that know four of the six classes each, one of which is merged of two."""
     one = MappedClasses(copy.deepcopy(teacher), [[0, 4], 1, 2, 3, None, None])
     two = MappedClasses(teacher, [None, None, 2, 3, 4, 5])
     return TeacherEnsemble(

@@ -148,7 +148,7 @@ def test_errors_of_shifting() -> None:
 
 
 class Gradients(Callback):
-    """What the optimiser was given in each step, and what was logged."""
+    """A record of the gradients that the optimiser was given in each step, and of the logs."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder

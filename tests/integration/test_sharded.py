@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 
 class Sharded(DistillationModule):
-    """As users of FSDP2 write it: the student's blocks and then its root are sharded by hand."""
+    """A module as users of FSDP2 write it: the student's blocks and then its root are sharded by hand."""
 
     def configure_model(self) -> None:
         blocks = getattr(getattr(self.student, "base_model", self.student), "blocks", self.student)

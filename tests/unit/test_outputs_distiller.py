@@ -109,7 +109,7 @@ def test_the_sum_of_its_outputs_by_the_formula(form: str) -> None:
 
 
 class Says(nn.Module):
-    """Whatever it is asked."""
+    """A network that returns a constant output."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ def test_the_distiller_s_temperature_moves_all_outputs_without_one_of_their_own(
 
 
 def test_callbacks_see_the_sum(network: Heads, make_trainer: Callable[..., Trainer]) -> None:
-    """They read the Distiller's last output; a share of the gradient is that of all outputs."""
+    """Callbacks read the Distiller's last output; a share of the gradient is that of all outputs."""
     mine = module(network)
     share = GradientShare(target=0.5, decay=0.0)
     make_trainer(max_epochs=1, limit_train_batches=1, log_every_n_steps=1, callbacks=[share]).fit(mine, data())

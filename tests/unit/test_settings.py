@@ -1,4 +1,4 @@
-"""What a user sets after construction works as written, or is refused."""
+"""Settings after construction work as written, or are refused."""
 
 from __future__ import annotations
 

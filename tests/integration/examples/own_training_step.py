@@ -34,7 +34,7 @@ class Classifier(LightningModule):
         self.log("val_acc", (self.net(images).argmax(1) == targets).float().mean())
 
     def configure_optimizers(self):
-        """Of the net alone: this temperature learns nothing."""
+        """Return an optimiser of the net alone, because this temperature learns nothing."""
         return torch.optim.AdamW(self.net.parameters(), lr=0.01)
 
 

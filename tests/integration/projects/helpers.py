@@ -1,4 +1,4 @@
-"""What all projects are asked: do they distil, and is nothing else changed?"""
+"""The checks of all projects: that they distil, and that nothing else is changed."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class LitAutoEncoder(LightningModule):
 
 
 class TutorialAutoEncoder(LitAutoEncoder):
-    """As in the tutorial: ``forward`` is the embedding, and the step calls the two halves."""
+    """The tutorial's module: ``forward`` is the embedding, and the step calls the two halves."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.encoder(x)

@@ -62,7 +62,7 @@ class Sequences(LightningModule):
 
 
 def sentences(causal: bool) -> list[dict[str, Tensor]]:
-    """Of different lengths; the first token tells what follows."""
+    """Texts of different lengths, whose first token determines the rest."""
     generator = torch.Generator().manual_seed(0)
     starts = torch.randint(3, VOCABULARY, (32, 1), generator=generator)
     tokens = (starts - 3 + torch.arange(12)) % (VOCABULARY - 3) + 3

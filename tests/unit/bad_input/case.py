@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Case:
-    """What a user wrote, the error that it raises, and the error's whole text."""
+    """A user's mistake, the error that it raises, and the error's whole text."""
 
     name: str
     write: Callable[[], object]

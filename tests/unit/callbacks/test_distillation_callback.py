@@ -81,7 +81,7 @@ class CallsNet(Plain):
 
 
 class Quiet(CallsNet):
-    """self.log within a compiled graph warns, of which nobody here is the cause."""
+    """A module without self.log, which warns within a compiled graph."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return self.loss(batch)
@@ -93,7 +93,7 @@ class ReturnsDict(Plain):
 
 
 class ForwardTwice(Plain):
-    """Two views, and one look without gradient."""
+    """A module that calls the student on two views, and once without gradient."""
 
     def loss(self, batch: Any) -> Tensor:
         x, y = batch

@@ -71,7 +71,7 @@ def test_without_it_the_share_moves():
 
 
 def test_weight_by_the_formula():
-    """Of the first step, by autograd over the loss written out in float64."""
+    """Return the norms of the first step, by autograd over the loss written out in float64."""
     plain = module(temperature=3.0, kd_weight=0.7, task_weight=0.3)
     student, teacher = plain.student, plain.teacher.module.eval()
     loader = make_loader()
@@ -134,7 +134,7 @@ def test_in_someone_elses_module():
 
 
 def test_a_checkpoint_with_another_weight_is_no_change_of_settings(tmp_path: Path):
-    """Whose warning would be an error here; in the process that trained, and in another one."""
+    """A changed schedule would warn, which is an error here: in the process that trained, and in another."""
     share, model = GradientShare(), module()
     fitter = trainer(share, StopAfter(1))
     fitter.fit(model, make_loader())

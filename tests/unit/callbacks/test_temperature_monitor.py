@@ -202,7 +202,7 @@ def test_gradient_share_of_a_single_term(make_module: Make) -> None:
 
 
 class Histograms(CSVLogger):
-    """What TensorBoard's logger has, as far as it is used."""
+    """The part of TensorBoard's logger that is used."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

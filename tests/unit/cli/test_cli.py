@@ -236,7 +236,7 @@ def test_a_checkpoint_is_looked_for_from_its_configuration(tmp_path: Path, monke
 
 
 def test_a_class_in_the_current_folder(tmp_path: Path) -> None:
-    """As the console script is started: `python FILE`, whose sys.path has the script's folder and not the current."""
+    """The console script is started as `python FILE`, whose sys.path lacks the current folder."""
     (tmp_path / "own_policy.py").write_text("from kd_lightning.schedules import CosineSchedule as SawTooth\n")
     script = Path(sys.executable).with_name("kd-lightning")
     options = ["--model.temperature=own_policy.SawTooth", "--model.temperature.init_value=8"]

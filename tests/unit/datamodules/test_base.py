@@ -1,4 +1,4 @@
-"""What every image datamodule owes, shown on one with made images."""
+"""The duties of every image datamodule, shown on one with made images."""
 
 from collections import Counter
 from typing import Any

@@ -57,7 +57,7 @@ class Exact:
 
     @staticmethod
     def derivative(function: Callable[[Decimal], Decimal], at: float) -> float:
-        """Of a function of one number, such as a loss of its temperature."""
+        """Return the derivative of a function of one number, such as a loss of its temperature."""
         with fifty_digits():
             x, step = Decimal(at), Decimal("1e-12")
             return float((function(x + step) - function(x - step)) / (2 * step))

@@ -233,7 +233,7 @@ def test_bucket_is_a_lower_bound():
 
 
 def test_uniform_and_renormalize_are_brought_to_every_temperature():
-    """As the logits of such a teacher would be."""
+    """The loss is that of the logits that such a teacher would have."""
     t = torch.full((4, 20), -2.0, dtype=torch.float64).scatter(1, torch.randint(20, (4, 1)), 3.0)
     s = torch.randn(4, 20, dtype=torch.float64)
     for made_at in (0.5, 1.0, 3.0):

@@ -1,4 +1,4 @@
-"""What optimisers, schedulers and learning rates come of what a user gives."""
+"""Optimisers, schedulers and learning rates that follow from a user's settings."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_scheduler_names_its_monitor() -> None:
 
 @both
 def test_interval_and_frequency(kind: type[SupervisedModule], make_trainer: MakeTrainer) -> None:
-    """Of 8 optimiser steps the scheduler steps after each third: twice."""
+    """In 8 optimiser steps the scheduler steps twice, after each third."""
     halve = functools.partial(StepLR, step_size=1, gamma=0.5)
     module = make(kind, optimizer=sgd, lr_scheduler={"scheduler": halve, "interval": "step", "frequency": 3})
     trainer = make_trainer()
@@ -197,7 +197,7 @@ data: {class_path: DigitsDataModule, init_args: {train_fraction: 0.05}}
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # another run goes on elsewhere
 def test_the_dictionary_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was said survives into the saved configuration, which runs again, and into the checkpoint."""
+    """The settings survive into the saved configuration, which runs again, and into the checkpoint."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["kd-lightning"])
     (tmp_path / "mine.yaml").write_text(CONFIG)

@@ -49,7 +49,7 @@ def _chdir(folder: Path) -> Iterator[None]:
 
 
 def run(*arguments: str) -> str:
-    """What a command prints."""
+    """Return the text that a command prints."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         main([*arguments])
@@ -307,7 +307,7 @@ def test_multiplied_policies_and_pruned_cells(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_sweep_whose_runs_are_all_pruned_ends_with_its_table(tmp_path: Path) -> None:
-    """There is no baseline to draw either."""
+    """The figure has no baseline either."""
     pruner = optuna.pruners.ThresholdPruner(lower=2.0)
     result = sweep(short(), [1.0], [0.9], seeds=1, baseline=False, pruner=pruner, output=str(tmp_path))
     assert result.table().splitlines()[-1] == "no cell has all its runs complete: nothing is chosen"

@@ -1,4 +1,4 @@
-"""What the tests of teachers share."""
+"""Helpers that the tests of teachers share."""
 
 from __future__ import annotations
 

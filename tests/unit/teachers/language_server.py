@@ -19,7 +19,7 @@ LOCK = threading.Lock()
 
 @dataclass
 class LanguageServer:
-    """What is served and how; tests change it while it runs.
+    """The answers of the server; tests change them while it runs.
 
     Attributes:
         network: From tokens to logits.

@@ -64,7 +64,7 @@ def fit(module: DistillationModule, trainer: Trainer, train: Rows, val: Rows | N
 def expected(
     teacher: nn.Module, make_module: Callable[..., DistillationModule], make_trainer: Callable[..., Trainer]
 ) -> dict[str, float]:
-    """What the network itself teaches."""
+    """Return the metrics of a run that the network itself teaches."""
 
     class Wrapped(nn.Module):
         def __init__(self) -> None:
@@ -139,7 +139,7 @@ def write_parquet(folder: Path, ids: Any, logits: Tensor) -> Path:
 
 
 def write_arrow_folder(folder: Path, ids: Any, logits: Tensor) -> Path:
-    """As ``Dataset.save_to_disk`` does: streams, in shards."""
+    """Write streams in shards, as ``Dataset.save_to_disk`` does."""
     pa = pytest.importorskip("pyarrow")
     for shard, part in enumerate((slice(0, 40), slice(40, None))):
         rows = table(ids[part], logits[part])

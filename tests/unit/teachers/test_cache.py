@@ -380,7 +380,7 @@ def test_a_killed_build_goes_on(tmp_path: Path) -> None:
 
 
 def write_rows(path: Path, numbers: list[int], start: Any) -> None:
-    """As a rank does that has a sample twice: what it computes differs in the last bits."""
+    """A rank that has a sample twice computes logits that differ in the last bits."""
     cache = TeacherCache(path, dtype="float32")
     cache.index(TensorDataset(torch.arange(400.0)[:, None]), "teacher")
     start.wait()

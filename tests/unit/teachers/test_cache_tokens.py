@@ -169,7 +169,7 @@ def given(path: Path, function: Callable[..., Any], **options: Any) -> FunctionT
 @pytest.mark.parametrize("tail", ["bucket", "uniform", "renormalize", "drop"])
 @pytest.mark.parametrize("shape", [(COUNT, LENGTH, 13), (COUNT, 13)])
 def test_given_targets_come_back_as_they_are(tmp_path: Path, tail: Any, shape: tuple[int, ...]) -> None:
-    """Of tokens and of images, few classes or many, at a temperature of their own."""
+    """This holds for tokens and images, few classes and many, at a temperature of their own."""
     logits = torch.randn(shape) * 2
     exact = Sparse.top_k(logits, 5, 2.0, tail)
     numbers = exact.indices + 70_000  # more than two bytes hold

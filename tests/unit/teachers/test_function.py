@@ -21,7 +21,7 @@ from tests.helpers import make_data, make_loader, make_network
 
 
 def made_at(logits: Tensor, output: Output, temperature: float) -> Tensor:
-    """What a server that softens by ``temperature`` returns."""
+    """Return the answer of a server that softens by ``temperature``."""
     scaled = logits / temperature
     return {"logits": scaled, "log_probs": scaled.log_softmax(-1), "probs": scaled.softmax(-1)}[output]
 

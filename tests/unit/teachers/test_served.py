@@ -137,7 +137,7 @@ def test_a_run_is_that_of_the_network(server: LanguageServer, make_trainer: Make
 
 
 def test_requests(server: LanguageServer) -> None:
-    """What vLLM, OpenAI-compatible servers and SGLang are asked; the last token is sent twice."""
+    """Requests to vLLM, OpenAI-compatible servers and SGLang; the last token is sent twice."""
     ids = torch.tensor([[3, 1, 4]])
     for api in APIS:
         teacher_of(server, api=api).logits(ids)

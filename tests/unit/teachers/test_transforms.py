@@ -1,4 +1,4 @@
-"""What a teacher sees of a batch whose inputs were prepared for the student."""
+"""Inputs of a teacher, from a batch whose inputs were prepared for the student."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ LOSSES = [KDLoss(), ReverseKDLoss(), JSDLoss(), MSELogitsLoss(), DKDLoss(), NKDL
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
 @pytest.mark.parametrize("temperature", [2.0, MaxLogitTemperature(2.0), LogitStandardization()], ids=repr)
 def test_as_if_the_student_had_the_known_classes_only(loss: nn.Module, temperature: Any) -> None:
-    """Whatever the loss, and whatever the policy reads of either side."""
+    """This holds for every loss, and for every policy that reads either side."""
     logits, student = double(6, 8), double(6, 5)
     targets = torch.tensor([0, 2, 3, 3, 2, 0])
     whole, part = student.clone().requires_grad_(), student[:, KNOWN].clone().requires_grad_()
@@ -241,7 +241,7 @@ def test_in_a_module_with_metrics_and_resume(
 
 
 def test_a_consensus_to_draw(narrow: nn.Module) -> None:
-    """As plot-temperature asks for it: without a student."""
+    """plot-temperature asks for a consensus without a student."""
     inputs = torch.randn(3, 8)
     merges = MappedClasses(narrow, [[0, 1], None, [2], None, None, [3]])
     distiller = Distiller(merges, task_weight=0.0)

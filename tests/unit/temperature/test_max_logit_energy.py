@@ -52,7 +52,7 @@ def test_energy_by_the_formula(tokens, share, shift):
 
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_energy_by_a_threshold_of_the_whole_data(share: float) -> None:
-    """As published: whatever the batches, those samples are high whose energy is among the data's highest."""
+    """Samples are high whose energy is among the data's highest, whatever the batches, as published."""
     logits = 3 * torch.randn(40, 6, dtype=torch.float64) + 20 * torch.rand(40, 1, dtype=torch.float64)
     z = logits.numpy()
     energy = -np.log(np.exp(z - z.mean(-1, keepdims=True)).sum(-1))

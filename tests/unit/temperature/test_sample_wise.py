@@ -193,7 +193,7 @@ class TestSharpness:
         assert t.teacher.item() == pytest.approx(2 * 4 / (4 + 2) * 4)
 
     def test_never_negative_and_blind_to_a_shift(self):
-        """As published, maxima of −1 and 1.0001 give T_s = −79 987."""
+        """Maxima of −1 and 1.0001 give T_s = −79 987 as published."""
         student, teacher = torch.tensor([[-1.0, -2.0, -3.0]]), torch.tensor([[1.0001, 0.0, -1.0]])
         policy = SharpnessTemperature(4.0)
         t = policy(Signals(student, teacher))
