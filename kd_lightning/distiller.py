@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from kd_lightning.distiller_parts import DistillerParts
 from kd_lightning.functional import Temperature
-from kd_lightning.functional.rows import check_labels
+from kd_lightning.functional.rows import check_labels, plain
 from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.layers import LayerTerm, LayerTerms
 from kd_lightning.losses import CrossEntropyLoss, KDLoss
@@ -144,6 +144,7 @@ class Distiller(DistillerParts):
         kd_weight, task_weight = self._weights(progress)
         if teacher_logits is None:
             teacher_logits = self._teaching.logits(inputs, index)
+        student_logits, teacher_logits = plain(student_logits), plain(teacher_logits)
         check_labels(targets, student_logits, self.class_dim, self.task_ignore_index)
         if is_readable() and not self.looked_at:
             self.looked_at = True

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.functional import Temperature, predictive_entropy
-from kd_lightning.functional.rows import Scale, loss_scale
+from kd_lightning.functional.rows import Scale, is_sharded, loss_scale
 from kd_lightning.layers import LayerResult
 from kd_lightning.temperature.base import Temperatures
 
@@ -83,9 +83,9 @@ class DistillationOutput:
             "temperature_teacher": torch.stack([t.teacher.detach().mean() for t in self.temperatures]).mean(),
             "effective_kd_weight": self.effective_kd_weight,
         }
-        if len(student_logits):
+        if len(student_logits) and not is_sharded(student_logits, teacher_logits):
             values["entropy_student"] = predictive_entropy(student_logits, first.student.detach()).mean()
-        if len(teacher_logits):
+        if len(teacher_logits) and not is_sharded(student_logits, teacher_logits):
             values["entropy_teacher"] = predictive_entropy(teacher_logits, first.teacher.detach()).mean()
         for name, result in self.layers.items():
             if (temperature := result.mean_temperature()) is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,23 @@ def hooks(*modules: nn.Module) -> int:
 def in_a_fork(function: Callable[[], object]) -> None:
     """Call a function in a process of its own; its exception comes through with its traceback."""
     start_processes(lambda _: function(), nprocs=1, start_method="fork")
+
+
+def on_ranks(world: int, function: Callable[[int], object]) -> None:
+    """Call a function of the rank in processes of one group (gloo); an exception comes through with its traceback."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    start_processes(_run_rank, (world, port, function), nprocs=world, start_method="fork")
+
+
+def _run_rank(rank: int, world: int, port: int, function: Callable[[int], object]) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0"}
+    os.environ["TORCHELASTIC_RUN_ID"] = "test"  # so that Lightning creates no processes
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    function(rank)
+    torch.distributed.destroy_process_group()
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:

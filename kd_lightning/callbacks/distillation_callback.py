@@ -219,6 +219,8 @@ class DistillationCallback(HoldsDistiller, Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._trainer is not None:
+            self._run.warn_of_lost_state(weights=True)
         self._leave()
 
     @override

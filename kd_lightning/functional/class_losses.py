@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from kd_lightning.functional.class_divergences import DecoupledKL, NonTargetCrossEntropy, TargetCrossEntropy
 from kd_lightning.functional.divergences import SoftCrossEntropy
 from kd_lightning.functional.row_loss import CLASS_DIM, LossOptions, row_loss
-from kd_lightning.functional.rows import check_layout, without_padding
+from kd_lightning.functional.rows import check_layout, check_whole, without_padding
 from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.functional.temperature import Temperature, as_temperature, check_values, check_weights
 
@@ -45,6 +45,7 @@ def hard_label_loss(
         >>> hard_label_loss(student, teacher, 4.0)
         tensor(0.1698)
     """
+    check_whole("hard_label_loss", student_logits, teacher_logits)
     class_dim = options.get("class_dim", CLASS_DIM)
     check_layout(student_logits, class_dim, options.get("targets"))
     teacher_logits = without_padding(student_logits, teacher_logits, class_dim)

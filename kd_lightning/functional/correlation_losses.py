@@ -16,6 +16,7 @@ from kd_lightning.functional.rows import (
     check_logits,
     check_num_items,
     check_option,
+    check_whole,
     in_compute_dtype,
     loss_factor,
     valid_positions,
@@ -72,6 +73,7 @@ def dist_loss(
     check_option("scale", scale, SCALES)
     check_option("reduction", reduction, REDUCTIONS)
     check_num_items(num_items, reduction)
+    check_whole("dist_loss", student_logits, teacher_logits)
     teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
     check_logits(student_logits, teacher_logits, class_dim, min_classes=3, targets=targets)
     temp = in_compute_dtype(as_temperature(temperature, student_logits), student_logits)

@@ -93,6 +93,22 @@ class Divergence(ABC):
             teacher: True to compute the gradient with respect to ``b``.
         """
 
+    def per_class(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """Return the terms whose sum over the classes is the divergence, in differentiable torch.
+
+        Args:
+            log_p: Student log-probabilities of some classes, normalised over all.
+            log_q: The teacher's, same shape.
+
+        Raises:
+            ValueError: If the divergence is no such sum, so that classes sharded over ranks cannot be combined.
+        """
+        raise ValueError(
+            f"{type(self).__name__} is no sum over classes of a function of both probabilities, so that it cannot be "
+            "computed on logits whose classes are sharded over ranks. Take KDLoss, ReverseKDLoss, JSDLoss, "
+            "TotalVariationLoss or SoftCrossEntropyLoss, or gather the logits: logits.full_tensor()."
+        )
+
 
 @dataclass(frozen=True)
 class ForwardKL(Divergence):
@@ -106,6 +122,11 @@ class ForwardKL(Divergence):
         log_z_a, log_z_b = (z.logsumexp(dim, keepdim=True) for z in (a, b))
         q = (b - log_z_b).exp()
         return (q * where_positive(q, b - a)).sum(dim, keepdim=True) - log_z_b + log_z_a
+
+    @override
+    def per_class(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        q = log_q.exp()
+        return q * where_positive(q, log_q - log_p)
 
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
@@ -156,6 +177,11 @@ class ReverseKL(Divergence):
         return (p * where_positive(p, a - b)).sum(dim, keepdim=True) - log_z_a + log_z_b
 
     @override
+    def per_class(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        p = log_p.exp()
+        return p * where_positive(p, log_p - log_q)
+
+    @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
         p, q = a.softmax(dim), b.softmax(dim)
         log_z_ratio = _log_z_ratio(_peaks(a, b, dim), p, q, dim)
@@ -185,12 +211,15 @@ class JensenShannon(Divergence):
 
     @override
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
-        log_p, log_q = a.log_softmax(dim), b.log_softmax(dim)
+        return self.per_class(a.log_softmax(dim), b.log_softmax(dim)).sum(dim, keepdim=True)
+
+    @override
+    def per_class(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         p, q = log_p.exp(), log_q.exp()
         log_r = torch.where((p > 0) | (q > 0), log_q - log_p, 0.0).clamp(-_FAR, _FAR)
         log_p_over_m = -(1 + self.beta * (log_r.exp() - 1)).log()
         of_p, of_q = p * log_p_over_m, q * (log_r + log_p_over_m)
-        return ((1 - self.beta) * of_p + self.beta * of_q).sum(dim, keepdim=True)
+        return (1 - self.beta) * of_p + self.beta * of_q
 
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
@@ -223,6 +252,10 @@ class TotalVariation(Divergence):
         return (a.softmax(dim) - b.softmax(dim)).abs().sum(dim, keepdim=True) / 2
 
     @override
+    def per_class(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return (log_p.exp() - log_q.exp()).abs() / 2
+
+    @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
         p, q = a.softmax(dim), b.softmax(dim)
         difference = torch.sub(p, q, out=a)
@@ -247,6 +280,11 @@ class SoftCrossEntropy(Divergence):
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
         q = b.softmax(dim)
         return a.logsumexp(dim, keepdim=True) - (q * where_positive(q, a)).sum(dim, keepdim=True)
+
+    @override
+    def per_class(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        q = log_q.exp()
+        return -q * where_positive(q, log_p)
 
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:

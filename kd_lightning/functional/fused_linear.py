@@ -21,6 +21,7 @@ from kd_lightning.functional.rows import (
     Scale,
     check_num_items,
     check_option,
+    check_whole,
     in_compute_dtype,
     labels_of,
     loss_factor,
@@ -158,6 +159,7 @@ def fused_linear_kd_terms(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     check_fusible(divergence)
+    check_whole("the fused loss", student_hidden, student_weight, teacher_hidden, teacher_weight, teacher_logits)
     if isinstance(teacher_logits, Sparse):
         raise TypeError("the fused loss takes the logits of all classes, got Sparse targets: take kd_loss for them.")
     heads = _Heads(

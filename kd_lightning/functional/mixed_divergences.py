@@ -37,6 +37,11 @@ class SymmetricKL(Divergence):
         return (1 - self.reverse_weight) * forward + self.reverse_weight * reverse
 
     @override
+    def per_class(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        forward, reverse = (divergence.per_class(log_p, log_q) for divergence in (ForwardKL(), ReverseKL()))
+        return (1 - self.reverse_weight) * forward + self.reverse_weight * reverse
+
+    @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
         p, q = a.softmax(dim), b.softmax(dim)
         return _both_ways(a, b, p, q, dim, 1 - self.reverse_weight, self.reverse_weight, teacher)
@@ -124,12 +129,15 @@ class SkewKL(Divergence):
 
     @override
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
-        log_p, log_q = a.log_softmax(dim), b.log_softmax(dim)
+        return self.per_class(a.log_softmax(dim), b.log_softmax(dim)).sum(dim, keepdim=True)
+
+    @override
+    def per_class(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         log_u, log_v = (log_p, log_q) if self.reverse else (log_q, log_p)
         u = log_u.exp()
         either = (u > 0) | (log_v > -math.inf)
         log_ratio = torch.where(either, log_v - log_u, 0.0).clamp(-80.0, 80.0)  # as in JensenShannon
-        return -(u * ((1 - self.skew) * log_ratio.expm1()).log1p()).sum(dim, keepdim=True)
+        return -u * ((1 - self.skew) * log_ratio.expm1()).log1p()
 
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:

@@ -17,13 +17,16 @@ from kd_lightning.functional.rows import (
     Rows,
     Scale,
     check_labels,
+    check_layout,
     check_logits,
     check_num_items,
     check_option,
     definition,
     in_compute_dtype,
+    is_sharded,
     labels_of,
     loss_factor,
+    plain,
     valid_positions,
     without_padding,
 )
@@ -96,6 +99,13 @@ def row_loss(
     check_option("reduction", reduction, REDUCTIONS)
     check_num_items(num_items, reduction)
     traced = torch.compiler.is_compiling() or in_transform()
+    shards = None
+    student_logits, teacher_logits = plain(student_logits), plain(teacher_logits)
+    if is_sharded(student_logits, teacher_logits):
+        from kd_lightning.functional.sharded import as_shards  # because DTensor is slow to import
+
+        check_layout(student_logits, class_dim, targets)
+        student_logits, teacher_logits, shards = as_shards(divergence, student_logits, teacher_logits, class_dim)
     if isinstance(teacher_logits, Sparse):
         check_tail(divergence, teacher_logits)
         check_logits(student_logits, student_logits, class_dim, divergence.min_classes, targets)
@@ -133,7 +143,9 @@ def row_loss(
         labels = labels_of(targets, valid, class_dim) if divergence.needs_labels else None
 
     rows = Rows(student_logits, teacher_logits, temp.student, temp.teacher, factor, valid, labels)
-    fast = not traced and closed_form_applies(rows, class_dim)
+    if shards is not None:
+        divergence, rows = shards, shards.local(rows, class_dim)
+    fast = shards is None and not traced and closed_form_applies(rows, class_dim)
     loss = (closed_form if fast else definition)(divergence, class_dim, reduction != "none", rows)
     return (loss.squeeze(class_dim) if reduction == "none" else loss).to(dtype)
 

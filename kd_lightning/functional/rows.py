@@ -23,11 +23,14 @@ __all__ = [
     "check_logits",
     "check_num_items",
     "check_option",
+    "check_whole",
     "definition",
     "in_compute_dtype",
+    "is_sharded",
     "labels_of",
     "loss_factor",
     "loss_scale",
+    "plain",
     "valid_positions",
     "without_padding",
 ]
@@ -44,6 +47,30 @@ def check_option(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise if the value is not among the allowed ones."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def is_sharded(*logits: Any) -> bool:
+    """Return True if a tensor is a DTensor, told without an import of the module, which is slow."""
+    return any(hasattr(z, "device_mesh") for z in logits)
+
+
+def check_whole(name: str, *tensors: Any) -> None:
+    """Raise if a loss that needs whole rows is given a DTensor."""
+    if is_sharded(*tensors):
+        raise ValueError(
+            f"{name} takes plain tensors, got a DTensor, whose classes may be sharded over ranks. Give whole tensors, "
+            "tensor.full_tensor(), or take kd_loss, which needs no more than sums over the ranks."
+        )
+
+
+def plain(logits: Any) -> Any:
+    """Return a DTensor that is replicated as the tensor that each rank has, and others as they are.
+
+    Its gradient is equal on all ranks.
+    """
+    if is_sharded(logits) and all(placement.is_replicate() for placement in logits.placements):
+        return logits.to_local(grad_placements=logits.placements)
+    return logits
 
 
 def check_layout(logits: Tensor, class_dim: int, targets: Tensor | None = None) -> None:

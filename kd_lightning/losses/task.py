@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from kd_lightning.functional.logit_losses import soft_cross_entropy_loss
+from kd_lightning.functional.rows import is_sharded
 from kd_lightning.functional.temperature import in_transform
 
 __all__ = [
@@ -37,6 +39,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
     @override
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if is_sharded(input):
+            return self._of_shards(input, target)
         if input.dim() > 2 and input.stride(1) == 1 and target.dim() == input.dim() - 1 and self.reduction != "none":
             # (B, V, L) that is a view of (B, L, V): row by row, as it lies in memory, takes a quarter of the time
             input, target = input.movedim(1, -1).flatten(0, -2), target.flatten()
@@ -45,6 +49,19 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             return loss
         labelled = (target != self.ignore_index).any()
         return torch.where(labelled, loss, input.sum() * 0.0)  # keeps the graph: DDP expects every gradient
+
+    def _of_shards(self, input: Any, target: Tensor) -> Tensor:
+        """Return the loss of logits whose classes are sharded over ranks, by sums over ranks alone."""
+        if self.weight is not None or self.label_smoothing or target.is_floating_point():
+            raise ValueError(
+                "the cross-entropy of logits whose classes are sharded over ranks takes class indices, without weight "
+                "and label_smoothing. Leave them out, or gather the logits: logits.full_tensor()."
+            )
+        from kd_lightning.functional.sharded import one_hot_logits  # because DTensor is slow to import
+
+        hot = one_hot_logits(target, input, 1)
+        options: Any = {"class_dim": 1, "ignore_index": self.ignore_index, "reduction": self.reduction}
+        return soft_cross_entropy_loss(input, hot, 1.0, targets=target, **options)
 
 
 def is_readable() -> bool:

@@ -266,6 +266,8 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
     @override
     def teardown(self, stage: str) -> None:
         self.distiller.detach()
+        if stage == "fit":
+            self._run.warn_of_lost_state(weights=False)
         self._run.stop(attached_trainer(self))
 
     @override

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -95,6 +97,8 @@ class DistillationRun:
         self._restored: dict[str, Any] = {}
         self._misfit: dict[str, Any] | None = None  # a checkpoint of other policies, until the optimiser is restored
         self._step_hooks: list[RemovableHandle] = []
+        self._process = os.getpid()
+        self._state_at_start: dict[str, Tensor] = {}
         self.rows: Tensor | None = None
         """The rows of the batch at hand in the teacher's cache."""
 
@@ -125,6 +129,8 @@ class DistillationRun:
         self._length = RunLength()
         self._finite = NonFiniteWatch()
         self._restored.pop("resumed_teacher", None)
+        if os.getpid() != self._process:
+            self._state_at_start = {name: value.clone() for name, value in self.distiller.state_dict().items()}
         rank_zero_info(f"Teacher: {self.teacher!r}, fingerprint {self.teacher.fingerprint()[:8]}")
 
     # ---- the teacher's cache ----------------------------------------------------------------------------------------
@@ -222,6 +228,25 @@ class DistillationRun:
             index_training(datamodule_of(trainer), None)
         while self._step_hooks:
             self._step_hooks.pop().remove()
+
+    def warn_of_lost_state(self, weights: bool) -> None:
+        """Warn at the end of a fit if its state ends with this process, which ``ddp_fork`` or ``ddp_spawn`` started.
+
+        Args:
+            weights: Whether the Distiller's own state is lost too: Lightning brings home the module's state dict alone.
+        """
+        if os.getpid() == self._process:
+            return
+        state = self.distiller.state_dict() if weights else {}
+        before = self._state_at_start
+        lost = [name for name, value in state.items() if not torch.equal(value.cpu(), before[name].cpu())]
+        lost += ["the teacher's state"] if self.teacher.state_dict() else []
+        if lost:
+            rank_zero_warn(
+                f"ddp_fork and ddp_spawn train in processes that end with fit, from which Lightning brings home the "
+                f"module's weights alone: in the process that called fit, {self.owner} has {', '.join(lost)} as before "
+                "it. Take strategy='ddp', or read the values from a checkpoint, which has them."
+            )
 
     def check_ranks(self, trainer: Trainer) -> None:
         """Raise if the ranks have different teachers. A collective: every rank must call it.

@@ -34,7 +34,8 @@ def fingerprint(module: nn.Module) -> str:
     """Hash the names, types, shapes and bytes of a module's parameters and persistent buffers.
 
     A quantized tensor counts as its integers with their scales and zero points, packed weights as the tensors in them,
-    and a tensor subclass, such as torchao's, as its inner tensors.
+    a tensor subclass, such as torchao's, as its inner tensors, and a sharded tensor as the whole, which is gathered:
+    a collective, one tensor at a time.
 
     Raises:
         ValueError: If weights are on the meta device or in the constants of TorchScript, or a value of the state dict
@@ -78,6 +79,8 @@ def _plain_parts(name: str, value: Any) -> Iterator[Tensor | _Primitive]:
                 value.q_zero_point(),
             )
         )
+    elif hasattr(value, "full_tensor"):  # a DTensor, whose shards may be on the host
+        yield value.to(value.device_mesh.device_type).full_tensor().detach()
     elif isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
         names, context = value.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
         yield repr(context)

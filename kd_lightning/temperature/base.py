@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.functional import Temperature
+from kd_lightning.functional.rows import is_sharded
 from kd_lightning.functional.temperature import as_temperature, check_number, check_values, is_number
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.statistics import mean_over_valid
@@ -164,6 +165,8 @@ class TemperaturePolicy(nn.Module, ABC):
 
     def forward(self, signals: Signals) -> Temperatures:
         """Compute, multiply, bound and check the temperature for one batch."""
+        if is_sharded(signals.student_logits, signals.teacher_logits):
+            signals = self._without_logits(signals)
         dtype = torch.promote_types(signals.student_logits.dtype, torch.float32)
         if signals.student_logits.dtype != dtype or signals.teacher_logits.dtype != dtype:
             signals = signals.replace(
@@ -181,6 +184,18 @@ class TemperaturePolicy(nn.Module, ABC):
         if not isinstance(computed, (tuple, list)) or not computed:
             raise TypeError(self._wrong_type(computed))
         return tuple(self._finish(term, signals) for term in computed)
+
+    def _without_logits(self, signals: Signals) -> Signals:
+        """Return signals with zeros, which take no memory, in the place of logits that are sharded over ranks."""
+        if self.needs_logits:
+            raise ValueError(
+                f"{type(self).__name__} reads the logits, whose classes are sharded over ranks, so that no rank has a "
+                "row. Take a number, a schedule or a policy with reads_logits=False, or gather both sides: "
+                "logits.full_tensor()."
+            )
+        like = signals.student_logits
+        zeros = torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
+        return signals.replace(student_logits=zeros, teacher_logits=zeros)
 
     def _wrong_type(self, computed: object) -> str:
         return (

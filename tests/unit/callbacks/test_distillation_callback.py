@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -845,6 +847,18 @@ def test_two_processes_train_as_one(
         assert_same(first[part], second[part])
         for name, value in one[part].items():
             torch.testing.assert_close(first[part][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [LearnedTemperature(), 4.0], ids=["learned", "constant"])
+def test_state_that_ends_with_the_processes_is_told(
+    temperature: Any, teacher: nn.Module, make_trainer: MakeTrainer
+) -> None:
+    trainer = make_trainer(devices=2, strategy="ddp_fork", callbacks=[DistillationCallback(teacher, None, temperature)])
+    lost = "in the process that called fit, DistillationCallback has temperature.raw as before it. Take strategy='ddp'"
+    told = nullcontext() if temperature == 4.0 else pytest.raises(ProcessRaisedException, match=lost)
+    with warnings.catch_warnings(), told:
+        warnings.filterwarnings("error", message="ddp_fork and ddp_spawn")
+        trainer.fit(Plain(), make_loader())
 
 
 def test_ranks_with_different_teachers_are_an_error(teacher: nn.Module, make_trainer: MakeTrainer) -> None:
