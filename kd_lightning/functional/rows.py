@@ -63,13 +63,14 @@ def check_whole(name: str, *tensors: Any) -> None:
         )
 
 
-def plain(logits: Any) -> Any:
+def plain(logits: Target) -> Target:
     """Return a DTensor that is replicated as the tensor that each rank has, and others as they are.
 
     Its gradient is equal on all ranks.
     """
-    if is_sharded(logits) and all(placement.is_replicate() for placement in logits.placements):
-        return logits.to_local(grad_placements=logits.placements)
+    given: Any = logits
+    if is_sharded(given) and all(placement.is_replicate() for placement in given.placements):
+        return given.to_local(grad_placements=given.placements)
     return logits
 
 

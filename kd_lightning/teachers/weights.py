@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.functional.rows import is_sharded
+
 __all__ = [
     "check_finite",
     "fingerprint",
@@ -79,8 +81,9 @@ def _plain_parts(name: str, value: Any) -> Iterator[Tensor | _Primitive]:
                 value.q_zero_point(),
             )
         )
-    elif hasattr(value, "full_tensor"):  # a DTensor, whose shards may be on the host
-        yield value.to(value.device_mesh.device_type).full_tensor().detach()
+    elif is_sharded(value):  # and its shards may be on the host
+        sharded: Any = value
+        yield sharded.to(sharded.device_mesh.device_type).full_tensor().detach()
     elif isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
         names, context = value.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
         yield repr(context)
