@@ -93,6 +93,8 @@ _FOREIGN = [
     _Foreign(_CONFIG, r"No supported gpu backend found", lambda match: "torch finds no GPU that it can use. Leave the "
              "accelerator out to take what there is, or set it to cpu.",
              lambda match, written: ("trainer", "accelerator")),
+    _Foreign(("ValueError",), r"(\S+) is not in bounds, numpy accepts from 0 to (\d+)", lambda match: f"must be "
+             f"between 0 and {match[2]}, got {match[1]}.", lambda match, written: ("seed_everything",)),
     _Foreign((OutOfMemoryError.__name__,), r"[^.]*\. .*?\. ", lambda match: f"the device is out of memory: "
              f"{match[0].strip()} Take a smaller data.batch_size, with trainer.accumulate_grad_batches for the same "
              "step, or trainer.precision bf16-mixed."),

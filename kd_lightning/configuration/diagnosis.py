@@ -35,7 +35,7 @@ from kd_lightning.configuration.annotations import (
 from kd_lightning.configuration.written import Key, Written, dotted, guess
 from kd_lightning.models.named import builds_module
 
-__all__ = ["diagnose", "first_error", "import_class"]
+__all__ = ["diagnose", "first_error", "import_class", "in_helps"]
 
 _SPEC = ("class_path", "init_args", "dict_kwargs")
 
@@ -56,7 +56,7 @@ def diagnose(written: Written, owners: Mapping[str, Callable[..., Any]], error: 
     if written.stray:
         close = " Did you mean --config?" if re.fullmatch("-{0,2}con?fi?g", written.stray[0]) else ""
         return f"{written.stray[0]!r} belongs to no option.{close} Write --config FILE or --key=value."
-    for option, text in [*written.misplaced, *_in_helps(_Walk(written, owners))]:
+    for option, text in [*written.misplaced, *in_helps(written, owners)]:
         return f"{option}: {text}"
     walk = _Walk(written, owners)
     for key, text in _in_top(walk):
@@ -126,11 +126,10 @@ class _Walk:
     absent: list[tuple[Key, str]] = field(default_factory=list)
 
 
-def _in_helps(walk: _Walk) -> Iterator[tuple[str, str]]:
-    """Yield the mistakes in the classes of ``--KEY.help CLASS``."""
-    written = walk.written
+def in_helps(written: Written, owners: Mapping[str, Callable[..., Any]]) -> Iterator[tuple[str, str]]:
+    """Yield the mistakes in the classes of ``--KEY.help CLASS``, each as its option and a text."""
     for option, key, named in written.helps:
-        owner, annotation = walk.owners.get(str(key[0])), None
+        owner, annotation = owners.get(str(key[0])), None
         for length, name in enumerate(key, 1):
             annotation = None if owner is None else annotation_of(owner, str(name))
             owner = _written_class(written, key[:length], annotation)

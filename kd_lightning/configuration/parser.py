@@ -28,8 +28,8 @@ import kd_lightning.models
 import kd_lightning.modules
 import kd_lightning.temperature  # noqa: F401
 from kd_lightning._lightning import CommandLine
-from kd_lightning.configuration.diagnosis import diagnose, first_error
-from kd_lightning.configuration.resume import check_one_start, checkpoint_to_resume
+from kd_lightning.configuration.diagnosis import diagnose, first_error, in_helps
+from kd_lightning.configuration.resume import check_one_start, checkpoint_to_measure, checkpoint_to_resume
 from kd_lightning.configuration.written import CommandLineError, Key, Written, dotted, guess
 from kd_lightning.modules.checkpoint_settings import check_settings, read_checkpoint
 
@@ -152,6 +152,8 @@ class KDLightningCLI(CommandLine):
             trainer.add_lightning_class_args(Trainer, "trainer")
             trainer.print_help()
             trainer.exit()
+        for option, text in in_helps(written, self._owners(str(written.command))):
+            raise CommandLineError(f"{option}: {text}")
         refused: ArgumentError | None = None
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -211,8 +213,11 @@ class KDLightningCLI(CommandLine):
         ours = self.commands.get(command)
         if ours is None:
             self._check_data(command)
-            if command != "fit" and not self.config[command].get("ckpt_path"):
+            path = self.config[command].get("ckpt_path")
+            if command != "fit" and not path:
                 rank_zero_info(f"{command} without --ckpt_path: the network has the weights that it was built with.")
+            elif command != "fit" and path in ("best", "last"):
+                self.config_init[command]["ckpt_path"] = checkpoint_to_measure(self.trainer, path)
             super().run_command(command)
         elif ours.builds:
             ours.function(trainer=self.trainer, **self.values(command))
@@ -279,6 +284,7 @@ _LEAST = {
     "log_every_n_steps": 0,
     "num_sanity_val_steps": -1,
 }
+_NOTHING = {"limit_train_batches": "batch", "max_epochs": "epoch", "max_steps": "step"}
 
 
 def _check_trainer(config: Any, written: Written) -> None:
@@ -291,9 +297,17 @@ def _check_trainer(config: Any, written: Written) -> None:
         value = config.trainer.get(name)
         if isinstance(value, (int, float)) and not value >= least:
             raise CommandLineError(f"{written.place(('trainer', name))}: must be {least} or more, got {value}.")
-    if written.command == "fit" and config.trainer.get("limit_train_batches") == 0:
-        place = written.place(("trainer", "limit_train_batches"))
-        raise CommandLineError(f"{place}: fit trains on no batch with 0. Give 1 or more, or a fraction of the data.")
+    interval = config.trainer.get("val_check_interval")
+    if isinstance(interval, (int, float)) and interval <= 0:
+        raise CommandLineError(
+            f"{written.place(('trainer', 'val_check_interval'))}: must be a number of batches, or a fraction of an "
+            f"epoch, above 0, got {interval}. For no validation set limit_val_batches to 0."
+        )
+    for name, what in _NOTHING.items() if written.command == "fit" else ():
+        if config.trainer.get(name) == 0:
+            raise CommandLineError(
+                f"{written.place(('trainer', name))}: fit trains for no {what} with 0. Give 1 or more."
+            )
 
 
 _OF_A_RUN = ("best", "last", "hpc", "registry")

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from kd_lightning.configuration.written import CommandLineError
 from kd_lightning.modules.checkpoint_settings import read_checkpoint
 
-__all__ = ["check_one_start", "checkpoint_to_resume", "newest_checkpoint"]
+__all__ = ["check_one_start", "checkpoint_to_measure", "checkpoint_to_resume", "newest_checkpoint"]
 
 
 def check_one_start(resume: str | None, ckpt_path: str | None) -> None:
@@ -40,15 +40,44 @@ def checkpoint_to_resume(trainer: Trainer, resume: str | None, ckpt_path: str | 
         return ckpt_path
     found = newest_checkpoint(trainer)
     if found is None and resume is None:
-        folders = " or ".join(str(folder) for folder in _run_folders(trainer))
-        raise CommandLineError(
-            f"--ckpt_path last: there is no checkpoint of an earlier run in {folders}. Name the file, or use "
-            "--resume auto, which starts afresh where there is none."
-        )
+        raise _nothing_found("last", trainer, "use --resume auto, which starts afresh where there is none")
     rank_zero_info(
         f"Resuming from {found}." if found else "--resume auto: no checkpoint of an earlier run, a fresh start."
     )
     return None if found is None else str(found)
+
+
+def checkpoint_to_measure(trainer: Trainer, which: str) -> str:
+    """Return the newest run's last checkpoint, or the best of those that it kept.
+
+    Lightning finds neither but in the process that trained.
+
+    Args:
+        trainer: The trainer, whose logger and callbacks say where runs are.
+        which: ``"last"`` or ``"best"``.
+
+    Raises:
+        CommandLineError: If there is none.
+    """
+    found = newest_checkpoint(trainer)
+    if found is not None and which == "best":
+        states = read_checkpoint(found).get("callbacks", {}).values()
+        named = [Path(path) for state in states if isinstance(state, dict) and (path := state.get("best_model_path"))]
+        found = next(
+            (path for path in (*named, *(found.with_name(path.name) for path in named)) if path.exists()), None
+        )
+    if found is None:
+        raise _nothing_found(which, trainer, "train first, with a ModelCheckpoint")
+    rank_zero_info(f"Measuring {found}.")
+    return str(found)
+
+
+def _nothing_found(which: str, trainer: Trainer, way_out: str) -> CommandLineError:
+    folders = " or ".join(str(folder) for folder in _run_folders(trainer))
+    kind = "best checkpoint" if which == "best" else "checkpoint"
+    return CommandLineError(
+        f"--ckpt_path {which}: there is no {kind} of an earlier run in {folders}. Name the file, or {way_out}."
+    )
 
 
 def newest_checkpoint(trainer: Trainer) -> Path | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,8 @@ TYPED = [
           "--batch_size: fit has no setting 'batch_size'. Did you mean --data.batch_size? " + FIT),
     Typed("help for a class", "fit --model.help DistillationModul",
           "--model.help: 'DistillationModul' names no LightningModule. Did you mean DistillationModule?"),
+    Typed("help without a class", "fit --model.help", "--model.help: name the class. It may be ClassificationModule, "
+          "DistillationModule, …"),
     Typed("a list with commas", "sweep --config digits.yaml --temperatures 2,4 --kd_weights 0.5",
           "--temperatures: must be a list of numbers, got '2,4'. Write the numbers with spaces, as in --temperatures 1 "
           "2."),
@@ -129,7 +132,14 @@ TYPED = [
     Typed("a negative norm", "fit --config digits.yaml --trainer.gradient_clip_val -1",
           "--trainer.gradient_clip_val: must be 0 or more, got -1."),
     Typed("no batch", "fit --config digits.yaml --trainer.limit_train_batches 0",
-          "--trainer.limit_train_batches: fit trains on no batch with 0. Give 1 or more, or a fraction of the data."),
+          "--trainer.limit_train_batches: fit trains for no batch with 0. Give 1 or more."),
+    Typed("no epoch", "fit --config digits.yaml --trainer.max_epochs 0",
+          "--trainer.max_epochs: fit trains for no epoch with 0. Give 1 or more."),
+    Typed("an interval of 0", "fit --config digits.yaml --trainer.val_check_interval 0",
+          "--trainer.val_check_interval: must be a number of batches, or a fraction of an epoch, above 0, got 0. For "
+          "no validation set limit_val_batches to 0."),
+    Typed("a negative seed", "fit --config digits.yaml --seed_everything -1",
+          "--seed_everything: must be between 0 and 4294967295, got -1."),
     Typed("a scheduler's argument", "fit --config digits.yaml --model.lr_scheduler.T_max 0",
           "model.init_args.lr_scheduler (digits.yaml:49): CosineAnnealingLR fails with these arguments: … "
           "by zero. Correct init_args."),
@@ -182,9 +192,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _in_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    sys.modules.pop("mine", None)  # whose policy other tests would find among the known ones
+    gc.collect()
 
 
 @pytest.mark.parametrize("typed", TYPED, ids=lambda typed: typed.name)

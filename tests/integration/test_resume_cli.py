@@ -78,3 +78,21 @@ def test_both_options(capsys: pytest.CaptureFixture[str]) -> None:
         "error: --resume auto finds the checkpoint by itself, but --ckpt_path mine.ckpt names one as well. Leave "
         "one of them out.\n"
     )
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_what_a_run_left_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """Lightning measures the network as it was built where the process has not trained."""
+
+    settings = ["--trainer.enable_progress_bar=false", "--model.temperature=4.0"]
+
+    def measured(path: str, *more: str) -> list[str]:
+        capsys.readouterr()
+        main(["test", "--config", "configs/digits.yaml", *settings, "--ckpt_path", path, *more])
+        return [line for line in capsys.readouterr().out.splitlines() if "test_" in line]
+
+    for which in ("last", "best"):
+        assert measured(which) == measured(f"logs/digits/version_0/checkpoints/{which}.ckpt") != []
+    with pytest.raises(SystemExit):
+        measured("best", "--trainer.logger.name=none")
+    assert "--ckpt_path best: there is no best checkpoint of an earlier run in logs/none." in capsys.readouterr().err
