@@ -247,29 +247,10 @@ def _in_class(
         way_out = f"{number[1].replace(',', '.')}, {'with a point' if ',' in path else 'without quotes'}"
         yield key, f"must be {describe(annotation)}, got the text {path!r}. Write {way_out}."
         return
-    if "." in path:
-        module, _, name = path.rpartition(".")
-        try:
-            found = import_module(module)
-        except ModuleNotFoundError as error:
-            yield key, _absent_module(path, error)
-            return
-        target = getattr(found, name, None)
-        if target is None:
-            names = [other for other, value in vars(found).items() if callable(value) and other[0] != "_"]
-            yield key, f"the module {module} has no {name!r}.{guess(name, names)}"
-            return
-    else:
-        found = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _named(path, bases)}
-        if len(found) != 1:
-            yield (
-                key,
-                _no_class(path, key, annotation)
-                if not found
-                else (f"{path!r} is the name of several classes. Write {' or '.join(found)}."),
-            )
-            return
-        (target,) = found.values()
+    target, text = _target(path, key, annotation)
+    if text:
+        yield key, text
+        return
     if isinstance(target, type) and bases and not (issubclass(target, tuple(bases)) or [*callables_of(annotation)]):
         yield key, f"must be {describe(annotation)}, got {path!r}."
         return
@@ -278,6 +259,26 @@ def _in_class(
         if isinstance(target, type) and isinstance(parameters, list) and issubclass(target, tuple(classes_of(result))):
             given = len(parameters)
     yield from _in_arguments(target, arguments, arguments_key, walk, given)
+
+
+def _target(path: str, key: Key, annotation: Any) -> tuple[Any, str]:
+    """Return the class or function of a path or of a short name, or a text about a name that has none."""
+    if "." not in path:
+        found = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _named(path, classes_of(annotation))}
+        if len(found) > 1:
+            return None, f"{path!r} is the name of several classes. Write {' or '.join(found)}."
+        target = next(iter(found.values()), None)
+        return target, "" if found else _no_class(path, key, annotation)
+    module, _, name = path.rpartition(".")
+    try:
+        room = import_module(module)
+    except ModuleNotFoundError as error:
+        return None, _absent_module(path, error)
+    target = getattr(room, name, None)
+    if target is not None:
+        return target, ""
+    names = [other for other, value in vars(room).items() if callable(value) and other[0] != "_"]
+    return None, f"the module {module} has no {name!r}.{guess(name, names)}"
 
 
 def _named(name: str, bases: Iterable[type]) -> list[type]:

@@ -30,7 +30,7 @@ import kd_lightning.temperature  # noqa: F401
 from kd_lightning._lightning import CommandLine
 from kd_lightning.configuration.diagnosis import diagnose, first_error, in_helps
 from kd_lightning.configuration.resume import check_one_start, checkpoint_to_measure, checkpoint_to_resume
-from kd_lightning.configuration.written import CommandLineError, Key, Written, dotted, guess
+from kd_lightning.configuration.written import CommandLineError, Written, dotted, guess, setting_at
 from kd_lightning.modules.checkpoint_settings import check_settings, read_checkpoint
 
 __all__ = ["Command", "KDLightningCLI", "SaveRunConfig", "find_checkpoints"]
@@ -163,7 +163,7 @@ class KDLightningCLI(CommandLine):
         if refused is not None:
             raise CommandLineError(diagnose(written, self._owners(str(written.command)), refused)) from refused
         owners, config = self._owners(str(written.command)), self.config[str(written.command)]
-        unknown = next((key for key in written.empty() if not _has(config, key)), None)
+        unknown = next((key for key in written.empty() if setting_at(config, key, _ABSENT) is _ABSENT), None)
         if unknown is not None:  # the parser passes over an empty mapping that it does not know
             raise CommandLineError(diagnose(written, owners, ArgumentError(None, f"unknown key {dotted(unknown)}.")))
         find_checkpoints(self.config, written.files)
@@ -310,18 +310,9 @@ def _check_trainer(config: Any, written: Written) -> None:
             )
 
 
+_ABSENT = object()
 _OF_A_RUN = ("best", "last", "hpc", "registry")
 """Values of ``ckpt_path`` that name no file: Lightning looks for one among those of the configured run."""
-
-
-def _has(config: Any, key: Key) -> bool:
-    """Return True if the parsed configuration has a setting that was written."""
-    for part in key:
-        try:
-            config = config[part]
-        except (KeyError, IndexError, TypeError):
-            return False
-    return True
 
 
 def _check_checkpoint(path: str | Path, weights_only: bool) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["CommandLineError", "Key", "Written", "dotted", "guess"]
+__all__ = ["CommandLineError", "Key", "Written", "dotted", "guess", "setting_at"]
 
 Key = tuple[str | int, ...]
 
@@ -39,6 +39,16 @@ def guess(name: str, known: Iterable[str]) -> str:
     begun = [candidate for candidate in lower if len(word) > 3 and candidate.startswith(word)]
     close = difflib.get_close_matches(word, lower, n=1, cutoff=0.6) or begun
     return f" Did you mean {lower[close[0]]}?" if close else ""
+
+
+def setting_at(tree: Any, key: Key, default: Any = None) -> Any:
+    """Return the setting under a key of nested mappings and lists, or the default."""
+    for part in key:
+        try:
+            tree = tree[part]
+        except (KeyError, IndexError, TypeError):
+            return default
+    return tree
 
 
 class Written:
@@ -103,13 +113,7 @@ class Written:
 
     def at(self, key: Key) -> Any:
         """Return the setting under a key; None if it was not written."""
-        value: Any = self.tree
-        for part in key:
-            try:
-                value = value[part]
-            except (KeyError, IndexError, TypeError):
-                return None
-        return value
+        return setting_at(self.tree, key)
 
     def classes(self, value: Any = None, key: Key = ()) -> Iterable[tuple[Key, str]]:
         """Yield the key and the class path of each class that was written, those within others last."""
