@@ -59,5 +59,6 @@ STUDIES = {
     "teachers, all labels": Study([each._replace(images="many") for each in _TEACHERS], _fixed(1.0, 4.0, 16.0)),
     "bytes, token-wise": Study([Setting("bytes", "many", "adamw", "x1")], [("TokenDifficultyTemperature", 0.0)]),
     "policies, longer": Study([_FEW._replace(length="x4")], BALANCED),
+    "teachers, all labels, more": Study([each._replace(images="many") for each in _TEACHERS], _fixed(2.0, 8.0)),
 }
 """By name, in order of worth for a reader; which of them are run, time decides."""
