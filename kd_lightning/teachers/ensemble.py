@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from typing import Any, Literal, TypeAlias, cast, get_args
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from kd_lightning.functional import Temperature
-from kd_lightning.functional.ensemble import confidence_weights, entropy_weights, mixed_log_softmax, mixed_logits
-from kd_lightning.functional.temperature import compute_dtype
-from kd_lightning.schedules import ConstantSchedule, Progress, Schedule, as_schedule
+from kd_lightning.functional.ensemble import mixed_log_softmax, mixed_logits
+from kd_lightning.schedules import Progress, Schedule
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import extract_logits
 from kd_lightning.teachers.frozen import FrozenTeacher, as_teacher
 from kd_lightning.teachers.indexed import IndexedDataset
+from kd_lightning.teachers.member_weights import Confidence, MemberWeights, check_one_for_each
 from kd_lightning.teachers.opinions import LossTerm, MergedLogits, Opinions
 from kd_lightning.teachers.routing import Route, Routing, check_served
 from kd_lightning.teachers.teacher import Teacher, own_temperature
@@ -30,7 +29,6 @@ from kd_lightning.temperature.signals import Signals
 __all__ = ["Combine", "TeacherEnsemble"]
 
 Combine: TypeAlias = Literal["probs", "logits", "losses"]
-Confidence: TypeAlias = Literal["confidence", "entropy"]
 
 
 class TeacherEnsemble(Teacher):
@@ -72,9 +70,9 @@ class TeacherEnsemble(Teacher):
             tokens. All teachers see the whole batch; what one says of rows that it does not know is left out.
 
     Raises:
-        TypeError: A teacher, temperature, weight or routing of another kind; an ensemble within an ensemble.
-        ValueError: No teachers; other counts of temperatures or weights; weights that are negative or all 0; on the
-            call: teachers of different classes, a row that no teacher knows, confidence without labels.
+        TypeError: If a teacher, temperature, weight or routing is of another kind, or an ensemble is within another.
+        ValueError: If there are no teachers, not one temperature or weight for each, or weights that are negative or
+            all 0; on the call, if the teachers' classes differ, no teacher knows a row, or confidence lacks labels.
 
     Source: ensembles: G. Hinton et al., 2015, arXiv 1503.02531; S. You et al., "Learning from Multiple Teacher
     Networks", KDD 2017 (mean of the softened probabilities).
@@ -113,19 +111,11 @@ class TeacherEnsemble(Teacher):
         waiting = [member.checkpoint for member in self.teachers if member.checkpoint is not None]
         self.checkpoint = ", ".join(waiting) or None
         self.temperatures = [as_policy(temperature) for temperature in temperatures or ()]
-        per_row = isinstance(weights, str)
-        self.confidence: Confidence | None = weights if per_row else None
-        self.weights = [as_schedule(weight) for weight in (() if weights is None or per_row else weights)]
+        check_one_for_each("temperatures", self.temperatures, len(self.teachers))
+        self.weights = MemberWeights(weights, len(self.teachers))
         self.combine: Combine = combine
         self.routing = routing
         self._fingerprint: str | None = None
-        for name, given in (("temperatures", self.temperatures), ("weights", self.weights)):
-            if given and len(given) != len(self.teachers):
-                raise ValueError(f"there are {len(self.teachers)} teachers but {len(given)} {name}: give one for each.")
-        if per_row and weights not in get_args(Confidence):
-            raise ValueError(f"weights must be a list, 'confidence', 'entropy' or None, got {weights!r}.")
-        if all(isinstance(weight, ConstantSchedule) for weight in self.weights):
-            self._weights_at(Progress())
         self._routing = None if routing is None else Routing(routing, len(self.teachers))
         self._check_known_classes()
 
@@ -210,7 +200,7 @@ class TeacherEnsemble(Teacher):
                 f"{type(kd_loss).__name__} sees logits without a softmax, and combine='probs' mixes what softmax "
                 "gives. Take TeacherEnsemble(..., combine='logits') or combine='losses'."
             )
-        by_row = self.confidence is not None or self.routing is not None
+        by_row = self.weights.rule is not None or self.routing is not None
         if self.combine == "losses" and by_row and "reduction" not in signature(kd_loss.forward).parameters:
             raise TypeError(
                 "combine='losses' with weights by row needs the loss of each row: derive "
@@ -236,10 +226,9 @@ class TeacherEnsemble(Teacher):
     @override
     def settings(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The settings by which the members are combined, in words."""
-        weights = repr(self.confidence) if self.confidence else str(self.weights or None)
         routing = getattr(self.routing, "__qualname__", None) or repr(self.routing)
         temperatures = self.temperatures or None
-        return f"combine={self.combine!r}, temperatures={temperatures}, weights={weights}, routing={routing}"
+        return f"combine={self.combine!r}, temperatures={temperatures}, weights={self.weights}, routing={routing}"
 
     @property
     @override
@@ -259,7 +248,7 @@ class TeacherEnsemble(Teacher):
                 f"combine={self.combine!r} mixes distributions over the same classes, but the teachers know different "
                 "ones of the student's. Take TeacherEnsemble(..., combine='losses'), where each teaches its own."
             )
-        if self.confidence == "confidence":
+        if self.weights.rule == "confidence":
             raise ValueError(
                 "weights='confidence' compares each teacher with the label, and these teachers do not know all of the "
                 "student's classes. Take weights='entropy', numbers, or routing by class."
@@ -300,7 +289,7 @@ class TeacherEnsemble(Teacher):
         logits = [given.at(member) for member in range(len(logits))]
         self._check_logits(logits)
         known = None if self._routing is None else self._routing.known(logits[0].shape, signals, inputs)
-        weights = self._weights_at(signals.progress)
+        weights = self.weights.at(signals.progress)
         if known is not None:
             counted = [
                 mask if weight > 0 else torch.zeros_like(mask) for mask, weight in zip(known, weights, strict=True)
@@ -309,7 +298,7 @@ class TeacherEnsemble(Teacher):
             logits = [z.masked_fill(~mask, 0.0) for z, mask in zip(logits, known, strict=True)]
         if len(logits) == 1:
             return Opinions(given.logits, None, logits[0], known=self.known)
-        shares = self._shares(logits, weights, known, signals)
+        shares = self.weights.shares(logits, weights, known, signals)
         if self.combine == "logits":
             consensus = mixed_logits(logits, [1.0] * len(logits), [*shares])
         else:
@@ -363,41 +352,6 @@ class TeacherEnsemble(Teacher):
         mixed = (mixed_log_softmax if self.combine == "probs" else mixed_logits)(logits, own, [*weights])
         masked = mixed == -torch.inf  # −inf · 0 in the temperature's gradient would be NaN
         return [LossTerm((mixed.masked_fill(masked, 0.0) * term.teacher).masked_fill(masked, -torch.inf), term)]
-
-    def _shares(self, logits: Sequence[Tensor], weights: list[float], known: Tensor | None, signals: Signals) -> Tensor:
-        if self.confidence is not None and (valid := signals.valid) is not None:  # what does not count may be NaN
-            logits = [z.masked_fill(~valid.unsqueeze(-1), 0.0) for z in logits]
-        if self.confidence == "entropy":
-            return entropy_weights(logits, known)
-        if self.confidence == "confidence":
-            targets = signals.class_targets
-            if targets is None:
-                received = (
-                    "none" if signals.targets is None else f"{signals.targets.dtype} {tuple(signals.targets.shape)}"
-                )
-                raise ValueError(
-                    "weights='confidence' compares each teacher with the label: it needs class indices as targets in "
-                    f"the shape {tuple(logits[0].shape[:-1])}, got {received}. weights='entropy' needs none."
-                )
-            return confidence_weights(logits, targets, known)
-        dtype = compute_dtype(logits[0])
-        shares = torch.stack([logits[0].new_full((1,), weight, dtype=dtype) for weight in weights])
-        if known is None:
-            return shares
-        shares = shares.view(-1, *[1] * logits[0].dim()) * known
-        return shares / shares.sum(0)
-
-    def _weights_at(self, progress: Progress) -> list[float]:
-        if not self.weights:
-            return [1 / len(self.teachers)] * len(self.teachers)
-        weights = [weight(progress) for weight in self.weights]
-        total = sum(weights)
-        if not (all(weight >= 0 for weight in weights) and 0 < total < math.inf):
-            raise ValueError(
-                f"teachers' weights must be finite, not negative and not all 0, but {self.weights} gave {weights} at "
-                f"{progress}. Only their ratios count."
-            )
-        return [weight / total for weight in weights]
 
     def _check_logits(self, logits: Sequence[Tensor]) -> None:
         if kinds := [type(z).__name__ for z in logits if not isinstance(z, Tensor)]:
