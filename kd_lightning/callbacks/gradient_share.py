@@ -16,9 +16,9 @@ from typing_extensions import override
 from kd_lightning._lightning import accumulates
 from kd_lightning.callbacks.common import find_distiller
 from kd_lightning.distiller import DistillationOutput
+from kd_lightning.functional.across_ranks import sum_over_ranks
 from kd_lightning.modules.run import is_logging_step
 from kd_lightning.schedules import ConstantSchedule, Progress
-from kd_lightning.temperature.statistics import sum_over_ranks
 
 __all__ = ["GradientShare", "gradient_norms", "gradient_share"]
 

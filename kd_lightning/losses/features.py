@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from kd_lightning import functional
 from kd_lightning.functional import Temperature
+from kd_lightning.functional.across_ranks import gather_over_ranks
 from kd_lightning.functional.feature_losses import check_power, check_same_shape
 from kd_lightning.functional.rows import Scale
 from kd_lightning.functional.similarity_losses import check_views, contrast
@@ -153,41 +154,80 @@ class AttentionTransferLoss(FeatureLoss):
         return f"power={self.power:g}"
 
 
-class SimilarityPreservingLoss(FeatureLoss):
-    """Difference of similarity matrices (SP): :func:`~kd_lightning.functional.similarity_preserving_loss`."""
+class _BetweenSamples(nn.Module):
+    """A loss between the samples of a batch, or of the batches of all ranks."""
+
+    sync = False
+
+    def samples(self, student_features: Tensor, teacher_features: Tensor, views: int = 1) -> tuple[Tensor, Tensor]:
+        """Return the features of the samples that are compared."""
+        if not (self.sync and self.training):
+            return student_features, teacher_features
+        return _of_all_ranks(student_features, views), _of_all_ranks(teacher_features.detach(), views)
+
+    @override
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (super().extra_repr(), "sync=True" if self.sync else "")))
+
+
+def _of_all_ranks(features: Tensor, views: int) -> Tensor:
+    """Return the samples of all ranks, the images first and then each of their views as in one batch."""
+    gathered = gather_over_ranks(features)
+    if views == 1 or len(gathered) == len(features):
+        return gathered
+    by_rank = gathered.unflatten(0, (len(gathered) // len(features), views, -1))
+    return by_rank.transpose(0, 1).flatten(0, 2)
+
+
+class SimilarityPreservingLoss(_BetweenSamples, FeatureLoss):
+    """Difference of similarity matrices (SP): :func:`~kd_lightning.functional.similarity_preserving_loss`.
+
+    Args:
+        sync: Whether samples are compared with those of all ranks in training, as in one process; see
+            :class:`SimilarityKDLoss`.
+    """
 
     compares = "samples"
 
+    def __init__(self, sync: bool = False) -> None:
+        super().__init__()
+        self.sync = bool(sync)
+
     @override
     def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
+        student_features, teacher_features = self.samples(student_features, teacher_features)
         return functional.similarity_preserving_loss(student_features, teacher_features)
 
 
-class RelationalLoss(FeatureLoss):
+class RelationalLoss(_BetweenSamples, FeatureLoss):
     """Distances and angles within the batch (RKD): :func:`~kd_lightning.functional.relational_loss`.
 
     Args:
         distance_weight: Weight of the distances; 25 as published.
         angle_weight: Weight of the angles; 50 as published.
+        sync: As in :class:`SimilarityKDLoss`.
     """
 
     compares = "samples"
 
-    def __init__(self, distance_weight: float = 1.0, angle_weight: float = 2.0) -> None:
+    def __init__(self, distance_weight: float = 1.0, angle_weight: float = 2.0, sync: bool = False) -> None:
         super().__init__()
         check_weights(distance_weight=distance_weight, angle_weight=angle_weight)
         self.distance_weight = distance_weight
         self.angle_weight = angle_weight
+        self.sync = bool(sync)
 
     @override
     def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
+        student_features, teacher_features = self.samples(student_features, teacher_features)
         return functional.relational_loss(
             student_features, teacher_features, distance_weight=self.distance_weight, angle_weight=self.angle_weight
         )
 
     @override
     def extra_repr(self) -> str:
-        return f"distance_weight={self.distance_weight:g}, angle_weight={self.angle_weight:g}"
+        weights = f"distance_weight={self.distance_weight:g}, angle_weight={self.angle_weight:g}"
+        return ", ".join(filter(None, (weights, super().extra_repr())))
 
 
 class ChannelWiseKDLoss(SoftFeatureLoss):
@@ -231,23 +271,29 @@ class AttentionKDLoss(SoftFeatureLoss):
         return ", ".join(filter(None, (f"power={self.power:g}", super().extra_repr())))
 
 
-class SimilarityKDLoss(SoftFeatureLoss):
+class SimilarityKDLoss(_BetweenSamples, SoftFeatureLoss):
     """Similarity to the other samples as a distribution: :func:`~kd_lightning.functional.similarity_kd_loss`.
 
     Args:
         views: How many views of each image the batch is made of; with 2 or more it is SSKD's transfer term.
         scale: As in :class:`SoftFeatureLoss`.
+        sync: Whether samples are compared with those of all ranks in training, as in one process. Each step costs
+            two small all-reduces and an all-gather of both networks' features, and each of W ranks compares
+            :math:`(W N)^2` pairs in place of :math:`N^2`; backward has no collective. The ranks need equally many
+            samples, and the gradients are those to be averaged over ranks, as DDP does.
     """
 
     compares = "samples"
 
-    def __init__(self, views: int = 1, scale: Scale | None = None) -> None:
+    def __init__(self, views: int = 1, scale: Scale | None = None, sync: bool = False) -> None:
         super().__init__(scale)
         check_views(views)
         self.views = views
+        self.sync = bool(sync)
 
     @override
     def logits(self, student_features: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor]:
+        student_features, teacher_features = self.samples(student_features, teacher_features, self.views)
         student = functional.similarity_logits(student_features, views=self.views)
         return student, functional.similarity_logits(teacher_features, views=self.views)
 
@@ -256,19 +302,24 @@ class SimilarityKDLoss(SoftFeatureLoss):
         return ", ".join(filter(None, (f"views={self.views}", super().extra_repr())))
 
 
-class InfoNCELoss(SoftFeatureLoss):
+class InfoNCELoss(_BetweenSamples, SoftFeatureLoss):
     """Contrast within the batch (CRD's idea): :func:`~kd_lightning.functional.info_nce_loss`. T = 0.07 as published.
 
     There is no T², and no ``scale``.
+
+    Args:
+        sync: Whether the negatives are those of all ranks; see :class:`SimilarityKDLoss`.
     """
 
     own_scale = "none"
 
-    def __init__(self) -> None:
+    def __init__(self, sync: bool = False) -> None:
         super().__init__()
+        self.sync = bool(sync)
 
     @override
     def logits(self, student_features: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor]:
+        student_features, teacher_features = self.samples(student_features, teacher_features)
         cosines = functional.info_nce_logits(student_features, teacher_features)
         return cosines, cosines
 

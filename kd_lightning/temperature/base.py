@@ -260,7 +260,8 @@ class TemperaturePolicy(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Return ``name=value`` of the constructor's arguments, and of the bounds where they are not the defaults.
 
-        An argument is shown if the policy has an attribute of its name that is neither a module nor a tensor.
+        An argument is shown if the policy has an attribute of its name that is neither a module nor a tensor. A
+        ``sync`` that is off is not, as older checkpoints do not have it.
         Checkpoints compare this text with that of the run that resumes from them.
         """
         defaults = inspect.signature(TemperaturePolicy).parameters
@@ -269,6 +270,8 @@ class TemperaturePolicy(nn.Module, ABC):
             names |= dict.fromkeys(inspect.signature(policy.__init__).parameters if "__init__" in vars(policy) else ())
         values = {name: getattr(self, name) for name in names if name not in defaults and hasattr(self, name)}
         values |= {name: getattr(self, name) for name, p in defaults.items() if getattr(self, name) != p.default}
+        if values.get("sync") is False:
+            del values["sync"]
         return ", ".join(
             f"{name}={_shown(value)}" for name, value in values.items() if not isinstance(value, (nn.Module, Tensor))
         )

@@ -9,10 +9,11 @@ from torch import Tensor
 from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature, kd_loss, predictive_entropy, tempered_log_softmax
+from kd_lightning.functional.across_ranks import sum_over_ranks
 from kd_lightning.schedules import Progress
 from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
-from kd_lightning.temperature.statistics import class_targets, sum_and_count, sum_over_ranks
+from kd_lightning.temperature.statistics import class_targets, sum_and_count
 
 __all__ = ["CapacityTemperature", "LossGapTemperature"]
 

@@ -172,7 +172,7 @@ class DisagreementTemperature(TemperaturePolicy):
     ``center=False``, it changes when a constant is added to all logits, which the softmax does not see.
 
     Shapes:
-        Logits ``(…, C)`` → T ``(…, 1)``. The mean is over the batch of this rank.
+        Logits ``(…, C)`` → T ``(…, 1)``. The mean is over the batch of this rank, unless ``sync``.
 
     Args:
         beta: :math:`\beta`, the strength. 0 is constant T; positive lowers T where w is above the mean; negative
@@ -181,6 +181,8 @@ class DisagreementTemperature(TemperaturePolicy):
         base: :math:`T_0`, the mean of T over the batch as long as no sample reaches a bound.
         by: ``"cosine"`` or ``"confidence"``.
         center: Whether the cosine is taken of centred logits.
+        sync: Whether the mean is over the batches of all ranks in training, as one process would have it. Costs an
+            all-reduce of two numbers a step.
         bounds: See :class:`TemperaturePolicy`.
 
     Raises:
@@ -211,6 +213,7 @@ class DisagreementTemperature(TemperaturePolicy):
         base: float = 4.0,
         by: Literal["cosine", "confidence"] = "cosine",
         center: bool = True,
+        sync: bool = False,
         **bounds: Unpack[Bounds],
     ) -> None:
         super().__init__(**bounds)
@@ -226,6 +229,7 @@ class DisagreementTemperature(TemperaturePolicy):
         self.base = float(base)
         self.by: Literal["cosine", "confidence"] = by
         self.center = bool(center)
+        self.sync = bool(sync)
 
     @override
     @torch.no_grad()
@@ -234,7 +238,8 @@ class DisagreementTemperature(TemperaturePolicy):
             weight = (1.0 - self._cosine(signals) + 1e-4).pow(self.gamma)
         else:
             weight = 1.0 / (signals.student_logits.softmax(-1).amax(-1, keepdim=True) + 1e-3)
-        temperature = self.base + self.beta * (mean_over_valid(weight, signals.valid) - weight)
+        mean = mean_over_valid(weight, signals.valid, self.sync and self.training)
+        temperature = self.base + self.beta * (mean - weight)
         temperature = temperature.clamp(min=0.0)  # a large beta makes it negative; the bounds do the rest
         return Temperature(student=temperature, teacher=temperature)
 

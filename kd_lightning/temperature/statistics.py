@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from kd_lightning.functional.across_ranks import smallest_over_ranks, sum_over_ranks
 from kd_lightning.functional.masks import masked_classes
 from kd_lightning.temperature.signals import Signals
 
@@ -35,23 +37,47 @@ def standard_deviation(logits: Tensor) -> Tensor:
     return torch.where(spread, variance, 1.0).sqrt() * spread
 
 
-def mean_over_valid(values: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean of ``(…, 1)`` values over the valid positions, shape ``(1,)``; 0 where none is valid."""
-    if valid is None:
+def mean_over_valid(values: Tensor, valid: Tensor | None, sync: bool = False) -> Tensor:
+    """Mean of ``(…, 1)`` values over the valid positions, of all ranks if ``sync``; ``(1,)``, 0 where none is valid."""
+    if valid is None and not sync:
         return values.mean().reshape(1)
-    mask = valid.unsqueeze(-1)
-    return (torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)).reshape(1)
+    mask = torch.ones_like(values, dtype=torch.bool) if valid is None else valid.unsqueeze(-1)
+    total, count = torch.where(mask, values, 0.0).sum(), mask.sum()
+    if sync:  # both in one all-reduce, in a type that holds the count
+        wide = torch.promote_types(values.dtype, torch.float32)
+        total, count = sum_over_ranks(torch.stack([total.to(wide), count.to(wide)]))
+    return (total / count.clamp(min=1)).to(values.dtype).reshape(1)
 
 
-def median_over_valid(values: Tensor, valid: Tensor | None) -> Tensor:
-    """Median (the lower of two middle values) over the valid positions, shape ``(1,)``; inf where none is valid.
+def smallest_valid(values: Tensor, valid: Tensor | None, place: Callable[[Tensor], Tensor], sync: bool) -> Tensor:
+    """Value at a place in the order of the valid positions, of all ranks if ``sync``, ``(1,)``.
 
-    By sorting, since ``torch.nanmedian`` waits for the device.
+    It is −inf at a place below 0, and inf where none is valid. By sorting, since ``torch.nanmedian`` waits for the
+    device.
+
+    Args:
+        values: ``(…, 1)``.
+        valid: ``(…)``, or None: all.
+        place: Function from the number of valid positions to the place, from 0.
+        sync: Whether to order the positions of all ranks.
     """
-    if valid is None:
+    mask = torch.ones_like(values, dtype=torch.bool) if valid is None else valid.unsqueeze(-1)
+    count = sum_over_ranks(mask.sum()) if sync else mask.sum()
+    at = place(count)
+    if sync:
+        found = smallest_over_ranks(values, mask, at.clamp(min=0)).to(values.dtype)
+        found = torch.where(count > 0, found, math.inf)
+    else:
+        ordered = torch.where(mask, values, math.inf).flatten().sort().values
+        found = ordered.gather(0, at.clamp(min=0).reshape(1))
+    return torch.where(at < 0, -math.inf, found).reshape(1)
+
+
+def median_over_valid(values: Tensor, valid: Tensor | None, sync: bool = False) -> Tensor:
+    """Median (the lower of two middle values) over the valid positions, of all ranks if ``sync``; see above."""
+    if valid is None and not sync:
         return values.flatten().median().reshape(1)
-    ordered = torch.where(valid.unsqueeze(-1), values, math.inf).flatten().sort().values
-    return ordered.gather(0, (valid.sum().reshape(1) - 1).clamp(min=0) // 2)
+    return smallest_valid(values, valid, lambda count: (count - 1).clamp(min=0) // 2, sync)
 
 
 def sum_and_count(values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -60,16 +86,6 @@ def sum_and_count(values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]
         count = torch.full((1,), values.numel(), dtype=torch.float32, device=values.device)
         return values.sum().reshape(1).float(), count
     return torch.where(valid, values, 0.0).sum().reshape(1).float(), valid.sum().reshape(1).float()
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """Return the sum over all processes, or the values themselves where there is one. Every rank must call it."""
-    distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return values
-    values = values.detach().clone()
-    distributed.all_reduce(values)
-    return values
 
 
 def class_targets(signals: Signals, policy: str) -> Tensor:

@@ -31,11 +31,13 @@ class TokenDifficultyTemperature(TemperaturePolicy):
 
     Shapes:
         Logits ``(B, L, V)`` → T ``(B, L, 1)``; any other rank likewise. Tokens to leave out are those whose target is
-        ``ignore_index``. The median is over the batch of this rank.
+        ``ignore_index``. The median is over the batch of this rank, unless ``sync``.
 
     Args:
         base: :math:`T_0`, T of the token of median difficulty; positive.
         strength: :math:`c`. 0 is constant T; 0.5 gives 0.61 T₀ to 1.65 T₀; negative makes hard tokens hotter.
+        sync: Whether the median is over the batches of all ranks in training, as one process would have it. Costs five
+            all-reduces of at most 2 KB a step.
         bounds: See :class:`TemperaturePolicy`.
 
     Raises:
@@ -61,13 +63,14 @@ class TokenDifficultyTemperature(TemperaturePolicy):
 
     smallest = 1e-6
 
-    def __init__(self, base: float = 1.0, strength: float = 0.5, **bounds: Unpack[Bounds]) -> None:
+    def __init__(self, base: float = 1.0, strength: float = 0.5, sync: bool = False, **bounds: Unpack[Bounds]) -> None:
         super().__init__(**bounds)
         self._check_within_bounds(base=base)
         if not math.isfinite(strength):
             raise ValueError(f"strength must be a finite number, got {strength}.")
         self.base = float(base)
         self.strength = float(strength)
+        self.sync = bool(sync)
 
     @override
     @torch.no_grad()
@@ -75,7 +78,7 @@ class TokenDifficultyTemperature(TemperaturePolicy):
         root_s = (0.5 * tempered_log_softmax(signals.student_logits, 1.0)).exp()
         root_t = (0.5 * tempered_log_softmax(signals.teacher_logits, 1.0)).exp()
         distance = (0.5 * (root_s - root_t).square().sum(-1, keepdim=True)).sqrt().clamp(min=self.smallest)
-        median = median_over_valid(distance, signals.valid)
+        median = median_over_valid(distance, signals.valid, self.sync and self.training)
         ratio = torch.where(median.isinf(), 1.0, distance / median)  # no valid token: any T will do
         temperature = self.base * torch.exp(-self.strength * torch.tanh(ratio.log()))
         return Temperature(student=temperature, teacher=temperature)
