@@ -87,8 +87,8 @@ class EnergyTemperature(TemperaturePolicy):
             )
         if threshold is not None and sync:
             raise ValueError(
-                f"sync=True takes a share of the batches of all ranks, and threshold={threshold} needs no batch. Give one "
-                "of them."
+                f"sync=True takes a share of the batches of all ranks, and threshold={threshold} needs no batch. Give "
+                "one of them."
             )
         if threshold is not None and not math.isfinite(threshold):
             raise ValueError(
