@@ -101,11 +101,11 @@ def export_student(
             is written divides the logits by it, and gives nothing but logits.
 
     Raises:
-        ValueError: An unknown format or suffix; no example inputs; state that is no tensor; a temperature that is not
-            positive and finite, or one for safetensors.
-        FileExistsError: There is such a file, and ``overwrite`` is False.
-        ImportError: A format needs a package that is not there; says what to install.
-        RuntimeError: torch cannot trace the network; or what was read back differs by more than the tolerance.
+        ValueError: If the format or suffix is unknown, example inputs are missing, the state holds what is no tensor,
+            or the temperature is not positive and finite, or given for safetensors.
+        FileExistsError: If the file exists and ``overwrite`` is False.
+        ImportError: If the format needs a package that is not installed; names it.
+        RuntimeError: If torch cannot trace the network, or the file's outputs differ by more than the tolerance.
 
     Example:
         >>> import safetensors.torch, tempfile

@@ -192,7 +192,7 @@ def info_nce_logits(student_features: Tensor, teacher_features: Tensor) -> Tenso
         teacher_features: The same shape.
 
     Raises:
-        ValueError: Different shapes.
+        ValueError: If the shapes differ.
 
     Example:
         >>> info_nce_logits(torch.eye(2), torch.tensor([[2.0, 0.0], [1.0, 0.0]]))

@@ -47,7 +47,7 @@ class FeatureExtractor:
         layers: Dotted names as in ``named_modules()``, or globs over them: ``*`` (dots included), ``?``, ``[ab]``.
 
     Raises:
-        ValueError: An unknown name (with those that are near), or a glob that matches nothing.
+        ValueError: If a name is unknown (the message has similar ones), or a glob matches nothing.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -108,8 +108,8 @@ class FeatureExtractor:
         """Return the features of the last forward by name, in the network's order, and keep them no longer.
 
         Raises:
-            RuntimeError: No hooks, no forward since the last time, or a layer that gave no tensor, more than one, or
-                one that has been changed since.
+            RuntimeError: If the hooks are off, no forward ran since the last call, or a layer gave no tensor, several,
+                or one that has been changed since.
         """
         features, calls, versions = self._features, self._calls, self._versions
         self.clear()
@@ -196,7 +196,7 @@ def find_layers(module: nn.Module, layers: Sequence[str] | str) -> dict[str, nn.
     """Return the layers of these names, or that these globs match, in the order of the network's modules.
 
     Raises:
-        ValueError: An unknown name, or a glob that matches nothing.
+        ValueError: If a name is unknown, or a glob matches nothing.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))

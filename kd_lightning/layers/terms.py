@@ -76,8 +76,8 @@ class LayerTerm(nn.Module):
         weight: Number or schedule; not negative. ``LinearSchedule(0.0, w, until=0.1)`` warms it up.
 
     Raises:
-        ValueError: A negative weight; a soft loss without a temperature, or another with one.
-        TypeError: An argument is none of these.
+        ValueError: If a weight is negative, a soft loss lacks a temperature, or another loss has one.
+        TypeError: If an argument is of another type.
 
     Example:
         >>> from kd_lightning.losses import ChannelWiseKDLoss
@@ -326,7 +326,7 @@ class LayerTerms(nn.ModuleList):
             shapes: :attr:`LayerTerm.shapes` of each term.
 
         Raises:
-            ValueError: Another number of terms, or a projector that was built for other shapes.
+            ValueError: If the number of terms differs, or a projector was built for other shapes.
         """
         if len(shapes) != len(self):
             raise ValueError(

@@ -91,8 +91,8 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
             :class:`~kd_lightning.modules.SupervisedModule`.
 
     Raises:
-        ValueError: Student and teacher share parameters; labels to shift without an ``ignore_index``; an unknown
-            interval or ``mean_over``; at fit, no teacher, or another one than the checkpoint's.
+        ValueError: If student and teacher share parameters, labels are shifted without an ``ignore_index``, or the
+            interval or ``mean_over`` is unknown; at fit, if there is no teacher, or it differs from the checkpoint's.
 
     Example:
         >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)

@@ -84,13 +84,14 @@ class FrozenTeacher(Teacher):
             :class:`~kd_lightning.teachers.Calibration`. Part of the fingerprint, and so of the cache's.
 
     Raises:
-        TypeError: ``module`` is no ``nn.Module``, or ``calibration`` none of these.
-        ValueError: An unknown precision, a ``micro_batch_size`` below 1, an empty ``fingerprint``, a program exported
-            in training mode, weights on the meta device with neither ``checkpoint`` nor ``fingerprint``, a
-            ``placement`` that is not there, or one that another option or accelerate's device map excludes.
-        FileNotFoundError: On first use: there is no such file.
-        ValueError: On first use: the file holds no weights, or its names or shapes do not fit; says which. Or the
-            calibration was fitted for another teacher. On a call: the network takes inputs of another shape.
+        TypeError: If ``module`` is no ``nn.Module``, or ``calibration`` is of another type.
+        ValueError: If the precision is unknown, ``micro_batch_size`` below 1, ``fingerprint`` empty, the module a
+            program exported in training mode, weights are on the meta device with neither ``checkpoint`` nor
+            ``fingerprint``, or ``placement`` names an absent device, or is excluded by another option or accelerate's
+            device map.
+        FileNotFoundError: On first use, if the file does not exist.
+        ValueError: On first use, if the file holds no weights, its names or shapes do not fit, or the calibration was
+            fitted for another teacher; on a call, if the network takes inputs of another shape.
 
     Warns:
         UserWarning: Without a checkpoint, if the weights are still those of the initialisation.

@@ -29,7 +29,7 @@ class AsymmetricTemperature(TemperaturePolicy):
         bounds: See :class:`TemperaturePolicy`.
 
     Raises:
-        TypeError: Not a number, schedule or policy.
+        TypeError: If an argument is no number, schedule or policy.
         ValueError: On the call, if one of the policies gives several temperatures.
 
     Example:
@@ -91,7 +91,7 @@ class TransformedTeacherTemperature(TemperaturePolicy):
         bounds: See :class:`TemperaturePolicy`.
 
     Raises:
-        ValueError: A gamma that is not positive, or whose ``1 / gamma`` lies outside the bounds.
+        ValueError: If ``gamma`` is not positive, or ``1 / gamma`` lies outside the bounds.
 
     Suggested values: γ = 0.25 is the usual T = 4; the authors' WTTM example has γ = 0.2. Without the factor T² the
     gradient is smaller, so ``kd_weight`` must be larger: they use 36 to 45 for TTM, and 4 for WTTM, whose weight w

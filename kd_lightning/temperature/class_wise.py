@@ -48,8 +48,9 @@ class ClassFrequencyTemperature(TemperaturePolicy):
         bounds: See :class:`TemperaturePolicy`.
 
     Raises:
-        ValueError: Counts that are negative, not finite, fewer than two or all zero; ``min_value > max_value`` or one
-            outside the bounds; an unknown direction; on the call, no counts, or not as many as the logits have classes.
+        ValueError: If counts are negative, not finite, fewer than two or all zero, ``min_value > max_value``, one of
+            them is outside the bounds, or the direction is unknown; on the call, if there are no counts, or not as many
+            as classes.
 
     Suggested values: none are published; keep the range narrow (2 to 6) and try both directions.
 
@@ -175,7 +176,7 @@ class CorrectWrongTemperature(TemperaturePolicy):
         bounds: See :class:`TemperaturePolicy`.
 
     Raises:
-        ValueError: A temperature outside the bounds; on the call, no class indices as targets.
+        ValueError: If a temperature is outside the bounds; on the call, if the targets are no class indices.
 
     Suggested values: ``correct > wrong``. The authors search 1 to 6 for ``correct`` and 1 to 5 for ``wrong``, and weigh
     distillation and cross-entropy 0.5 each.

@@ -58,8 +58,8 @@ class ProductTemperature(_CombinedTemperature):
         bounds: Bounds of the product, see :class:`TemperaturePolicy`.
 
     Raises:
-        ValueError: No parts; on the call, a part that gives several temperatures.
-        TypeError: A part that is neither number, schedule nor policy.
+        ValueError: If there are no parts; on the call, if a part gives several temperatures.
+        TypeError: If a part is neither number, schedule nor policy.
 
     Suggested values: one part that sets the level and factors around 1, such as a schedule from 1.5 to 0.5.
 
@@ -113,9 +113,9 @@ class JoinedTemperature(_CombinedTemperature):
         bounds: See :class:`TemperaturePolicy`.
 
     Raises:
-        ValueError: No policies, boundaries that do not rise strictly or are not one fewer than the policies, an
-            unknown unit.
-        TypeError: A part that is neither number, schedule nor policy.
+        ValueError: If there are no policies, the boundaries do not rise strictly or are not one fewer than the
+            policies, or the unit is unknown.
+        TypeError: If a part is neither number, schedule nor policy.
 
     Suggested values: a few epochs of constant T before a policy that reads the student's logits.
 
@@ -181,8 +181,8 @@ class MultiTemperature(_CombinedTemperature):
         bounds: Bounds of each temperature, see :class:`TemperaturePolicy`.
 
     Raises:
-        ValueError: No temperatures.
-        TypeError: A part that is neither number, schedule nor policy.
+        ValueError: If there are no temperatures.
+        TypeError: If a part is neither number, schedule nor policy.
 
     Suggested values: 2 to 6 (CIFAR-100, the authors'). The sum has as many terms as temperatures, so divide
     ``kd_weight`` by their number to compare with one.

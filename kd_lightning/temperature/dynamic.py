@@ -53,8 +53,8 @@ class LossGapTemperature(TemperaturePolicy):
         bounds: See :class:`TemperaturePolicy`.
 
     Raises:
-        ValueError: Values out of order or outside the bounds, momentum outside [0, 1), a negative curve; on the call,
-            no class indices as targets, or a run without a known end.
+        ValueError: If values are out of order or outside the bounds, ``momentum`` is outside [0, 1), or ``curve`` is
+            negative; on the call, if the targets are no class indices, or the run's end is unknown.
 
     Suggested values: the defaults are the authors' for CIFAR-100.
 
@@ -179,8 +179,8 @@ class CapacityTemperature(TemperaturePolicy):
         bounds: See :class:`TemperaturePolicy`.
 
     Raises:
-        ValueError: ``underload > overload`` or negative, ``factor`` outside (0, 1), ``interval`` below 1, momentum
-            outside [0, 1), temperatures out of order or outside the bounds.
+        ValueError: If ``underload`` is negative or above ``overload``, ``factor`` outside (0, 1), ``interval`` below 1,
+            ``momentum`` outside [0, 1), or temperatures are out of order or outside the bounds.
 
     Suggested values: log :math:`\bar r` (``policy.ratio``) in a run with constant T first and put the two thresholds
     around the value it settles at.

@@ -29,7 +29,7 @@ class DepthTemperature(TemperaturePolicy):
         bounds: See :class:`TemperaturePolicy`.
 
     Raises:
-        ValueError: A temperature outside of the bounds.
+        ValueError: If a temperature is outside the bounds.
 
     Suggested values: 8 and 2 for channel-wise losses, by the thought that shallow features are alike in kind rather
     than in place. To move it along the run: ``ProductTemperature([DepthTemperature(), CosineSchedule(1.0, 0.5)])``.

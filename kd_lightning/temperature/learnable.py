@@ -117,8 +117,8 @@ class LearnableTemperature(_BoundedTemperature):
         bounds: Applied after callbacks have moved T, see :class:`TemperaturePolicy`.
 
     Raises:
-        ValueError: ``init_value`` not strictly between the bounds, bounds out of order or out of range, negative
-            ``warmup_epochs``, ``lr`` not positive.
+        ValueError: If ``init_value`` is not strictly between the bounds, the bounds are out of order or range,
+            ``warmup_epochs`` is negative, or ``lr`` is not positive.
 
     Suggested values: the defaults (CIFAR-100); ``warmup_epochs=5`` on ImageNet. Published runs start at 15.6, are at
     about 3 after the first epochs and end at 3.4 to 4.0, so that a constant T of 4 is close: the gain over the best
@@ -188,8 +188,8 @@ class InstanceTemperature(_BoundedTemperature):
         bounds: See :class:`TemperaturePolicy`.
 
     Raises:
-        ValueError: As :class:`LearnableTemperature`; fewer than two classes or no hidden unit; on the call, logits of
-            another number of classes.
+        ValueError: If :class:`LearnableTemperature` raises, or there are fewer than two classes or no hidden unit; on
+            the call, if the logits have another number of classes.
 
     Suggested values: the published network is not in the released code; 32 to 128 hidden units are enough for a
     function of 2C inputs. T should be averaged when it is logged.

@@ -33,7 +33,7 @@ class LogitStdTemperature(TemperaturePolicy):
         bounds: See :class:`TemperaturePolicy`; constant logits (std 0) reach the lower one.
 
     Raises:
-        ValueError: A factor that is not positive; on the call, fewer than three classes.
+        ValueError: If the factor is not positive; on the call, if there are fewer than three classes.
 
     Suggested values: 2 on CIFAR-100 (cross-entropy weight 0.1, distillation 0.9); 1 on ImageNet (0.5 and 0.5).
 
@@ -93,7 +93,7 @@ class LogitStandardization(TemperaturePolicy):
         bounds: Bounds of ``T · std``, see :class:`TemperaturePolicy`. Beyond them logits are no longer standardised.
 
     Raises:
-        ValueError: A temperature that is not positive; on the call, fewer than three classes.
+        ValueError: If a temperature is not positive; on the call, if there are fewer than three classes.
 
     Suggested values: T = 2 with ``kd_weight=9, task_weight=1`` (the authors' CIFAR-100 setting for most pairs).
 
@@ -150,7 +150,7 @@ class SharpnessTemperature(TemperaturePolicy):
         bounds: See :class:`TemperaturePolicy`.
 
     Raises:
-        ValueError: A temperature outside the bounds.
+        ValueError: If a temperature is outside the bounds.
 
     Suggested values: T = 4 (the authors; their loss adds this term with weight 3, constant-T distillation with weight
     1 and cross-entropy with weight 1, warmed up over 20 epochs). ``MultiTemperature([SharpnessTemperature(4.0), 4.0])``

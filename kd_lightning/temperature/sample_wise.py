@@ -49,7 +49,7 @@ class ConfidenceTemperature(TemperaturePolicy):
         bounds: See :class:`TemperaturePolicy`.
 
     Raises:
-        ValueError: A threshold outside [0, 1], a negative softness, or temperatures outside the bounds.
+        ValueError: If the threshold is outside [0, 1], the softness negative, or a temperature outside the bounds.
 
     Suggested values: the defaults keep confident samples sharp; try ``confident=1`` and ``unsure=4`` first, which is
     nearer to what constant T does on CIFAR-100. A threshold near the median of m splits the batch in halves.
@@ -119,7 +119,7 @@ class EntropyTemperature(TemperaturePolicy):
         bounds: See :class:`TemperaturePolicy`.
 
     Raises:
-        ValueError: ``min_value > max_value``, or one outside the bounds.
+        ValueError: If ``min_value > max_value``, or one of them is outside the bounds.
 
     Suggested values: ``min_value=2, max_value=6`` brackets the usual T = 4. Equal values give a constant. A
     teacher is nearly certain on its own training data, so look at the logged mean rather than at ``max_value``.
@@ -186,7 +186,7 @@ class DisagreementTemperature(TemperaturePolicy):
         bounds: See :class:`TemperaturePolicy`.
 
     Raises:
-        ValueError: ``base`` outside the bounds, ``gamma`` not positive, ``beta`` not finite, an unknown ``by``.
+        ValueError: If ``base`` is outside the bounds, ``gamma`` not positive, ``beta`` not finite, or ``by`` unknown.
 
     Suggested values: the authors list β of 10 to 80 and γ of 0.25 to 1. With w between 0 and 1.4, β of 2 to 4 keeps
     T positive for nearly every sample. With β = 40 a sample of w = 1.4 in a batch of mean 0.4 is at T₀ − 40: raise
@@ -271,8 +271,8 @@ class TargetConfidenceTemperature(TemperaturePolicy):
         bounds: See :class:`TemperaturePolicy`.
 
     Raises:
-        ValueError: ``min_value > max_value`` or one outside the bounds, ``beta`` outside [−1, 1]; on the call, no
-            class indices as targets.
+        ValueError: If ``min_value > max_value``, one of them is outside the bounds, or ``beta`` is outside [−1, 1]; on
+            the call, if the targets are no class indices.
 
     Suggested values: ``min_value=2, max_value=6`` brackets the usual T = 4.
 

@@ -41,7 +41,7 @@ class TokenDifficultyTemperature(TemperaturePolicy):
         bounds: See :class:`TemperaturePolicy`.
 
     Raises:
-        ValueError: ``base`` outside the bounds, ``strength`` not finite.
+        ValueError: If ``base`` is outside the bounds, or ``strength`` is not finite.
 
     Suggested values: the defaults are the authors' script.
 
