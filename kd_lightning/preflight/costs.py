@@ -83,7 +83,8 @@ def _time_variants(costs: Costs, teacher: FrozenTeacher, module: Any, batch: Bat
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                other = FrozenTeacher(copy.deepcopy(teacher.module), transform=teacher.transform, **options)
+                placed = {"transform": teacher.transform, "placement": teacher.placement}
+                other = FrozenTeacher(copy.deepcopy(teacher.module), **placed, **options)
                 call = lambda other=other: other.logits(batch.inputs, None, module.extract_logits)  # noqa: E731
                 costs.times[name] = _median(call, module.device)
         except Exception as error:  # whatever the network does not take; it is run as it is

@@ -21,6 +21,10 @@ KINDS = {
     "FrozenTeacher": "{class_path: FrozenTeacher, init_args: {module: {class_path: DigitsCNN}, fingerprint: v1, "
     "checkpoint: teacher.pt, transform: {class_path: Renormalize, init_args: {student_mean: [0.5], student_std: [0.5], "
     "teacher_mean: [0.3], teacher_std: [0.2], size: 16}}}}",
+    "FrozenTeacher on the host": "{class_path: FrozenTeacher, init_args: {module: {class_path: DigitsCNN}, "
+    "checkpoint: teacher.pt, placement: offload_whole}}",
+    "FrozenTeacher at a place of one's own": "{class_path: FrozenTeacher, init_args: {module: {class_path: DigitsCNN}, "
+    "checkpoint: teacher.pt, placement: {class_path: kd_lightning.teachers.Placement}}}",
     "FunctionTeacher with transform": "{class_path: FunctionTeacher, init_args: {fn: torch.nn.functional.relu, "
     "transform: torch.nn.functional.tanh}}",
     "MappedClasses": "{class_path: MappedClasses, init_args: {teacher: {class_path: OnnxTeacher, init_args: {path: "

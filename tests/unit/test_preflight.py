@@ -21,7 +21,7 @@ from kd_lightning.preflight import Report, check
 from kd_lightning.preflight.costs import Costs
 from kd_lightning.preflight.facts import Facts
 from kd_lightning.preflight.verdicts import judge
-from kd_lightning.teachers import FunctionTeacher
+from kd_lightning.teachers import FunctionTeacher, Placement
 from kd_lightning.temperature import CosineSchedule, LossGapTemperature
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, assert_same, make_data, make_network, snapshot
 
@@ -275,6 +275,25 @@ def test_verdicts_that_ask_to_look() -> None:
     assert check(module(temperature=0.1, kd_weight=0.01, task_weight=1.0), loader())["weights"].verdict == "look"
     sure = check(module(teacher=FunctionTeacher(sure_of_noise)), loader())
     assert "kd-lightning calibrate" in sure["teacher's calibration"].advice
+
+
+class Counting(Placement):
+    """Counts the networks that are put in their place."""
+
+    placed = 0
+
+    def place(self, module: nn.Module) -> None:
+        self.placed += 1
+
+
+def test_other_ways_to_run_a_teacher_are_timed_where_it_is() -> None:
+    """A teacher that the device has no room for must not be copied to it."""
+    place = Counting()
+    it = module(teacher=FrozenTeacher(good_teacher(), placement=place))
+    assert place.placed == 1
+    report = check(it, loader())
+    assert place.placed == 2  # in bfloat16; compiled only on demand
+    assert "bf16" in str(report["teacher's cost"])
 
 
 def test_costs_name_the_cheapest_way() -> None:
