@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,8 +12,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from typing_extensions import override
 
-from kd_lightning._lightning import FIRST_LOOK, is_compiled
-from kd_lightning.callbacks.student_call import StudentCall, changed, find_targets, select, tensors, versions
+from kd_lightning._lightning import FIRST_LOOK
+from kd_lightning.callbacks.student_call import StudentCall, changed, choose, find_targets, select, tensors, versions
+from kd_lightning.callbacks.student_layer import find_layer, unseen
 from kd_lightning.callbacks.teacher_scores import TeacherScores
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.losses.task import as_targets, check_scalar
@@ -175,28 +174,9 @@ class DistillationCallback(HoldsDistiller, Callback):
         distiller.to(trainer.strategy.root_device)
         self._run.check_ranks(trainer)
         self._run.broadcast(trainer)
-        self._layer = self._find_layer(pl_module)
+        self._layer = find_layer(pl_module, self.student_layer)
         self._run.follow(self._layer)  # before its forward is wrapped, because a teacher may copy the layer
         self._wrap(self._layer, "forward", self._recording)
-
-    def _find_layer(self, pl_module: LightningModule) -> nn.Module:
-        if self.student_layer is None and is_compiled(pl_module):
-            raise ValueError(
-                f"torch.compile({type(pl_module).__name__}) leaves no call of forward to see. Name the submodule whose "
-                "output has the logits (student_layer=...), or compile the network in place: module.net.compile()."
-            )
-        if self.student_layer is None:
-            return pl_module
-        try:
-            return pl_module.get_submodule(self.student_layer)
-        except AttributeError:
-            names = [name for name, _ in pl_module.named_modules() if name]
-            near = difflib.get_close_matches(self.student_layer, names, n=5, cutoff=0.5) or names[:10]
-            raise ValueError(
-                f"{type(pl_module).__name__} has no submodule {self.student_layer!r}. There are: "
-                f"{', '.join(near) or 'none'}. Set student_layer to the one whose output has the logits, or to None "
-                "for what forward returns."
-            ) from None
 
     def _wrap(self, module: nn.Module, name: str, wrapper: Callable[..., Callable[..., Any]]) -> None:
         """Replace a method of this instance by ``wrapper(method, module)`` until :meth:`_leave`."""
@@ -256,10 +236,10 @@ class DistillationCallback(HoldsDistiller, Callback):
                 return output  # a skipped step, or one that Lightning refuses
             learning = [call for call in calls if self.extract_logits(call.output).requires_grad]
             if not learning:
-                raise RuntimeError(self._says_unseen(pl_module, step, args, kwargs, calls))
+                raise RuntimeError(unseen(pl_module, self._student, calls, lambda: step(*args, **kwargs)))
             batch = args[0] if args else next(iter(kwargs.values()), None)
             self._run.check_rows(self._run.rows)
-            out, _ = self._distil(self._choose(learning), batch, task_loss)
+            out, _ = self._distil(choose(learning, self.forward_call, self._student), batch, task_loss)
             return {**output, "loss": out.loss} if isinstance(output, Mapping) else out.loss
 
         return training_step
@@ -307,47 +287,9 @@ class DistillationCallback(HoldsDistiller, Callback):
             )
         return call.inputs()
 
-    def _choose(self, calls: list[StudentCall]) -> StudentCall:
-        if self.forward_call is None and len(calls) > 1:
-            raise RuntimeError(
-                f"training_step calls {self._student} {len(calls)} times. Say which call gives the logits: "
-                "forward_call=0 for the first, forward_call=-1 for the last."
-            )
-        try:
-            return calls[self.forward_call or 0]
-        except IndexError:
-            raise RuntimeError(
-                f"forward_call is {self.forward_call}, but training_step calls {self._student} only {len(calls)} times."
-            ) from None
-
     @property
     def _student(self) -> str:
         return "forward" if self.student_layer is None else f"the layer {self.student_layer!r}"
-
-    def _says_unseen(
-        self, pl_module: LightningModule, step: Callable[..., Any], args: Any, kwargs: Any, calls: list[StudentCall]
-    ) -> str:
-        """Return the message for missing logits; runs the step once more to list the layers that it calls."""
-        if calls:
-            return (
-                f"training_step calls {self._student} without gradient, so distillation would teach it nothing. Was it "
-                "frozen, or run under no_grad?"
-            )
-        called: set[nn.Module] = set()
-        layers = {name: layer for name, layer in pl_module.named_modules() if name}
-        hooks = [layer.register_forward_hook(lambda layer, *_: called.add(layer)) for layer in layers.values()]
-        with torch.no_grad(), suppress(Exception):
-            step(*args, **kwargs)
-        for hook in hooks:
-            hook.remove()
-        names = sorted((name for name, layer in layers.items() if layer in called), key=lambda name: name.count("."))
-        shown = [f"{name} ({type(layers[name]).__name__})" for name in names]
-        listed = ", ".join([*shown[:12], *(["…"] if len(shown) > 12 else [])])
-        return (
-            f"the logits were not seen: training_step did not call {self._student}. It called: {listed or 'no layer'}. "
-            f"Set student_layer to the one whose output has the logits"
-            + (f", such as student_layer={names[0]!r}." if names else ".")
-        )
 
     # ---- around the step --------------------------------------------------------------------------------------------
 
@@ -417,7 +359,7 @@ class DistillationCallback(HoldsDistiller, Callback):
         self.distiller.eval()
         with trainer.precision_plugin.val_step_context():
             no_loss = torch.zeros((), device=pl_module.device)
-            out, counting = self._distil(self._choose(calls), batch, no_loss)
+            out, counting = self._distil(choose(calls, self.forward_call, self._student), batch, no_loss)
         self.distiller.train()
         self._scores.update(pl_module, self.kd_loss, out, counting, dataloader_idx)
 

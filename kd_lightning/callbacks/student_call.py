@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from kd_lightning.losses.task import as_targets
 from kd_lightning.modules.run import LABEL_KEYS
 from kd_lightning.teachers import Call
 
-__all__ = ["StudentCall", "changed", "find_targets", "select", "tensors", "versions"]
+__all__ = ["StudentCall", "changed", "choose", "find_targets", "select", "tensors", "versions"]
 
 
 @dataclass
@@ -39,6 +39,30 @@ class StudentCall:
         if not self.kwargs:
             return self.args[0] if len(self.args) == 1 and isinstance(self.args[0], Tensor) else self.args
         return Call(self.args, self.kwargs) if self.args else self.kwargs
+
+
+def choose(calls: Sequence[StudentCall], index: int | None, student: str) -> StudentCall:
+    """Return the call that counts.
+
+    Args:
+        calls: The calls of a step, one or more.
+        index: The argument ``forward_call``; None: there must be one call.
+        student: The layer that was called, in words.
+
+    Raises:
+        RuntimeError: If there are several calls without an index, or fewer than it says.
+    """
+    if index is None and len(calls) > 1:
+        raise RuntimeError(
+            f"training_step calls {student} {len(calls)} times. Say which call gives the logits: "
+            "forward_call=0 for the first, forward_call=-1 for the last."
+        )
+    try:
+        return calls[index or 0]
+    except IndexError:
+        raise RuntimeError(
+            f"forward_call is {index}, but training_step calls {student} only {len(calls)} times."
+        ) from None
 
 
 def tensors(value: Any) -> list[Tensor]:
