@@ -1,6 +1,7 @@
 """What a warm teacher cache costs and saves: an epoch with it, with the live teacher, and without any teacher.
 
     uv run python benchmarks/cache.py             # time, bytes
+    uv run python benchmarks/cache.py --fill      # rows a second of fill and read, sizes of large caches
     uv run python benchmarks/cache.py --accuracy  # digits, with and without augmentation: several minutes
 
 All train the same student under Trainer on images of 32×32 that are augmented in memory (crops and mirror images), in
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cache_fill import fill_and_read
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from measure import machine
@@ -182,6 +184,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--calls", type=int, default=300, help="of each part of a batch")
+    parser.add_argument("--fill", action="store_true")
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
@@ -189,7 +192,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if arguments.accuracy:
+    if arguments.fill:
+        fill_and_read(arguments.rounds)
+    elif arguments.accuracy:
         accuracy(arguments.seeds)
     else:
         time_parts(arguments.calls)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -30,6 +30,7 @@ from kd_lightning.preflight import check as preflight
 from kd_lightning.preflight.facts import batches_of
 from kd_lightning.sweep import sweep as run_sweep
 from kd_lightning.teachers import FrozenTeacher, IndexedDataset, TeacherCache
+from kd_lightning.teachers.cache_arrow import write_arrow
 from kd_lightning.teachers.indexed import index_training
 from kd_lightning.teachers.weights import load_weights
 
@@ -206,6 +207,7 @@ def cache_teacher(
     output: str | None = None,
     num_shards: int = 1,
     shard: int | None = None,
+    format: Literal["arrow"] | None = None,
 ) -> None:
     """Compute the teacher's logits of the training and validation data, so that no epoch has to wait for them.
 
@@ -221,6 +223,7 @@ def cache_teacher(
         output: The cache's file, if not the one that the configuration names.
         num_shards: Number of jobs that share the work.
         shard: Number of this job, from 0.
+        format: arrow writes each whole cache as an Arrow file beside it, too: a column of ids and one of logits.
 
     Raises:
         TypeError: If the model is not a DistillationModule with a teacher.
@@ -248,6 +251,9 @@ def cache_teacher(
             "teacher.index(dataset)."
         )
     fill_caches(trainer, model, [loader, *tree_leaves(others)], num_shards, shard)
+    if format is not None and num_shards == 1 and trainer.is_global_zero:
+        for cache in teacher.caches:
+            print(*map(write_arrow, cache.parts), sep="\n")
 
 
 def export(

@@ -194,6 +194,11 @@ class TeacherCache:
         return 0 if self._file is None else self._file.row_bytes + 5
 
     @property
+    def row_shape(self) -> list[int]:
+        """The shape of a sample's logits; empty while there is no file."""
+        return [] if self._file is None else self._file.shape
+
+    @property
     def parts(self) -> tuple[TeacherCache, ...]:
         """The caches of the training data and of each other part in use."""
         return (self, *self._others.values())

@@ -4,10 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from kd_lightning import FrozenTeacher
 from kd_lightning.cli import main
+from kd_lightning.teachers import LogitsFile
 
 pytestmark = pytest.mark.slow
 
@@ -78,6 +80,14 @@ def test_an_interrupted_build_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("made/ahead.cache").write_bytes(damaged)
     with pytest.raises(ValueError, match="row 2 does not match its checksum"):
         build(OUTPUT)
+
+
+def test_a_column_of_logits(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pyarrow")
+    build(OUTPUT, "--format=arrow", config="digits")
+    assert "made/ahead.arrow\nmade/ahead.val.arrow" in capsys.readouterr().out
+    found = LogitsFile("made/ahead.val.arrow").logits({"x": torch.ones(1), "id": torch.tensor([0, 144])})
+    assert found.shape == (2, 10)
 
 
 def test_output_gives_a_cache_to_a_teacher_without_one(capsys: pytest.CaptureFixture[str]) -> None:
