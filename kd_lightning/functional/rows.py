@@ -25,6 +25,7 @@ __all__ = [
     "check_option",
     "check_whole",
     "definition",
+    "gathered",
     "in_compute_dtype",
     "is_sharded",
     "labels_of",
@@ -72,6 +73,12 @@ def plain(logits: Target) -> Target:
     if is_sharded(given) and all(placement.is_replicate() for placement in given.placements):
         return given.to_local(grad_placements=given.placements)
     return logits
+
+
+def gathered(tensor: Target) -> Target:
+    """Return a DTensor as the whole tensor, on the device of its ranks, and others as they are. A collective."""
+    given: Any = tensor
+    return given.to(given.device_mesh.device_type).full_tensor() if is_sharded(given) else tensor
 
 
 def check_layout(logits: Tensor, class_dim: int, targets: Tensor | None = None) -> None:

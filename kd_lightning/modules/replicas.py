@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kd_lightning.distiller import Distiller
+from kd_lightning.functional.rows import gathered
 from kd_lightning.schedules import Progress, weight_at
 
 __all__ = ["check_replicas", "distiller_state", "gather", "is_distributed"]
@@ -64,7 +65,7 @@ def distiller_state(distiller: Distiller, progress: Progress | None) -> dict[str
 def _checksum(tensor: Tensor) -> Tensor:
     """Return a sum that differs too where rows, or values of a row, have changed places."""
     if isinstance(tensor, DTensor):
-        return tensor.double().sum()
+        return gathered(tensor.double().sum())
     matrix = (tensor if tensor.dtype.itemsize > 1 else tensor.float()).reshape(len(tensor) if tensor.dim() else 1, -1)
     sums = (matrix.sum(dim, dtype=torch.float64) for dim in (0, 1))
     return sum((x @ torch.arange(1, len(x) + 1, device=x.device, dtype=x.dtype) for x in sums), matrix.new_zeros(()))

@@ -14,6 +14,7 @@ from kd_lightning.teachers.logits_file import LogitsFile
 from kd_lightning.teachers.onnx import OnnxTeacher
 from kd_lightning.teachers.placement import Placement
 from kd_lightning.teachers.served import ServedTeacher
+from kd_lightning.teachers.sharded import Sharded
 from kd_lightning.teachers.teacher import LossTerm, Opinions, Teacher
 from kd_lightning.teachers.transforms import Renormalize
 
@@ -33,6 +34,7 @@ __all__ = [
     "Placement",
     "Renormalize",
     "ServedTeacher",
+    "Sharded",
     "Teacher",
     "TeacherCache",
     "TeacherEnsemble",

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from kd_lightning.functional.rows import gathered
+
 __all__ = [
     "Call",
     "HiddenStates",
@@ -263,7 +265,7 @@ def hidden_states(module: nn.Module, inputs: Any) -> HiddenStates:
 
     Raises:
         TypeError: If the module lacks either, or if its base model returns no hidden states.
-        ValueError: If FSDP2 shards the output layer apart from the module.
+        ValueError: If FSDP2 shards the output layer of a student apart from the module.
 
     Example:
         >>> from kd_lightning.models import CausalTransformer
@@ -278,12 +280,13 @@ def hidden_states(module: nn.Module, inputs: Any) -> HiddenStates:
         hidden = extract_logits(call_model(module, inputs))
     finally:
         del head.forward
-    if _is_sharded(head):
+    if _is_sharded(head) and torch.is_grad_enabled():
         raise ValueError(
             f"the fused loss reads the output layer's weight after the forward, but the output layer of "
             f"{type(module).__name__} is sharded by itself. Leave it to the root: shard the blocks, then the model."
         )
-    return HiddenStates(hidden, head.weight, head.bias)
+    weight, bias = (head.weight, head.bias) if torch.is_grad_enabled() else map(gathered, (head.weight, head.bias))
+    return HiddenStates(hidden, weight, bias)
 
 
 def check_hidden_states(module: nn.Module, inputs: Any) -> None:

@@ -33,7 +33,7 @@ from kd_lightning.teachers.made_at import device_of
 from kd_lightning.teachers.placement import Placement, placement_of
 from kd_lightning.teachers.teacher import Teacher
 from kd_lightning.teachers.transforms import Renormalize, apply_transform, check_transform, with_transform
-from kd_lightning.teachers.weights import check_finite, is_without_values, load_weights, looks_untrained
+from kd_lightning.teachers.weights import check_finite, is_without_values, looks_untrained
 
 __all__ = ["FrozenTeacher", "Precision", "as_teacher"]
 
@@ -204,7 +204,7 @@ class FrozenTeacher(Teacher):
 
     def _read(self) -> None:
         assert self.checkpoint is not None
-        load_weights(self.module, self.checkpoint, self.prefix)
+        self._placement.load(self.module, self.checkpoint, self.prefix)
         check_finite(self.module, self.checkpoint)
         self._placement.place(self.module)
 

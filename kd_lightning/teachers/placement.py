@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kd_lightning.teachers.made_at import device_of
-from kd_lightning.teachers.weights import fingerprint, is_without_values
+from kd_lightning.teachers.weights import fingerprint, is_without_values, load_weights
 
 if TYPE_CHECKING:
     from kd_lightning.teachers.frozen import FrozenTeacher
@@ -51,6 +51,10 @@ class Placement:
 
     def place(self, module: nn.Module) -> None:
         """Put weights that have values in their place: at construction, or once the checkpoint is read."""
+
+    def load(self, module: nn.Module, checkpoint: str, prefix: str | None) -> None:
+        """Read the weights of a file into the network; :meth:`place` follows."""
+        load_weights(module, checkpoint, prefix)
 
     def move(self, module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow a move or cast of the module around, given as a function of a tensor."""

@@ -7,15 +7,17 @@ import hashlib
 import pickle
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.functional.rows import is_sharded
+from kd_lightning.functional.rows import gathered, is_sharded
 
 __all__ = [
+    "check_buffers",
     "check_finite",
     "fingerprint",
     "is_without_values",
@@ -23,6 +25,7 @@ __all__ = [
     "looks_untrained",
     "misfit",
     "no_torch_file",
+    "open_safetensors",
 ]
 
 _Primitive: TypeAlias = bool | int | float | str | bytes | torch.dtype | None
@@ -81,9 +84,8 @@ def _plain_parts(name: str, value: Any) -> Iterator[Tensor | _Primitive]:
                 value.q_zero_point(),
             )
         )
-    elif is_sharded(value):  # and its shards may be on the host
-        sharded: Any = value
-        yield sharded.to(sharded.device_mesh.device_type).full_tensor().detach()
+    elif is_sharded(value):
+        yield gathered(value).detach()
     elif isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
         names, context = value.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
         yield repr(context)
@@ -115,17 +117,8 @@ def load_weights(module: nn.Module, checkpoint: str | Path, prefix: str | None =
         FileNotFoundError: If the file does not exist.
         ValueError: If the file holds no weights, or if names or shapes do not fit the module (all are listed).
     """
-    saved = _read_state_dict(Path(checkpoint))
     wanted = module.state_dict()
-    if prefix is None:
-        prefix = _find_prefix(saved, wanted, checkpoint)
-    found = {name[len(prefix) :]: value for name, value in saved.items() if name.startswith(prefix)}
-    found = {name: value for name, value in found.items() if isinstance(value, Tensor) or name in wanted}
-
-    differences = misfit(found, wanted)
-    if differences:
-        what = f"the weights in {checkpoint}" + (f" under the prefix {prefix!r}" if prefix else "")
-        raise ValueError(f"{what} do not fit {type(module).__name__}: {differences}")
+    found = _of_module(_read_state_dict(Path(checkpoint)), module, checkpoint, prefix)
     meta = any(isinstance(value, Tensor) and value.is_meta for value in wanted.values())
     if meta:  # nothing can be copied into a tensor without storage: the file's tensors take its place
         found = {name: value.to(wanted[name].dtype) if name in wanted else value for name, value in found.items()}
@@ -133,7 +126,49 @@ def load_weights(module: nn.Module, checkpoint: str | Path, prefix: str | None =
     if not all(isinstance(value, Tensor) for value in found.values()):  # packed weights are read by their version
         state._metadata = wanted._metadata  # pyright: ignore[reportAttributeAccessIssue]
     module.load_state_dict(state, assign=meta)
-    lost = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    check_buffers(module, state, checkpoint)
+
+
+@contextmanager
+def open_safetensors(module: nn.Module, checkpoint: str, prefix: str | None) -> Iterator[dict[str, Any]]:
+    """Open a file of safetensors to read parts of a module's weights: by the module's names, ``weights[name][a:b]``.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is no safetensors, or does not fit the module.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    _check_exists(Path(checkpoint))
+    try:
+        file = safe_open(checkpoint, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{checkpoint} is no readable safetensors file: {error}.") from error
+    with file as opened:
+        stored = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+        shapes = {name: torch.empty(value.get_shape(), device="meta") for name, value in stored.items()}
+        names = {id(value): name for name, value in shapes.items()}
+        found = _of_module(shapes, module, checkpoint, prefix)
+        yield {name: stored[names[id(value)]] for name, value in found.items()}
+
+
+def _of_module(saved: Mapping[str, Any], module: nn.Module, checkpoint: str | Path, prefix: str | None) -> Any:
+    """Return the weights of a file by the module's names, or raise if they do not fit."""
+    wanted = module.state_dict()
+    if prefix is None:
+        prefix = _find_prefix(saved, wanted, checkpoint)
+    found = {name[len(prefix) :]: value for name, value in saved.items() if name.startswith(prefix)}
+    found = {name: value for name, value in found.items() if isinstance(value, Tensor) or name in wanted}
+    differences = misfit(found, wanted)
+    if differences:
+        what = f"the weights in {checkpoint}" + (f" under the prefix {prefix!r}" if prefix else "")
+        raise ValueError(f"{what} do not fit {type(module).__name__}: {differences}")
+    return found
+
+
+def check_buffers(module: nn.Module, found: Mapping[str, Any], checkpoint: str | Path) -> None:
+    """Raise if a buffer has no values, and the file has none for it."""
+    lost = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in found]
     if lost:
         raise ValueError(
             f"{checkpoint} has no values for {_listing(lost)}, buffers that state dicts leave out and that are on the "
@@ -184,13 +219,7 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 def _read_state_dict(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        here = [str(file) for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(str(path), here, n=3, cutoff=0.5)
-        raise FileNotFoundError(
-            f"there is no teacher checkpoint at {str(path)!r} (from the folder {str(Path.cwd())!r})."
-            + (f" Close to it: {', '.join(near)}." if near else " Train the teacher first, or correct the path.")
-        )
+    _check_exists(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -235,6 +264,16 @@ def _read_state_dict(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in content.items()}
 
 
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        here = [str(file) for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(str(path), here, n=3, cutoff=0.5)
+        raise FileNotFoundError(
+            f"there is no teacher checkpoint at {str(path)!r} (from the folder {str(Path.cwd())!r})."
+            + (f" Close to it: {', '.join(near)}." if near else " Train the teacher first, or correct the path.")
+        )
+
+
 def _find_prefix(saved: Mapping[str, Any], wanted: Mapping[str, Any], checkpoint: str | Path) -> str:
     """Return the prefix under which the file has all of the module's names, or else most of them."""
     if not wanted:
@@ -275,9 +314,9 @@ def check_finite(module: nn.Module, source: str) -> None:
     Raises:
         ValueError: If a parameter is not finite, or a buffer NaN.
     """
-    named = [(name, ~torch.isfinite(p.detach())) for name, p in module.named_parameters() if _is_plain(p)]
-    named += [(name, torch.isnan(b)) for name, b in module.named_buffers() if _is_plain(b)]
-    bad = [name for name, where in named if where.any()]
+    named = [(name, p, True) for name, p in module.named_parameters() if _is_plain(p, sharded=True)]
+    named += [(name, b, False) for name, b in module.named_buffers() if _is_plain(b)]
+    bad = [name for name, x, finite in named if (~torch.isfinite(x.detach()) if finite else torch.isnan(x)).any()]
     if bad:
         raise ValueError(
             f"the teacher {type(module).__name__} has weights that are NaN or infinite ({source}): {_listing(bad)}. "
@@ -285,8 +324,9 @@ def check_finite(module: nn.Module, source: str) -> None:
         )
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and not tensor.is_meta and type(tensor) in (Tensor, nn.Parameter)
+def _is_plain(tensor: Tensor, sharded: bool = False) -> bool:
+    known = type(tensor) in (Tensor, nn.Parameter) or (sharded and is_sharded(tensor))
+    return tensor.is_floating_point() and not tensor.is_meta and known
 
 
 def looks_untrained(module: nn.Module) -> bool:
