@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from kd_lightning import DistillationModule, Distiller, FrozenTeacher, LayerTerm, TeacherCache, TeacherEnsemble
 from kd_lightning.callbacks import DistillationCallback
@@ -88,7 +89,7 @@ def several_outputs(name: str, folder: Path) -> None:
     torch.testing.assert_close(out.kd_loss, expected)
 
 
-CACHED: dict[str, Callable[[TeacherCache, Path], Teacher]] = {
+CACHED: dict[str, Callable[[TeacherCache | None, Path], Teacher]] = {
     "FrozenTeacher": lambda cache, folder: FrozenTeacher(network(0), cache=cache),
     "FunctionTeacher": lambda cache, folder: FunctionTeacher(Scores(0), name="v1", cache=cache),
     "MappedClasses": lambda cache, folder: MappedClasses(FrozenTeacher(network(0), cache=cache), [5, 4, 3, 2, 1, 0]),
@@ -198,6 +199,22 @@ def test_resume_is_exact(owner: str, name: str, folder: Path, make_trainer: Make
     resumed, _ = fit(2, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     assert_same(snapshot(resumed), snapshot(whole))
     assert not torch.equal(*(next(iter(snapshot(module).values())) for module in (whole, half)))
+
+
+@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("owner", ["module", "callback"])
+def test_a_cache_trains_as_the_teacher_does(
+    owner: str, name: str, folder: Path, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    states = []
+    for cached in (True, False):
+        cache = TeacherCache(tmp_path / "a.cache", "float32") if cached else None
+        teacher = CACHED[name](cache, folder)
+        module, callbacks = run_of(owner, teacher)
+        data = teacher.index(make_data()) if cached else make_data()
+        make_trainer(max_epochs=2, callbacks=callbacks).fit(module, DataLoader(data, batch_size=16))
+        states.append(snapshot(module))
+    assert_same(*states)
 
 
 class InOrderOf(LightningDataModule):
