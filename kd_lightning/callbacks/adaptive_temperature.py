@@ -180,8 +180,11 @@ class AdaptiveTemperature(Callback):
         )
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_validates(trainer, self)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         distiller = find_distiller(trainer, pl_module)
         distiller.keeps_output = True
         policy = distiller.temperature

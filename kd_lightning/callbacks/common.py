@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from kd_lightning._lightning import callbacks_of
 from kd_lightning.distiller import Distiller
 from kd_lightning.functional.temperature import check_number
+from kd_lightning.modules.metric_names import has_validation
 from kd_lightning.modules.run import HoldsDistiller
 from kd_lightning.ranking import Mode, check_counts, check_mode, check_name
 
@@ -94,7 +95,7 @@ def check_validates(trainer: Trainer, owner: object) -> None:
     Raises:
         MisconfigurationException: If the run has no validation.
     """
-    if not trainer.enable_validation:
+    if not has_validation(trainer):
         raise MisconfigurationException(
             f"{type(owner).__name__} follows a metric of validation, but this run has none. Give fit validation data, "
             "the module a validation_step, and the Trainer limit_val_batches above 0; or leave the callback out."

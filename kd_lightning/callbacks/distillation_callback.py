@@ -20,6 +20,7 @@ from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.losses.task import as_targets, check_scalar
 from kd_lightning.modules.added_groups import add_groups
 from kd_lightning.modules.run import DistillationRun, HoldsDistiller, is_logging_step, step_readings
+from kd_lightning.modules.run_length import check_batches
 from kd_lightning.teachers import Teacher, extract_logits
 from kd_lightning.teachers.calls import counting_positions
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
@@ -300,6 +301,7 @@ class DistillationCallback(HoldsDistiller, Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._layer is not None
+        check_batches(trainer)
         self._run.set_cache_epoch(trainer.current_epoch)
         self._run.start(trainer, self._layer)
 
@@ -307,6 +309,10 @@ class DistillationCallback(HoldsDistiller, Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._run.check_replicas(trainer)
         self._run.start_cache_epoch(trainer)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_batches(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -317,7 +323,7 @@ class DistillationCallback(HoldsDistiller, Callback):
         out = self.last_output
         if out is None:
             return
-        self._run.check_finite(trainer, out)
+        self._run.check_step(trainer, out)
         if is_logging_step(trainer):
             pl_module.log_dict(step_readings(trainer, out), batch_size=len(out.student_logits))
 

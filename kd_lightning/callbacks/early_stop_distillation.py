@@ -90,8 +90,11 @@ class EarlyStopDistillation(Callback):
         return state_key(self, monitor=self.monitor, mode=self.mode)
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_validates(trainer, self)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         distiller = find_distiller(trainer, pl_module)
         if self.stopped_step is not None:  # because a user's module does not restore it
             distiller.kd_enabled = False

@@ -96,6 +96,11 @@ class TemperatureMonitor(TemperatureLogger):
         self._every_step = True
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.monitor is not None:
+            check_validates(trainer, self)
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         distiller = find_distiller(trainer, pl_module)
         distiller.keeps_output = True
@@ -105,8 +110,6 @@ class TemperatureMonitor(TemperatureLogger):
             if self.logging_interval is None
             else self.logging_interval == "step"
         )
-        if self.monitor is not None:
-            check_validates(trainer, self)
         if self.plot:
             import matplotlib  # noqa: F401  (to report its absence before training)
         elif not trainer.loggers and not self.prog_bar:

@@ -82,7 +82,15 @@ def _os_error(match: re.Match[str]) -> str:
     return f"the operating system refuses: {match[0].rstrip('.')}. Correct the path, or its permissions and space."
 
 
+def _not_joined(match: re.Match[str]) -> str:
+    return (
+        f"the samples of a batch cannot be joined: {match[0].rstrip('.')}. Make them tensors of one shape, by a "
+        "transform of the dataset, or give the DataLoader a collate_fn."
+    )
+
+
 _CONFIG = ("MisconfigurationException",)
+_UNITS = ("days", "hours", "minutes", "seconds", "weeks")
 _FOREIGN = [
     _Foreign(("RuntimeError",), r"Early stopping conditioned on metric `(.*?)` .*? following: (.*)", _no_metric,
              _monitor_key),
@@ -100,6 +108,24 @@ _FOREIGN = [
              "step, or trainer.precision bf16-mixed."),
     _Foreign(("URLError",), r".+", lambda match: f"a download failed: {match[0]} Give a file that is there already, or "
              "try again with a network."),
+    _Foreign(("RuntimeError",), r"more than one stateful callback of type `(\w+)`",
+             lambda match: f"{match[1]} stands more than once among the callbacks, with the same settings. Keep one of "
+             "them.", lambda match, written: ("trainer", "callbacks")),
+    _Foreign(("TypeError",), r"'(\w+)' is an invalid keyword argument for __new__",
+             lambda match: f"max_time has no unit {match[1]!r}.{guess(match[1], _UNITS)} It has {', '.join(_UNITS)}.",
+             lambda match, written: ("trainer", "max_time")),
+    _Foreign(_CONFIG, r"`Timer\(duration=(.*)\)` is not a valid", lambda match: f"must be DD:HH:MM:SS, such as "
+             f"00:00:05:00 for five minutes, or a mapping such as minutes: 5, got {match[1]}.",
+             lambda match, written: ("trainer", "max_time")),
+    _Foreign(("RuntimeError", "TypeError"), r"stack expects each tensor to be equal size.*|default_collate: batch .*|"
+             "each element in list of batch should be of equal size", _not_joined,
+             lambda match, written: ("data",) if written.at(("data",)) else None),
+    _Foreign(("AttributeError",), r"'(\w+)' object has no attribute '(allow_zero_length|prepare_data_per_node)",
+             lambda match: f"{match[1]}.__init__ does not call super().__init__(). Call it first.",
+             lambda match, written: written.class_key(match[1])),
+    _Foreign(("TypeError",), r"^(\w+)\.(\w+)\(\) got an unexpected keyword argument 'stage'",
+             lambda match: f"the trainer calls {match[1]}.{match[2]} with stage=\"fit\", \"validate\", \"test\" or "
+             f"\"predict\". Write def {match[2]}(self, stage).", lambda match, written: written.class_key(match[1])),
     _Foreign(("OSError",), r".+", _os_error),
 ]  # fmt: skip
 """The first match decides. The operating system's errors come last: this library raises FileNotFoundError too."""

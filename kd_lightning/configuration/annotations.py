@@ -107,6 +107,8 @@ def describe(annotation: Any) -> str:
         inner = [argument for argument in arguments if argument is not Ellipsis]
         words = [f"{describe(part)}s" if part in (int, float, str) else describe(part) for part in dict.fromkeys(inner)]
         return re.sub(r" of an? ", " of ", f"a list of {' and '.join(dict.fromkeys(words))}")
+    if origin is dict and arguments:
+        return f"a mapping from {describe(arguments[0])} to {describe(arguments[1])}"
     name = getattr(annotation, "__name__", str(annotation)).rpartition(".")[2]
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
@@ -130,6 +132,6 @@ def class_names(bases: Iterable[type], own: bool = False) -> list[str]:
     return [
         cls.__name__
         for cls, room in zip(classes, rooms, strict=True)
-        if cls.__name__ in getattr(room, "__all__", ())
+        if (cls.__name__ in getattr(room, "__all__", ()) and not cls.__module__.startswith("kd_lightning._"))
         or not (own or cls.__name__.startswith("_") or cls.__module__.startswith(("kd_lightning", "_")))
     ]

@@ -38,6 +38,8 @@ from kd_lightning.models.named import builds_module
 __all__ = ["diagnose", "first_error", "import_class", "in_helps"]
 
 _SPEC = ("class_path", "init_args", "dict_kwargs")
+_SHOWN = ("DistillationModule", "DigitsDataModule", "AdamW", "CosineSchedule", "CSVLogger", "AdaptiveTemperature")
+"""Classes that stand in examples."""
 
 
 def diagnose(written: Written, owners: Mapping[str, Callable[..., Any]], error: Exception) -> str:
@@ -136,7 +138,10 @@ def in_helps(written: Written, owners: Mapping[str, Callable[..., Any]]) -> Iter
         if annotation is not None and named is not None:
             yield from ((option, text) for _, text in _in_class(named, {}, annotation, key, key, _Walk(written, {})))
         elif annotation is not None:
-            yield option, f"name the class.{_list('It may be', class_names(classes_of(annotation)))}"
+            bases = classes_of(annotation)
+            names = class_names(bases) or [base.__name__ for base in bases]
+            shown = next((name for name in _SHOWN if name in names), [*names, "CLASS"][0])
+            yield option, f"name the class, as in {option} {shown}.{_list('It may be', names)}"
 
 
 def _written_class(written: Written, key: Key, annotation: Any) -> type | None:
@@ -232,7 +237,9 @@ def _in_value(value: Any, annotation: Any, key: Key, walk: _Walk) -> _Mistakes:
             yield (*key, name), f"a class has class_path and init_args, not {name!r}.{guess(str(name), _SPEC)}"
         where = (*key, "class_path"), (*key, "init_args")
         yield from _in_class(value["class_path"], value.get("init_args") or {}, annotation, *where, walk)
-    elif isinstance(value, dict) and bases and not set(value).isdisjoint(_SPEC):
+    elif (isinstance(value, dict) and bases and not set(value).isdisjoint(_SPEC)) or (
+        isinstance(value, dict) and value and len(bases) == 1 and not _arguments(bases[0])
+    ):
         yield key, f"class_path is missing, which names the class.{_list('It may be', class_names(bases))}"
     elif isinstance(value, dict) and len(bases) == 1:
         yield from _in_arguments(bases[0], value, key, walk)
@@ -263,7 +270,9 @@ def _in_class(
 
 def _target(path: str, key: Key, annotation: Any) -> tuple[Any, str]:
     """Return the class or function of a path or of a short name, or a text about a name that has none."""
-    if "." not in path:
+    if Path(path).suffix in (".yaml", ".yml", ".json"):
+        return None, f"there is no file {path!r} (from the folder {str(Path.cwd())!r})."
+    if "." not in path.strip("."):
         found = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _named(path, classes_of(annotation))}
         if len(found) > 1:
             return None, f"{path!r} is the name of several classes. Write {' or '.join(found)}."
@@ -278,7 +287,8 @@ def _target(path: str, key: Key, annotation: Any) -> tuple[Any, str]:
     if target is not None:
         return target, ""
     names = [other for other, value in vars(room).items() if callable(value) and other[0] != "_"]
-    return None, f"the module {module} has no {name!r}.{guess(name, names)}"
+    close = f" Did you mean {name}?" if _named(name, classes_of(annotation)) else guess(name, names)
+    return None, f"the module {module} has no {name!r}.{close}"
 
 
 def _named(name: str, bases: Iterable[type]) -> list[type]:

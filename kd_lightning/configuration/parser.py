@@ -315,6 +315,9 @@ _OF_A_RUN = ("best", "last", "hpc", "registry")
 """Values of ``ckpt_path`` that name no file: Lightning looks for one among those of the configured run."""
 
 
+_ALLOW = "allow it with --weights_only=false"
+
+
 def _check_checkpoint(path: str | Path, weights_only: bool) -> dict[str, Any]:
     """Return the content of the file of ``--ckpt_path``; empty for folders of sharded checkpoints and for URLs.
 
@@ -326,7 +329,8 @@ def _check_checkpoint(path: str | Path, weights_only: bool) -> dict[str, Any]:
     try:
         content = read_checkpoint(path, weights_only)
     except (OSError, ValueError) as error:
-        raise CommandLineError(str(error)) from error
+        text = str(error).replace("read it with load_from_checkpoint(..., weights_only=False)", _ALLOW)
+        raise CommandLineError(text) from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CommandLineError(
             f"{path} is no checkpoint of the Trainer: it has no state_dict. Weights alone are for a "
@@ -385,7 +389,8 @@ def _with_model_of_checkpoint(args: list[str], folder: Path) -> list[str]:
             f"--ckpt_path {path} is of the run that a configuration describes. Give it as well, --config FILE, or the "
             "path of a checkpoint."
         )
-    hparams = _check_checkpoint(path, "--weights_only=false" not in args).get("hyper_parameters", {})
+    data_only = Written(args).at(("weights_only",)) is not False
+    hparams = _check_checkpoint(path, data_only).get("hyper_parameters", {})
     if "_class_path" not in hparams:
         raise ValueError(
             f"{path} was not made by this command, so it does not say which model it is of. Name a configuration as "

@@ -64,7 +64,7 @@ class Written:
         early: Arguments before the command.
         stray: Arguments that belong to no option.
         helps: The options ``--KEY.help``, each with its key and the class that was named, or None.
-        misplaced: Options below a setting that is a plain value, each with the reason why they are wrong.
+        misplaced: Options below a setting that is a plain value, or with an empty value, each with what is wrong.
 
     Raises:
         CommandLineError: If a configuration is absent, is not readable as YAML, has a key twice, or is no mapping.
@@ -88,11 +88,15 @@ class Written:
             while not equals and rest and not rest[0].startswith("--") and (option.startswith("-") or not values):
                 values.append(rest.pop(0))
             if option in _CONFIG:
+                if values == [""]:
+                    raise CommandLineError("--config takes a file, as in --config digits.yaml, and got an empty name.")
                 self.stray += values[1:]
                 self._read(Path(values[0])) if values else None
             elif option.endswith(".help"):
                 self.helps.append((option, tuple(option[2:-5].split(".")), values[0] if values else None))
             elif option.startswith("--") and values:
+                if values == [""]:
+                    self.misplaced.append((option, f"its value is missing. Write {option}=VALUE, or =null for none."))
                 self._set(option, _load(values[0]) if len(values) == 1 else [_load(value) for value in values])
             elif not option.startswith("--"):
                 self.stray.append(option + equals + value)
@@ -140,7 +144,7 @@ class Written:
         value = self.tree if value is None and not key else value
         parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         for name, part in parts:
-            if part == {}:
+            if part == {} and name != "init_args":  # a class without arguments has none in the parsed settings
                 yield (*key, name)
             yield from self.empty(part, (*key, name))
 

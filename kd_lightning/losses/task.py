@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -184,7 +186,7 @@ def as_loss(loss: Any, name: str) -> Any:
     """Return a loss as it is, or raise if it is none.
 
     Raises:
-        TypeError: If the loss cannot be called, or is a class.
+        TypeError: If the loss cannot be called, is a class, or takes other arguments than it will be given.
     """
     if not callable(loss) or isinstance(loss, type):
         received = loss.__name__ if isinstance(loss, type) else repr(loss)
@@ -192,4 +194,16 @@ def as_loss(loss: Any, name: str) -> Any:
             f"{name} must be a loss, a module that returns a scalar, got {received}. Build one, such as KDLoss() for "
             "kd_loss or CrossEntropyLoss() for task_loss."
         )
+    with suppress(ValueError):  # raised for a function without a readable signature
+        signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+        distils = name == "kd_loss"
+        try:
+            signature.bind(*((None, None, None) if distils else (None, None)), **({"targets": None} if distils else {}))
+        except TypeError as error:
+            given = "student_logits, teacher_logits, temperature, targets=..." if distils else "student_logits, targets"
+            title = type(loss).__name__ if isinstance(loss, nn.Module) else getattr(loss, "__name__", repr(loss))
+            raise TypeError(
+                f"{name} is called with ({given}), but {title} takes ({', '.join(signature.parameters)}). Take a loss "
+                f"of kd_lightning.losses, or write a module whose forward takes these arguments."
+            ) from error
     return loss

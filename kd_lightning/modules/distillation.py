@@ -189,7 +189,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
     def on_before_backward(self, loss: Tensor) -> None:
         out = self.last_output
         if out is not None:
-            self._run.check_finite(self.trainer, out)
+            self._run.check_step(self.trainer, out)
             self._update_metrics("train", out.student_logits, self._last_targets, out.teacher_logits)
             if is_logging_step(self.trainer):
                 self._log_step(out)
@@ -306,6 +306,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
 
     @override
     def on_fit_end(self) -> None:
+        super().on_fit_end()
         logged = self.trainer.callback_metrics
         names = {key: metric_name(self.trainer, "val", key) for key in ("acc", "agreement", "perplexity")}
         for key, digits in (("perplexity", 3), ("acc", 4)):

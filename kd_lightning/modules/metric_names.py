@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 
 from kd_lightning._lightning import callbacks_of
 
-__all__ = ["NamesMetrics", "check_monitors", "metric_name", "naming_callbacks"]
+__all__ = ["NamesMetrics", "check_monitors", "has_validation", "metric_name", "naming_callbacks"]
 
 
 class NamesMetrics(Callback):
@@ -29,6 +29,11 @@ def metric_name(trainer: Trainer | None, stage: str, name: str) -> str:
     return f"{stage}_{name}"
 
 
+def has_validation(trainer: Trainer) -> bool:
+    """Return True if a fit validates, as far as is known: whether loaders are empty is known once they are made."""
+    return trainer.enable_validation and (trainer.val_dataloaders is None or any(trainer.num_val_batches))
+
+
 def check_monitors(trainer: Trainer) -> None:
     """Raise if a callback follows a metric of validation in a fit without validation, where Lightning writes nothing.
 
@@ -36,7 +41,7 @@ def check_monitors(trainer: Trainer) -> None:
         MisconfigurationException: If a callback's ``monitor`` is a metric of validation, and there is none.
     """
     stage = metric_name(trainer, "val", "acc").removesuffix("acc")
-    for callback in callbacks_of(trainer) if not trainer.enable_validation else ():
+    for callback in callbacks_of(trainer) if not has_validation(trainer) else ():
         monitor = getattr(callback, "monitor", None)
         if isinstance(monitor, str) and monitor.startswith(stage):
             raise MisconfigurationException(

@@ -117,7 +117,7 @@ class DistillationRun:
             step=trainer.global_step,
             max_steps=self._length.steps(trainer),
             epoch=trainer.current_epoch,
-            max_epochs=max_epochs if max_epochs and max_epochs > 0 else None,
+            max_epochs=max_epochs if max_epochs is not None and max_epochs >= 0 else None,
         )
         return self._last_progress
 
@@ -262,8 +262,18 @@ class DistillationRun:
                 "from a checkpoint (FrozenTeacher(network, checkpoint=...)), the same on every rank."
             )
 
-    def check_finite(self, trainer: Trainer, out: DistillationOutput) -> None:
-        """Stop at a loss that is not finite, unless a callback handles it; call it before backward."""
+    def check_step(self, trainer: Trainer, out: DistillationOutput) -> None:
+        """Stop at a loss that is not finite, unless a callback handles it; call it before backward.
+
+        Raises:
+            ValueError: If the student's logits carry no gradient.
+            FloatingPointError: If a loss was NaN or infinite.
+        """
+        if out.student_logits.numel() and not out.student_logits.requires_grad:
+            raise ValueError(
+                "the student's logits carry no gradient, so the student would not learn: the network detaches them, "
+                "runs under torch.no_grad(), or has no trained parameter before them. Return logits with a gradient."
+            )
         if not any(isinstance(callback, NonFiniteHandler) for callback in callbacks_of(trainer)):
             self._finite.check(out, trainer.global_step, is_logging_step(trainer))
 

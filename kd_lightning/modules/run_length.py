@@ -6,10 +6,34 @@ import math
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch.utils.data import Dataset, IterableDataset
 
 from kd_lightning._lightning import batches_done, callbacks_of
 
-__all__ = ["RunLength"]
+__all__ = ["RunLength", "check_batches"]
+
+
+def check_batches(trainer: Trainer) -> None:
+    """Raise if a fit has no batches, which Lightning passes over, or takes a dataset for a loader.
+
+    Args:
+        trainer: A trainer at the start of its training, or at the end of its fit, where it never trains.
+
+    Raises:
+        ValueError: If the training data is empty.
+        TypeError: If the training data is a dataset.
+    """
+    if trainer.num_training_batches == 0:
+        raise ValueError(
+            "fit trained on nothing: the training data has no batch. Give a dataset with samples; where it has fewer "
+            "than batch_size, take a smaller batch_size or drop_last=False."
+        )
+    data = trainer.train_dataloader
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise TypeError(
+            f"the training data is a {type(data).__name__}, a dataset, which gives single samples. Return batches: "
+            "DataLoader(dataset, batch_size=64, shuffle=True)."
+        )
 
 
 class RunLength:

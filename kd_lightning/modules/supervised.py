@@ -34,6 +34,7 @@ from kd_lightning.modules.optimization import (
     pass_lr_on,
 )
 from kd_lightning.modules.run import LABEL_KEYS
+from kd_lightning.modules.run_length import check_batches
 from kd_lightning.teachers import extract_logits
 from kd_lightning.teachers.calls import by_name, call_model, padding_mask, positional_names
 
@@ -295,7 +296,13 @@ class SupervisedModule(CheckpointedModule):
         self._step_items = None
 
     @override
+    def on_fit_end(self) -> None:
+        check_batches(self.trainer)
+
+    @override
     def on_train_start(self) -> None:
+        check_batches(self.trainer)
+        check_monitors(self.trainer)  # here, where the loaders of validation are made
         if self.mean_over == "step" and self.trainer.strategy.handles_gradient_accumulation:
             raise ValueError(
                 "mean_over='step' divides the accumulated gradients itself, but they are out of reach under "
@@ -387,11 +394,6 @@ class SupervisedModule(CheckpointedModule):
             return len(logits)
         # times the ranks: Lightning takes the weights' mean over them in integers, and cuts what is left over
         return int((targets != self.ignore_index).sum()) * self.trainer.world_size
-
-    @override
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        check_monitors(self.trainer)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

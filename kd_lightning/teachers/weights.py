@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -265,6 +266,12 @@ def _read_state_dict(path: Path) -> dict[str, Any]:
 
 
 def _check_exists(path: Path) -> None:
+    if path.is_dir() or re.match(r"\w{2,}:/", str(path)):
+        kind = "folder" if path.is_dir() else "URL"
+        raise FileNotFoundError(
+            f"a teacher's checkpoint is a file, and {str(path)!r} is a {kind}. "
+            + ("Name the file in it." if kind == "folder" else "Download the file first, and name it.")
+        )
     if not path.is_file():
         here = [str(file) for file in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(str(path), here, n=3, cutoff=0.5)

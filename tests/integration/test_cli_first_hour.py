@@ -20,6 +20,8 @@ from tests.helpers import digits_config
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Total length of"),
+    pytest.mark.filterwarnings("ignore:the teacher DigitsCNN still has"),
     pytest.mark.filterwarnings("ignore:Starting from v1.9.0"),  # the default logger
 ]
 
@@ -27,6 +29,37 @@ DIGITS = digits_config(max_epochs=1, limit_train_batches=1, limit_val_batches=1,
 FIT = "It has ckpt_path, data, model, num_threads, print_config, resume, seed_everything, trainer, weights_only."
 SGD = "--model.optimizer=torch.optim.SGD --model.optimizer.lr=0.1 --trainer.max_epochs=2"
 OTHER = "--model.student.channels=[8,16] --model.student.hidden=32"
+MINE = """
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, TensorDataset
+
+class Empty(LightningDataModule):
+    samples = TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0).long())
+    def train_dataloader(self):
+        return DataLoader(self.samples, batch_size=4)
+
+class Bare(Empty):
+    def train_dataloader(self):
+        return TensorDataset(torch.zeros(8, 1, 8, 8), torch.arange(8))
+
+class Ragged(Empty):
+    samples = [(torch.zeros(1, 8, 8 + i), i) for i in range(8)]
+
+class Unbuilt(Bare):
+    def __init__(self):
+        self.size = 8
+
+class NoStage(Empty):
+    def setup(self):
+        pass
+
+class Detached(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(64, 10)
+    def forward(self, images):
+        return super().forward(images.flatten(1)).detach()
+"""
 
 
 @dataclass(frozen=True)
@@ -83,8 +116,6 @@ TYPED = [
           "--batch_size: fit has no setting 'batch_size'. Did you mean --data.batch_size? " + FIT),
     Typed("help for a class", "fit --model.help DistillationModul",
           "--model.help: 'DistillationModul' names no LightningModule. Did you mean DistillationModule?"),
-    Typed("help without a class", "fit --model.help", "--model.help: name the class. It may be ClassificationModule, "
-          "DistillationModule, …"),
     Typed("a list with commas", "sweep --config digits.yaml --temperatures 2,4 --kd_weights 0.5",
           "--temperatures: must be a list of numbers, got '2,4'. Write the numbers with spaces, as in --temperatures 1 "
           "2."),
@@ -150,6 +181,63 @@ TYPED = [
     Typed("a folder that cannot be made", "fit --config digits.yaml --trainer.logger CSVLogger "
           "--trainer.logger.save_dir digits.yaml/logs",
           "the operating system refuses: … Correct the path, or its permissions and space."),
+    Typed("help without a class", "fit --model.help",
+          "--model.help: name the class, as in --model.help DistillationModule. It may be ClassificationModule, "
+          "DistillationModule, SupervisedModule."),
+    Typed("help without a class, of the finder", "find-temperature --finder.help",
+          "--finder.help: name the class, as in --finder.help TemperatureFinder. It may be TemperatureFinder."),
+    Typed("an empty value", "fit --config digits.yaml --model.temperature=",
+          "--model.temperature: its value is missing. Write --model.temperature=VALUE, or =null for none."),
+    Typed("an empty configuration", "fit --config=",
+          "--config takes a file, as in --config digits.yaml, and got an empty name."),
+    Typed("a file of settings that is not there", "fit --config digits.yaml --model none.yaml",
+          "--model: there is no file 'none.yaml' (from the folder '{cwd}')."),
+    Typed("a class of a module that has another", "fit --config digits.yaml --model.student kd_lightning.DigitsCNN",
+          "--model.student: the module kd_lightning has no 'DigitsCNN'. Did you mean DigitsCNN?"),
+    Typed("a class without a module", "fit --config digits.yaml --model.student .DigitsCNN",
+          "--model.student: '.DigitsCNN' names no Module. Did you mean DigitsCNN?"),
+    Typed("no step", "fit --config digits.yaml --trainer.max_steps 0",
+          "--trainer.max_steps: fit trains for no step with 0. Give 1 or more."),
+    Typed("a duration in words", "fit --config digits.yaml --trainer.max_time minute",
+          "--trainer.max_time: must be DD:HH:MM:SS, such as 00:00:05:00 for five minutes, or a mapping such as "
+          "minutes: 5, got 'minute'."),
+    Typed("a callback twice", "fit --config digits.yaml --trainer.callbacks+=DistillationCallback "
+          "--trainer.callbacks.teacher=DigitsCNN --trainer.callbacks+=DistillationCallback "
+          "--trainer.callbacks.teacher=DigitsCNN",
+          "--trainer.callbacks+: DistillationCallback stands more than once among the callbacks, with the same "
+          "settings. Keep one of them."),
+    Typed("a key of accumulation", "fit --config digits.yaml --trainer.callbacks+=GradientAccumulationScheduler "
+          "--trainer.callbacks.scheduling={a:2}",
+          "--trainer.callbacks.scheduling: must be a mapping from an integer to an integer, got …"),
+    Typed("no validation images", "fit --config digits.yaml --data.val_fraction 0",
+          "trainer.callbacks[0] (digits.yaml:9): ModelCheckpoint follows val_acc, a metric of validation, but this run "
+          "has none. Give fit validation data and the Trainer limit_val_batches above 0; or let the callback follow "
+          "train_loss."),
+    Typed("a teacher in a folder", "fit --config digits.yaml --model.teacher.checkpoint .",
+          "model.init_args.teacher (digits.yaml:27): a teacher's checkpoint is a file, and '.' is a folder. Name the "
+          "file in it."),
+    Typed("a distillation loss of torch", "fit --config digits.yaml --model.kd_loss torch.nn.KLDivLoss",
+          "--model.kd_loss: kd_loss is called with (student_logits, teacher_logits, temperature, targets=...), but "
+          "KLDivLoss takes (input, target). Take a loss of kd_lightning.losses, or write a module whose forward takes "
+          "these arguments."),
+    # data modules and networks of the user
+    *(Typed(f"a data module, {name}", f"fit --config digits.yaml --trainer.callbacks=[] --data mine_data.{name}", text)
+      for name, text in (
+          ("Empty", "model (digits.yaml:17): fit trained on nothing: the training data has no batch. Give a dataset "
+           "with samples; where it has fewer than batch_size, take a smaller batch_size or drop_last: false."),
+          ("Bare", "model (digits.yaml:17): the training data is a TensorDataset, a dataset, which gives single "
+           "samples. Return batches: DataLoader(dataset, batch_size=64, shuffle=True)."),
+          ("Ragged", "--data: the samples of a batch cannot be joined: stack expects each tensor to be equal size, but "
+           "got [1, 8, 8] at entry 0 and [1, 8, 9] at entry 1. Make them tensors of one shape, by a transform of the "
+           "dataset, or give the DataLoader a collate_fn."),
+          ("Unbuilt", "--data: Unbuilt.__init__ does not call super().__init__(). Call it first."),
+          ("NoStage", "--data: the trainer calls NoStage.setup with stage=\"fit\", \"validate\", \"test\" or "
+           "\"predict\". Write def setup(self, stage)."),
+      )),
+    Typed("a network that detaches", "fit --config digits.yaml --model.student mine_data.Detached",
+          "--model.student: the student's logits carry no gradient, so the student would not learn: the network "
+          "detaches them, runs under torch.no_grad(), or has no trained parameter before them. Return logits with a "
+          "gradient."),
     # a project of init
     Typed("a student before its teacher", "fit --config student.yaml --data.num_workers 0",
           "model.init_args.teacher (student.yaml:20): there is no teacher checkpoint at 'teacher/best.ckpt' (from the "
@@ -173,12 +261,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "twice.yaml": "trainer:\n  max_epochs: 1\n  max_epochs: 2\n",
         "classify.yaml": yaml.safe_dump(teacher, sort_keys=False),
         "mine_absent.py": "import torch\nimport no_such_package.models\n",
+        "mine_data.py": MINE,
         "there.safetensors": "",
     }
     for name, text in files.items():
         (folder / name).write_text(text)
     torch.save(torch.nn.Linear(2, 2).state_dict(), folder / "weights.pt")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path])
         patch.chdir(folder)
         main(["init", "digits", "project"])
         for file in (folder / "project").iterdir():
