@@ -3,8 +3,8 @@
     uv run python benchmarks/cache.py --fill
 
 Rows of a second of processor time with one thread, the median over rounds in which all variants take their turn. Logits
-are made beforehand, so that no network is in the figures. "First read" compares rows with their checksums; "in a
-worker" is what the training process still does when a loader's worker has done that.
+are made beforehand, so that no network is in the figures. "First read" compares rows with their checksums;
+"after a worker" is what the training process still does when a loader's worker has done that.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ KINDS: dict[str, tuple[tuple[int, ...], int, int, dict[str, Any]]] = {  # shape 
     "512 tokens of 32,000, top-k 64": ((512, 32000), 32, 2, {"top_k": 64, "temperature": 2.0}),
 }
 LARGE: dict[str, tuple[tuple[int, ...], dict[str, Any], int, str]] = {  # shape of a row, options, positions, what
-    "ImageNet, 1,281,167 images of 1,000 classes, all": ((1000,), {}, 1_281_167, "image"),
-    "ImageNet, top-k 20": ((1000,), {"top_k": 20}, 1_281_167, "image"),
-    "10⁹ tokens of 32,000, all": ((2, 32000), {}, 10**9, "token"),
-    "10⁹ tokens of 32,000, top-k 64": ((2, 32000), {"top_k": 64}, 10**9, "token"),
-    "10⁹ tokens of 128,256, all": ((2, 128256), {}, 10**9, "token"),
-    "10⁹ tokens of 128,256, top-k 64": ((2, 128256), {"top_k": 64}, 10**9, "token"),
+    "ImageNet, 1,281,167 images of 1,000 classes, all": ((1000,), {}, 1_281_167, "an image"),
+    "ImageNet, top-k 20": ((1000,), {"top_k": 20}, 1_281_167, "an image"),
+    "10⁹ tokens of 32,000, all": ((2, 32000), {}, 10**9, "a token"),
+    "10⁹ tokens of 32,000, top-k 64": ((2, 32000), {"top_k": 64}, 10**9, "a token"),
+    "10⁹ tokens of 128,256, all": ((2, 128256), {}, 10**9, "a token"),
+    "10⁹ tokens of 128,256, top-k 64": ((2, 128256), {"top_k": 64}, 10**9, "a token"),
 }
 
 
@@ -64,10 +64,10 @@ def measure(shape: tuple[int, ...], count: int, batch: int, options: dict[str, A
     times["fill, as a shard"] = seconds(lambda rows: shard.logits(rows, lambda: logits), in_order)
     begin = time.process_time()
     shard.merge()
-    times["merge"] = time.process_time() - begin
+    times["merge a shard"] = time.process_time() - begin
     warm = opened(folder / "a.cache", count, options)
-    times["first read"] = seconds(lambda rows: warm.logits(rows, None), shuffled)
-    times["read, in a worker before or again"] = seconds(lambda rows: warm.logits(rows, None), shuffled)
+    times["first read, with checksums"] = seconds(lambda rows: warm.logits(rows, None), shuffled)
+    times["read, after a worker or again"] = seconds(lambda rows: warm.logits(rows, None), shuffled)
     row_bytes = cache.row_bytes - 5
     bare = np.memmap(folder / "bare", np.uint8, "w+", shape=(count, row_bytes))
     encoded = np.zeros((batch, row_bytes), np.uint8)
@@ -111,7 +111,11 @@ def sizes() -> None:
             positions = shape[0] if len(shape) > 1 else 1
             # checksum and flag are of a whole sample: of tokens, that is a share that rounds to nothing
             each = (cache.row_bytes - 5) / positions + (5 if len(shape) == 1 else 0)
-        print(f"| {name} | {each:,.0f} a {what} | {each * count / 1e9:,.3g} GB |", flush=True)
+        print(f"| {name} | {each:,.0f} {what} | {_size(each * count)} |", flush=True)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e12:.3g} TB" if count >= 1e12 else f"{count / 1e9:.3g} GB"
 
 
 def fill_and_read(rounds: int) -> None:

@@ -32,6 +32,7 @@ from kd_lightning.sweep import sweep as run_sweep
 from kd_lightning.teachers import FrozenTeacher, IndexedDataset, TeacherCache
 from kd_lightning.teachers.cache_arrow import write_arrow
 from kd_lightning.teachers.indexed import index_training
+from kd_lightning.teachers.streams import IndexedStream
 from kd_lightning.teachers.weights import load_weights
 
 __all__ = ["COMMANDS", "cache_teacher", "calibrate", "check", "export", "find_temperature", "plot_temperature", "sweep"]
@@ -245,6 +246,11 @@ def cache_teacher(
     index_training(datamodule, teacher.index)
     loader = datamodule.train_dataloader()
     others = datamodule.val_dataloader() if is_overridden("val_dataloader", datamodule, LightningDataModule) else []
+    if isinstance(loader.dataset, IndexedStream):
+        raise ValueError(
+            "cache-teacher takes missing samples by their number, which a stream does not allow. Leave the command "
+            "out, since the first epoch of training fills the cache."
+        )
     if not isinstance(loader.dataset, IndexedDataset):
         raise ValueError(
             f"{type(datamodule).__name__} does not say which samples its batches have: make its training loader of "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import sys
-import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.teachers.cache_file import Bytes, CacheFile, RowNumbers
 from kd_lightning.teachers.cache_rows import DTYPES, RowCodec
 from kd_lightning.teachers.indexed import IndexedDataset, input_fingerprints
+from kd_lightning.teachers.streams import IndexedStream, StreamWithIds
 
 __all__ = ["TeacherCache"]
 
@@ -117,7 +117,7 @@ class TeacherCache:
         self.augmentation = augmentation
         self.slots = slots
         self.seed = seed
-        self.dataset: IndexedDataset | None = None
+        self.dataset: Any = None
         self._identity: dict[str, Any] | None = None
         self._file: CacheFile | None = None
         self._compared = False
@@ -136,7 +136,8 @@ class TeacherCache:
         """Wrap a dataset so that each sample carries its row, and open the cache for the dataset.
 
         Args:
-            dataset: A map-style dataset, or an :class:`IndexedDataset` from another cache's ``index``.
+            dataset: A map-style dataset, an :class:`IndexedDataset` from another cache's ``index``, or a
+                :class:`~kd_lightning.teachers.streams.StreamWithIds`.
             teacher: The teacher's fingerprint.
             collate_fn: See :class:`IndexedDataset`.
             part: Name of the data: ``"train"``, or that of other data, which are kept in a file of their own.
@@ -147,6 +148,8 @@ class TeacherCache:
         """
         if part != "train":
             return self._part(part).index(dataset, teacher, collate_fn)
+        if isinstance(dataset, StreamWithIds):
+            return self._index_stream(dataset, teacher, collate_fn)
         slots = None if self.augmentation is None else self.slots
         if not isinstance(dataset, IndexedDataset):
             dataset = IndexedDataset(dataset, slots, self.seed, collate_fn, self.first)
@@ -155,12 +158,28 @@ class TeacherCache:
                 f"caches of one dataset must agree on its augmentation, but {self.path} has {slots} slots and seed "
                 f"{self.seed}, another one {dataset.slots} and {dataset.seed}."
             )
-        data, inputs = input_fingerprints(dataset)
+        self._use(dataset, len(dataset), teacher, *input_fingerprints(dataset))
+        if self not in dataset.caches:
+            dataset.caches.append(self)
+        return dataset
+
+    def _index_stream(self, stream: StreamWithIds, teacher: str, collate_fn: Callable[[Any], Any] | None) -> Any:
+        if self.augmentation is not None:
+            raise ValueError(
+                f"augmentation={self.augmentation!r} draws a sample by its number, which a stream does not allow. "
+                "Leave it out, and augment before the samples are written."
+            )
+        indexed = IndexedStream(stream, self.first, collate_fn)
+        self._use(indexed, stream.count, teacher, indexed.fingerprint(), "of a stream")
+        return indexed
+
+    def _use(self, dataset: IndexedDataset | IndexedStream, count: int, teacher: str, data: str, inputs: str) -> None:
+        """Open the file of these data."""
         identity = {
             "teacher": teacher,
             "data": data,
             "inputs": inputs,
-            "samples": len(dataset),
+            "samples": count,
             "augmentation": self.augmentation,
             "slots": self.slots,
             "seed": self.seed,
@@ -174,11 +193,8 @@ class TeacherCache:
                 "TeacherCache, with a path of its own, or name the part: teacher.index(dataset, part='val')."
             )
         self.dataset, self._identity, self._compared = dataset, identity, False
-        if self not in dataset.caches:
-            dataset.caches.append(self)
         self._shard, self._merged, self._file = None, None, self._open(self.path)
         self.set_epoch(self._epoch)
-        return dataset
 
     def set_epoch(self, epoch: int) -> None:
         """Select the slot of replayed augmentation; see :meth:`IndexedDataset.set_epoch`."""
@@ -339,7 +355,7 @@ class TeacherCache:
             encoded = self._codec.encode(computed)
             shape = self._codec.shape(computed)
             if self._file is None:
-                self._warn_of_top_k(computed, encoded)
+                self._codec.warn_of_top_k(computed, encoded)
                 own = (self.rows.start - self.first, self.rows.stop - self.first)
                 CacheFile.create(self._target, identity, shape, encoded.shape[1], None if self._shard is None else own)
                 self._file = CacheFile(self._target, identity, alone=self._shard is not None)
@@ -412,24 +428,6 @@ class TeacherCache:
                 f"{error[worst]:.0%} off. Is the batch changed after the dataset (MixUp, augmentation on the device), "
                 "or are its indices of another dataset? Make such changes in the dataset, or train without a cache."
             )
-
-    def _warn_of_top_k(self, logits: TeacherTarget, encoded: Bytes) -> None:
-        if self.top_k is None or not isinstance(logits, Tensor):
-            return
-        first = slice(None) if logits.dim() == 2 else slice(1)  # of tokens one sample has enough
-        shape, classes = list(logits.shape[1:]), logits.shape[-1]
-        exact = logits[first].detach().float().cpu().reshape(-1, classes)
-        kept = self._codec.dense(encoded[first], shape).reshape(-1, classes)
-        errors = []
-        made_at = self._codec.temperature
-        for t in (1, 2, 4) if len(shape) == 1 else (made_at,):
-            p, q = (exact / t).softmax(1), (kept * (made_at / t)).softmax(1)
-            errors.append(f"{float((q - p).norm() / (p - 1 / classes).norm()):.2g} at T = {t:g}")
-        warnings.warn(
-            f"top_k={self.top_k} of {classes} classes: on the first rows the gradient of an untrained student "
-            f"is wrong by a factor of {', '.join(errors)}.",
-            stacklevel=4,
-        )
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None, "_merged": None}  # because another process must open the file itself

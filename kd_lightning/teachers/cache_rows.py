@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -104,6 +105,25 @@ class RowCodec:
             return self._error_of_given(stored, computed, shape)
         have, want = (self.dense(part, shape).flatten(1) for part in (stored, computed))
         return (have - want).norm(dim=1) / (want - want.mean(1, keepdim=True)).norm(dim=1).clamp(min=1e-6)
+
+    def warn_of_top_k(self, logits: TeacherTarget, encoded: Bytes) -> None:
+        """Warn of the error of the student's gradient that a top-k of classes causes in the first rows."""
+        if self.top_k is None or not isinstance(logits, Tensor):
+            return
+        first = slice(None) if logits.dim() == 2 else slice(1)  # of tokens one sample has enough
+        shape, classes = list(logits.shape[1:]), logits.shape[-1]
+        exact = logits[first].detach().float().cpu().reshape(-1, classes)
+        kept = self.dense(encoded[first], shape).reshape(-1, classes)
+        errors = []
+        made_at = self.temperature
+        for t in (1, 2, 4) if len(shape) == 1 else (made_at,):
+            p, q = (exact / t).softmax(1), (kept * (made_at / t)).softmax(1)
+            errors.append(f"{float((q - p).norm() / (p - 1 / classes).norm()):.2g} at T = {t:g}")
+        warnings.warn(
+            f"top_k={self.top_k} of {classes} classes: on the first rows the gradient of an untrained student "
+            f"is wrong by a factor of {', '.join(errors)}.",
+            stacklevel=4,
+        )
 
     def _error_of_given(self, stored: Bytes, computed: Bytes, shape: list[int]) -> Tensor:
         """Return the error of the probabilities, since classes that are not named have no logits."""

@@ -98,7 +98,8 @@ class IndexedDataset(Dataset[Any]):
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
             raise TypeError(
                 f"a teacher cache needs samples with numbers, but {type(dataset).__name__} has no len() or no [index]. "
-                "Give a map-style dataset, or train without a cache."
+                "Give a map-style dataset, or kd_lightning.teachers.streams.StreamWithIds(dataset, key, count, name) "
+                "where samples carry an id."
             )
         self.dataset = dataset
         self.slots = slots
