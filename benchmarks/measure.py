@@ -15,7 +15,13 @@ import torch
 Step = Callable[[], Any]
 
 
-def interleaved_times(steps: Mapping[str, Step], seconds: float, device: str, least: int = 5) -> dict[str, float]:
+def interleaved_times(
+    steps: Mapping[str, Step],
+    seconds: float,
+    device: str,
+    least: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Seconds per call, the median over rounds; the first two rounds warm up (and compile)."""
     for step in [*steps.values()] * 2:
         step()
@@ -24,10 +30,10 @@ def interleaved_times(steps: Mapping[str, Step], seconds: float, device: str, le
     while time.perf_counter() - begin < seconds or len(next(iter(times.values()))) < least:
         for name, step in random.sample([*steps.items()], len(steps)):  # each leaves its caches to another one
             _wait(device)
-            start = time.perf_counter()
+            start = clock()
             step()
             _wait(device)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

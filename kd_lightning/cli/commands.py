@@ -310,15 +310,7 @@ def export(
             f"A {type(model).__name__}'s checkpoint is wanted."
         )
     load_weights(model.network, ckpt_path, f"{name}.")
-    if input_shape is not None:
-        inputs = torch.randn(2, *input_shape)
-    elif datamodule is not None:
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-        inputs, _ = model.unpack(next(iter(datamodule.train_dataloader())))
-    else:
-        recorded = content.get("example_inputs")
-        inputs = None if recorded is None else inputs_like(recorded)
+    inputs = _example_inputs(model, datamodule, input_shape, content.get("example_inputs"))
     temperature = None
     if calibrate:
         pairs = _validation_pairs("export --calibrate", trainer, model, datamodule)
@@ -330,6 +322,17 @@ def export(
     built_from = model.hparams.get(name)
     print(export_student(model.network, path, format, inputs, built_from=built_from, dynamic_dims=dynamic_dims,
                          overwrite=overwrite, temperature=temperature))  # fmt: skip
+
+
+def _example_inputs(model: SupervisedModule, datamodule: Any, shape: list[int] | None, recorded: Any) -> Any:
+    """Return a batch of inputs: of a shape, else of the data, else of the shapes that were recorded; None without."""
+    if shape is not None:
+        return torch.randn(2, *shape)
+    if datamodule is not None:
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        return model.unpack(next(iter(datamodule.train_dataloader())))[0]
+    return None if recorded is None else inputs_like(recorded)
 
 
 def sweep(config: dict[str, Any], **arguments: Any) -> None:

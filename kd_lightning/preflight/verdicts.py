@@ -95,32 +95,37 @@ def _layout(facts: Facts, batch: Batch) -> Line:
 
 
 def _labels(facts: Facts) -> Line:
-    module, batches = facts.module, facts.train
-    given = [batch.targets for batch in batches if batch.targets is not None]
+    first, ignore = facts.train[0], facts.module.ignore_index
+    given = [batch.targets.flatten() for batch in facts.train if batch.targets is not None]
     needed = any(step.task_weight for step in facts.steps) or not facts.steps
+    if not given and needed:
+        return Line("labels", "wrong", "the batches have none", "--model.task_weight 0, or batches with labels")
     if not given:
-        if needed:
-            return Line("labels", "wrong", "the batches have none", "--model.task_weight 0, or batches with labels")
         return Line("labels", "ok", "the batches have none, and task_weight is 0")
-    if batches[0].task is None:
+    if first.task is None:
         return Line("labels", "ok", "values, which have no accuracy")
-    student, ignore = batches[0].student, module.ignore_index
-    assert student is not None
-    values = torch.cat([targets.flatten() for targets in given])
-    if values.is_floating_point() or batches[0].task == "labels":
-        outside = values[((values < 0) | (values > 1)) & (values != ignore)]
-        kind = "yes or no of each label" if batches[0].task == "labels" else "probabilities of the classes"
-        if len(outside):
-            return Line("labels", "wrong", f"{kind}, with the value {float(outside[0]):g}", "give values from 0 to 1")
-        return Line("labels", "ok", kind)
-    classes, ignored = student.shape[-1], values == ignore
-    part = float(ignored.float().mean())
-    outside = values[(values < 0) | (values >= classes)]
-    outside = outside[outside != ignore]
-    kept = values[~ignored]
+    values = torch.cat(given)
+    kept = values if ignore is None else values[values != ignore]
+    if first.task == "labels":
+        return _shares(kept, "yes or no of each label")
+    if values.is_floating_point():
+        return _shares(kept, "probabilities of the classes")
+    assert first.student is not None
+    return _class_numbers(kept, len(values), first.student.shape[-1], ignore)
+
+
+def _shares(values: Tensor, kind: str) -> Line:
+    outside = values[(values < 0) | (values > 1)]
+    if len(outside):
+        return Line("labels", "wrong", f"{kind}, with the value {float(outside[0]):g}", "give values from 0 to 1")
+    return Line("labels", "ok", kind)
+
+
+def _class_numbers(kept: Tensor, count: int, classes: int, ignore: int | None) -> Line:
+    ignored = 1 - len(kept) / max(count, 1)
     low, high = (int(kept.min()), int(kept.max())) if len(kept) else (0, 0)
-    numbers = {"lowest": float(low), "highest": float(high), "ignored": part}
-    text = f"{low} to {high} of {classes} classes, {part:.0%} ignored (ignore_index {ignore})"
+    numbers = {"lowest": float(low), "highest": float(high), "ignored": ignored}
+    outside = kept[(kept < 0) | (kept >= classes)]
     if len(outside):
         other = int(outside[0])
         advice = (
@@ -131,8 +136,9 @@ def _labels(facts: Facts) -> Line:
         return Line("labels", "wrong", text, advice, numbers)
     if not len(kept):
         advice = "label some of the positions, or train with --model.task_weight 0 and no labels"
-        return Line("labels", "wrong", f"all {len(values)} are ignored (ignore_index {ignore})", advice, numbers)
-    if part > 0.95:
+        return Line("labels", "wrong", f"all {count} are ignored (ignore_index {ignore})", advice, numbers)
+    text = f"{low} to {high} of {classes} classes, {ignored:.0%} ignored (ignore_index {ignore})"
+    if ignored > 0.95:
         return Line("labels", "look", text, "is the mask the right way round?", numbers)
     return Line("labels", "ok", text, values=numbers)
 

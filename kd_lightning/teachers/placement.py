@@ -124,7 +124,7 @@ class Offloaded(OnDevice):
         super().__init__(torch.device("cpu"))
 
     def __repr__(self) -> str:
-        return repr(next(name for name, kind in _NAMED.items() if type(self) is kind))
+        return repr(next((name for name, kind in _NAMED.items() if type(self) is kind), type(self).__name__))
 
     def check(self, teacher: FrozenTeacher) -> None:
         """Raise if the network is a program, whose tensors cannot be replaced."""
@@ -197,7 +197,7 @@ class _Weights:
             tensors[name] = copies[id(tensor)]
 
     def release(self, *_: Any) -> None:
-        for (tensors, name), tensor in zip(self.slots, self.on_host, strict=True):
+        for (tensors, name), tensor in zip(self.slots, self.on_host, strict=False):  # none where fetch did not come
             tensors[name] = tensor
         self.on_host = []
 

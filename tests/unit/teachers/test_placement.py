@@ -258,6 +258,21 @@ def test_weights_are_back_after_an_error() -> None:
     assert torch.equal(teacher.logits(INPUTS), trained()(INPUTS))
 
 
+def test_an_error_before_a_layer_is_fetched_is_the_network_s_own() -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no more")
+
+    net = trained()
+    net[2].register_forward_pre_hook(refuse)  # pyright: ignore[reportIndexIssue]
+    net[3].register_forward_pre_hook(refuse)  # pyright: ignore[reportIndexIssue]
+    with pytest.raises(RuntimeError, match="no more"):
+        FrozenTeacher(net, placement="offload").logits(INPUTS.to("meta"))
+    assert not any(parameter.is_meta for parameter in net.parameters())
+    del net[2]  # pyright: ignore[reportIndexIssue]
+    with pytest.raises(RuntimeError, match="no more"):  # of the head, a layer with weights
+        FrozenTeacher(net, placement="offload").logits(INPUTS.to("meta"))
+
+
 def test_offload_reads_a_checkpoint_on_the_meta_device(tmp_path: Path) -> None:
     save_file(trained().state_dict(), tmp_path / "teacher.safetensors")
     with torch.device("meta"):
