@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from kd_lightning.calibration import calibrate
     from kd_lightning.distiller import DistillationOutput, Distiller
     from kd_lightning.layers import FeatureExtractor, LayerTerm
-    from kd_lightning.modules import ClassificationModule, DistillationModule
+    from kd_lightning.modules import ClassificationModule, DistillationModule, ShardedDistillationModule
     from kd_lightning.outputs_distiller import OutputsKDLoss, OutputTerm
     from kd_lightning.preflight import check
     from kd_lightning.teachers import FrozenTeacher, TeacherCache, TeacherEnsemble
@@ -27,6 +27,7 @@ __all__ = [
     "LayerTerm",
     "OutputTerm",
     "OutputsKDLoss",
+    "ShardedDistillationModule",
     "TeacherCache",
     "TeacherEnsemble",
     "calibrate",
@@ -43,6 +44,7 @@ _ROOMS = {
     "LayerTerm": "layers",
     "OutputTerm": "outputs_distiller",
     "OutputsKDLoss": "outputs_distiller",
+    "ShardedDistillationModule": "modules",
     "TeacherCache": "teachers",
     "TeacherEnsemble": "teachers",
     "calibrate": "calibration",

@@ -28,6 +28,7 @@ from kd_lightning.modules.checkpoints import states_of
 from kd_lightning.modules.first_samples import first_samples
 from kd_lightning.modules.metric_names import metric_name
 from kd_lightning.modules.optimization import LRSchedulerConfig
+from kd_lightning.modules.replicas import clip_gradients
 from kd_lightning.modules.run import DistillationRun, HoldsDistiller, is_logging_step, step_readings
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.modules.temperature_state import KeepsTemperatureState
@@ -282,6 +283,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
         self._run.teacher.to(self.device)  # strategies that do not move the module, such as FSDP
         self._run.check_ranks(self.trainer)
         if self._syncs_the_distiller:
+            self._run.check_sharded(self.student)
             self._run.broadcast(self.trainer)
 
     @property
@@ -294,6 +296,15 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
         super().on_after_backward()
         if self._syncs_the_distiller:
             self._run.average_gradients(self.trainer)
+
+    @override
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if self._syncs_the_distiller and gradient_clip_val:
+            clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm in (None, "norm"))
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     @override
     def on_train_start(self) -> None:

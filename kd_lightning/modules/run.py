@@ -262,6 +262,20 @@ class DistillationRun:
                 "from a checkpoint (FrozenTeacher(network, checkpoint=...)), the same on every rank."
             )
 
+    def check_sharded(self, student: nn.Module) -> None:
+        """Raise if a strategy that reduces the gradients of sharded parameters alone has others to train.
+
+        Raises:
+            ValueError: If a parameter of the student is whole on each rank.
+        """
+        whole = [name for name, p in student.named_parameters() if p.requires_grad and _is_whole(p)]
+        if whole and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError(
+                f"ModelParallelStrategy reduces the gradients of sharded parameters alone, but the student has whole "
+                f"ones, which would differ between ranks: {', '.join(whole[:5])}{', …' if len(whole) > 5 else ''}. "
+                "Take ShardedDistillationModule(blocks=...), or end configure_model with fully_shard(self.student)."
+            )
+
     def check_step(self, trainer: Trainer, out: DistillationOutput) -> None:
         """Stop at a loss that is not finite, unless a callback handles it; call it before backward.
 

@@ -1,4 +1,4 @@
-"""Bad ways to shard a teacher."""
+"""Bad ways to shard a teacher or a student."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from kd_lightning import FrozenTeacher
+from kd_lightning import FrozenTeacher, ShardedDistillationModule
 from kd_lightning.teachers import Sharded, TeacherCache
 from tests.unit.bad_input.case import Case
 
@@ -24,6 +24,11 @@ NO_BLOCKS = (
 )
 TYPE = "blocks must be the name of a class or of a module, several of them, or a number of parameters, got {!r}."
 CASES = [
+    Case("a student without such blocks",
+         lambda: ShardedDistillationModule(blocks="Blok", student=nn.Sequential(nn.Linear(2, 2))), ValueError,
+         "Sequential has no module or class 'Blok' to shard. Its classes are Linear, Sequential."),
+    Case("a student with blocks of no name", lambda: ShardedDistillationModule(blocks="", student=nn.Linear(2, 2)),
+         ValueError, NO_BLOCKS.format("")),
     Case("no blocks", lambda: Sharded([]), ValueError, NO_BLOCKS.format([])),
     Case("an empty name of blocks", lambda: Sharded(""), ValueError, NO_BLOCKS.format("")),
     Case("blocks of no parameters", lambda: Sharded(0), ValueError, NO_BLOCKS.format(0)),
