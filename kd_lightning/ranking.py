@@ -28,6 +28,7 @@ __all__ = [
     "rank",
     "show",
     "smaller_is_better",
+    "steady_metrics",
 ]
 
 Mode = Literal["min", "max"]
@@ -181,14 +182,14 @@ def check_monitor(monitor: str, mode: Mode, chooser: str) -> None:
             distillation term.
     """
     check_name(monitor, mode)
-    if re.search(r"\btest", monitor):
+    if re.search(r"(\b|_)test", monitor):
         raise ValueError(
             f"{chooser} does not choose on the test set, got monitor={monitor!r}: what was chosen on it can no longer "
             "be measured on it. Take the metric's validation twin."
         )
     if moves_with_temperature(monitor):
         raise ValueError(
-            f"{monitor} changes with the temperature itself, so it cannot choose one. Take val_acc or val_task_loss."
+            f"{monitor} changes with the temperature itself, so it cannot choose one. Take {steady_metrics(monitor)}."
         )
     check_mode(monitor, mode)
 
@@ -227,10 +228,20 @@ def moves_with_temperature(monitor: str) -> bool:
     """Return True if a metric contains the distillation term, by its name under any :class:`MetricNames`.
 
     Example:
-        >>> [name for name in ("val_loss", "val/kd_loss", "val/task_loss") if moves_with_temperature(name)]
-        ['val_loss', 'val/kd_loss']
+        >>> [name for name in ("val_loss", "val/kd_loss", "val/task_loss", "loss/val") if moves_with_temperature(name)]
+        ['val_loss', 'val/kd_loss', 'loss/val']
     """
-    return re.search(r"\bval[_\W](kd_)?loss$", monitor) is not None
+    return re.search(r"\bval[_\W]*(kd_)?loss$|\b(kd_)?loss[_\W]*val$", monitor) is not None
+
+
+def steady_metrics(monitor: str) -> str:
+    """Return which metrics to take in place of one that moves with the temperature, under the same names.
+
+    Example:
+        >>> steady_metrics("val/kd_loss")
+        'val/acc or val/task_loss'
+    """
+    return " or ".join(re.sub("(kd_)?loss", name, monitor) for name in ("acc", "task_loss"))
 
 
 def checked_temperatures(name: str, values: Iterable[float]) -> list[float]:

@@ -33,7 +33,7 @@ from kd_lightning.callbacks.common import (
 )
 from kd_lightning.functional.temperature import check_number
 from kd_lightning.modules.replicas import gather
-from kd_lightning.ranking import check_counts, moves_with_temperature
+from kd_lightning.ranking import check_counts, moves_with_temperature, steady_metrics
 from kd_lightning.temperature import TemperaturePolicy
 
 __all__ = ["AdaptiveTemperature"]
@@ -197,7 +197,7 @@ class AdaptiveTemperature(Callback):
         if moves_with_temperature(self.monitor):
             rank_zero_warn(
                 f"AdaptiveTemperature follows {self.monitor}, which moves with the temperature: each move looks like a "
-                "change of the student. Follow val_acc or val_task_loss."
+                f"change of the student. Follow {steady_metrics(self.monitor)}."
             )
 
     @override

@@ -63,11 +63,13 @@ def kd_loss(
     Args:
         student_logits: ``(N, C)``, ``(B, L, C)``, … or ``(N, C, H, W)`` with ``class_dim=1``.
         teacher_logits: The same shape. A class that both sides mask with −inf contributes nothing; a class that only
-            the student masks makes the divergence infinite. In ``(B, L, V)`` surplus classes of the
+            the student masks makes the divergence infinite. A NaN makes the loss NaN: a function does not look for it,
+            because that is a host sync; the module and the callback stop there. In ``(B, L, V)`` surplus classes of the
             teacher are padding of its vocabulary: they are cut and the rest is renormalised, with a warning.
             :class:`Sparse`: log-probabilities of k classes in their place, as servers give them.
         temperature: A number, a tensor or a :class:`Temperature`, in the layout of the logits; see there for shapes.
-            Positive and finite. Gradients flow to it, through the factor ``c`` too.
+            Positive and finite. Gradients flow to it, through the factor ``c`` too; where the student's logits are
+            detached, to it alone.
         targets: Class indices in the shape of the logits without the class dimension. They only select the valid
             positions; a boolean mask does so too. Floating-point targets in the logits' shape (class probabilities)
             leave nothing out.

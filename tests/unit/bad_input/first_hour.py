@@ -16,6 +16,8 @@ from typing_extensions import override
 
 from kd_lightning import ClassificationModule, DistillationModule, Distiller, FrozenTeacher
 from kd_lightning.callbacks import DistillationCallback
+from kd_lightning.losses import KDLoss
+from kd_lightning.ranking import check_monitor
 from kd_lightning.temperature import LearnableTemperature
 from tests.helpers import make_data, make_network, make_teacher
 from tests.unit.bad_input.case import Case
@@ -93,6 +95,19 @@ def detaching() -> LightningModule:
     return DistillationModule(Detaching(*make_network()), make_teacher(), temperature=LearnableTemperature())
 
 
+def resume(loss: nn.Module) -> object:
+    """Load a checkpoint of a loss without parameters into a module whose loss has them."""
+    return distilling(kd_loss=loss).load_state_dict(distilling().state_dict())
+
+
+class Gain(KDLoss):
+    """A loss with a learned weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1))
+
+
 SMALL = DataLoader(make_data(count=4), batch_size=8, drop_last=True)
 MODULES: dict[str, Any] = {
     "DistillationModule": (distilling,),
@@ -139,5 +154,36 @@ CASES = [
         FileNotFoundError,
         "a teacher's checkpoint is a file, and 'https:/localhost/teacher.pt' is a URL. Download the file first, and "
         "name it.",
+    ),
+]
+
+
+CASES += [
+    Case(
+        "a checkpoint of a loss without parameters",
+        lambda: resume(Gain()),
+        RuntimeError,
+        "the checkpoint's weights do not fit this DistillationModule: missing in the file: distiller.kd_loss.gain. "
+        "Build the DistillationModule with the networks, losses and layers of the run that wrote it, or start anew "
+        "without the checkpoint.",
+    ),
+    *(
+        Case(
+            f"a choice by {monitor}",
+            lambda monitor=monitor: check_monitor(monitor, "min", "a sweep"),
+            ValueError,
+            f"{monitor} changes with the temperature itself, so it cannot choose one. Take {steady}.",
+        )
+        for monitor, steady in (
+            ("val/kd_loss", "val/acc or val/task_loss"),
+            ("loss.val", "acc.val or task_loss.val"),
+        )
+    ),
+    Case(
+        "a choice on the test set under another name",
+        lambda: check_monitor("acc_test", "max", "a sweep"),
+        ValueError,
+        "a sweep does not choose on the test set, got monitor='acc_test': what was chosen on it can no longer be "
+        "measured on it. Take the metric's validation twin.",
     ),
 ]

@@ -107,6 +107,37 @@ def test_table_choice_and_test_scores_follow_from_the_runs(swept: tuple[Path, st
     assert (folder / "heatmap.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("pattern", ["{stage}/{name}", "{name}.{stage}"])
+def test_metrics_under_other_names(swept: tuple[Path, str], tmp_path: Path, pattern: str) -> None:
+    """The names alone differ: the scores, the choice and the test are those of the sweep without them."""
+    monitor, measured = (pattern.format(stage=stage, name="acc") for stage in ("val", "test"))
+    naming = ["--trainer.callbacks+=MetricNames", f"--trainer.callbacks.pattern={pattern}"]
+    options = [
+        "--temperatures",
+        "4",
+        "--kd-weights",
+        ".9",
+        "--seeds",
+        "1",
+        "--monitor",
+        monitor,
+        "--output",
+        str(tmp_path),
+    ]
+    printed = run("sweep", *SHORT, *naming, *options)
+    cells = {("4.0", "0.9", "0"), ("", "0.0", "0")}
+    names = "temperature", "kd_weight", "seed"
+    plain = {key: row for row in rows_of(swept[0]) if (key := tuple(row[name] for name in names)) in cells}
+    named = {tuple(row[name] for name in names): row for row in rows_of(tmp_path)}
+    assert plain.keys() == named.keys() == cells
+    for key, row in named.items():
+        assert float(row[monitor]) == float(plain[key]["val_acc"])
+        assert float(row[measured]) > 0.1
+    assert f"best by {monitor}: temperature 4, kd_weight 0.9, " in printed
+    assert f"{measured}, measured once: " in printed
+    assert monitor in (tmp_path / "report.html").read_text()
+
+
 def test_a_run_is_the_fit_of_its_configuration(swept: tuple[Path, str], tmp_path: Path) -> None:
     """The last run of the sweep, after nine others in its process, is the run by itself."""
     folder, _ = swept
