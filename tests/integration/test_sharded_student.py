@@ -104,6 +104,10 @@ def check_ranks(world: int, folder: Path) -> None:
     module = make(TEMPERATURES["learned"])
     fit(module, world, folder, gradient_clip_val=0.05)
     check(module, folder / "clipped.pt", exact=False)
+    module = make()
+    fit(module, world, folder, strategy="ddp")  # a whole student, and a sharded teacher
+    check(module, folder / "constant.pt")
+    assert all(isinstance(parameter, DTensor) for parameter in module.teacher.parameters())
     for whole in (True, False):
         module = make(TEMPERATURES["learned"])
         trainer = fit(module, world, folder, whole=whole)
