@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch.callbacks import WeightAveraging
 from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
+from kd_lightning._lightning import callbacks_of
 from kd_lightning.modules.distillation import DistillationModule
 from kd_lightning.teachers.sharded import Blocks, blocks_of, check_blocks, shard
 
@@ -27,7 +29,7 @@ class ShardedDistillationModule(DistillationModule):
     Raises:
         TypeError: If ``blocks`` is neither names nor a number.
         ValueError: If ``blocks`` is empty or not positive, or if the student has no such blocks; at fit, if the
-            strategy has a tensor-parallel dimension.
+            strategy has a tensor-parallel dimension, or if weight averaging or an EMATeacher copies the student.
 
     Example:
         >>> from kd_lightning.models import CausalTransformer
@@ -50,6 +52,13 @@ class ShardedDistillationModule(DistillationModule):
         mesh = self.device_mesh
         if mesh is None or isinstance(self.student, FSDPModule):
             return
+        copies: list[Any] = [each for each in callbacks_of(self.trainer) if isinstance(each, WeightAveraging)]
+        copies += [self.teacher] if self.teacher is not None and self.teacher.state_dict() else []
+        if copies:
+            raise ValueError(
+                f"{type(copies[0]).__name__} keeps a copy of the student, which FSDP2 does not "
+                "allow for a sharded one. Leave it out, or train a whole student under another strategy, such as ddp."
+            )
         if (ranks := mesh["tensor_parallel"].size()) > 1:
             raise ValueError(
                 f"ShardedDistillationModule shards over data-parallel ranks, but the strategy has "

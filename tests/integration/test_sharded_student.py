@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from kd_lightning import DistillationModule, FrozenTeacher, ShardedDistillationModule
-from kd_lightning.teachers import Sharded
+from kd_lightning.teachers import EMATeacher, Sharded
 from kd_lightning.temperature import CosineSchedule, EntropyTemperature
 from tests.helpers import InOrder, LearnedTemperature, make_network, make_teacher, on_ranks
 
@@ -140,6 +143,15 @@ def check_errors(folder: Path) -> None:
         r"ones, which would differ between ranks: 2\.weight, 2\.bias\. Take ShardedDistillationModule",
     ):
         fit(Partly(student=make_network(norm=False), teacher=make_teacher(norm=False)), 2, folder)
+    copies = "keeps a copy of the student, which FSDP2 does not allow for a sharded one. Leave it out, or train a whole"
+    warnings.simplefilter("ignore")  # Lightning warns of this too
+    with pytest.raises(ValueError, match=f"^EMAWeightAveraging {re.escape(copies)}"):
+        fit(make(), 2, folder, callbacks=[EMAWeightAveraging()])
+    module = make()
+    module.teacher = EMATeacher()
+    module.teacher.follow(module.student)
+    with pytest.raises(ValueError, match=f"^EMATeacher {re.escape(copies)}"):
+        fit(module, 2, folder)
     module = make()
     strategy = ModelParallelStrategy(1, 2)
     with pytest.raises(
