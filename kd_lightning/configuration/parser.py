@@ -331,9 +331,11 @@ def _check_checkpoint(path: str | Path, weights_only: bool) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         text = str(error).replace("read it with load_from_checkpoint(..., weights_only=False)", _ALLOW)
         raise CommandLineError(text) from error
-    if not isinstance(content, dict) or "state_dict" not in content:
+    keys = ("state_dict", "pytorch-lightning_version")
+    absent = next((key for key in keys if not isinstance(content, dict) or key not in content), None)
+    if absent is not None:
         raise CommandLineError(
-            f"{path} is no checkpoint of the Trainer: it has no state_dict. Weights alone are for a "
+            f"{path} is no checkpoint of the Trainer: it has no {absent}. Weights alone are for a "
             "network or a teacher, FrozenTeacher(network, checkpoint=...)."
         )
     return content

@@ -93,6 +93,14 @@ TYPED = [
     Typed("weights alone", "fit --config digits.yaml --ckpt_path weights.pt",
           "weights.pt is no checkpoint of the Trainer: it has no state_dict. Weights alone are for a network or a "
           "teacher, FrozenTeacher(network, checkpoint=...)."),
+    *(Typed(f"objects{name}", f"{command} --ckpt_path objects.pt",
+            "objects.pt cannot be read as data: it holds torch.nn.modules.linear.Linear. A checkpoint is read "
+            "without running code. If you trust its origin, allow it with --weights_only=false.")
+      for name, command in (("", "fit --config digits.yaml"), (" alone", "test"))),
+    Typed("objects that are allowed, but not of the Trainer",
+          "fit --config digits.yaml --weights_only false --ckpt_path objects.pt",
+          "objects.pt is no checkpoint of the Trainer: it has no pytorch-lightning_version. Weights alone are for a "
+          "network or a teacher, FrozenTeacher(network, checkpoint=...)."),
     Typed("a checkpoint without data", "test --ckpt_path student.ckpt",
           "test needs data: give --data CLASS with its options, such as --data DigitsDataModule, or a configuration "
           "with the same, --config FILE."),
@@ -267,6 +275,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in files.items():
         (folder / name).write_text(text)
     torch.save(torch.nn.Linear(2, 2).state_dict(), folder / "weights.pt")
+    torch.save({"state_dict": {"w": torch.ones(1)}, "of": torch.nn.Linear(2, 2)}, folder / "objects.pt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [*sys.path])
         patch.chdir(folder)
