@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import signal
+import sys
 import tempfile
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Mapping
@@ -17,6 +19,7 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
@@ -218,7 +221,10 @@ class KDLightningCLI(CommandLine):
                 rank_zero_info(f"{command} without --ckpt_path: the network has the weights that it was built with.")
             elif command != "fit" and path in ("best", "last"):
                 self.config_init[command]["ckpt_path"] = checkpoint_to_measure(self.trainer, path)
-            super().run_command(command)
+            try:
+                super().run_command(command)
+            except SIGTERMException:  # its status is 0, and a scheduler would take the job as done
+                sys.exit(128 + signal.SIGTERM)
         elif ours.builds:
             ours.function(trainer=self.trainer, **self.values(command))
         else:

@@ -83,12 +83,15 @@ def _nothing_found(which: str, trainer: Trainer, way_out: str) -> CommandLineErr
 def newest_checkpoint(trainer: Trainer) -> Path | None:
     """Return the checkpoint of the most steps in the latest run of this trainer's logger that has a readable one.
 
-    A file that a killed process left half-written is passed over.
+    A file that a killed process left half-written is passed over. What Lightning writes to the trainer's
+    ``default_root_dir`` when SLURM announces a preemption, ``hpc_ckpt_1.ckpt``, counts as a run of its own.
     """
     folders: dict[Path, list[Path]] = {}
     for root in _run_folders(trainer):
         for path in root.rglob("*.ckpt"):
             folders.setdefault(path.parent, []).append(path)
+    if preempted := list(Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")):
+        folders.setdefault(Path(trainer.default_root_dir), preempted)
     latest = sorted(folders.values(), key=lambda paths: max(path.stat().st_mtime_ns for path in paths), reverse=True)
     for paths in latest:
         steps = {path: _steps(path) for path in paths}
