@@ -22,6 +22,7 @@ from typing_extensions import override
 from kd_lightning._lightning import accumulates, attached_trainer, batches_done
 from kd_lightning.export import describe_inputs, inputs_like
 from kd_lightning.functional import next_token_targets
+from kd_lightning.functional.rows import gathered, is_sharded
 from kd_lightning.losses.task import as_targets
 from kd_lightning.metrics import ClassificationMetrics, Task, task_of
 from kd_lightning.modules.added_groups import add_groups
@@ -341,8 +342,9 @@ class SupervisedModule(CheckpointedModule):
         teacher_logits: Tensor | None = None,
         dataloader_idx: int = 0,
     ) -> None:
-        if targets is None:
+        if targets is None or (stage == "train" and is_sharded(logits)):  # because metrics gather rows
             return
+        logits, teacher_logits = gathered(logits), gathered(teacher_logits)
         logits = logits.movedim(self.class_dim, -1)
         if targets.dim() == logits.dim():
             targets = targets.movedim(self.class_dim, -1)

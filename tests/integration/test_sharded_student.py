@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import warnings
 from pathlib import Path
@@ -15,7 +16,9 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, parallelize_module
+from torch.utils.data import DataLoader
 
 from kd_lightning import DistillationModule, FrozenTeacher, ShardedDistillationModule
 from kd_lightning.teachers import EMATeacher, Sharded
@@ -57,12 +60,13 @@ def fit(
     strategy: Any = options.pop("strategy", "auto")
     if world > 1 and strategy == "auto":
         strategy = ModelParallelStrategy(world, 1, save_distributed_checkpoint=not whole)
+    data = options.pop("data", Doubles)()
     settings: dict[str, Any] = {"max_epochs": 1, "limit_val_batches": 0, **quiet, **options}
     trainer = Trainer(
         accelerator="cpu", devices=world, strategy=strategy, use_distributed_sampler=False,
         default_root_dir=folder, **settings,
     )  # fmt: skip
-    trainer.fit(module, datamodule=Doubles(), ckpt_path=ckpt_path)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -163,3 +167,41 @@ def check_errors(folder: Path) -> None:
 
 def test_what_is_not_sharded_is_an_error(tmp_path: Path) -> None:
     on_ranks(2, lambda _: check_errors(tmp_path))
+
+
+class Same(Doubles):
+    """The same batches on every rank."""
+
+    def loader(self, count: int, seed: int) -> DataLoader[Any]:
+        return DataLoader(self.dataset(count, seed), batch_size=16)
+
+
+class ByTensor(DistillationModule):
+    """A student whose hidden layer and classes are sharded: tensor parallelism."""
+
+    def configure_model(self) -> None:
+        assert self.device_mesh is not None
+        plan: dict[str, ParallelStyle] = {
+            "0": ColwiseParallel(output_layouts=Replicate()),
+            "2": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
+        }
+        parallelize_module(self.student, self.device_mesh["tensor_parallel"], plan)
+
+
+def test_tensor_parallel_ranks_train_as_one(tmp_path: Path) -> None:
+    module = make()
+    trainer = fit(module, 1, tmp_path, data=Same, limit_val_batches=2)
+    torch.save(values(module), tmp_path / "one.pt")
+    accuracy = trainer.callback_metrics["val_acc"].item()
+
+    def check_two(rank: int) -> None:
+        whole = make()
+        sgd = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+        module = ByTensor(student=whole.student, teacher=whole.teacher, optimizer=sgd)
+        strategy = ModelParallelStrategy(1, 2)
+        trainer = fit(module, 2, tmp_path, strategy=strategy, data=Same, limit_val_batches=2)
+        check(module, tmp_path / "one.pt")
+        assert trainer.callback_metrics["val_acc"].item() == pytest.approx(accuracy)
+        assert "train_acc" not in trainer.callback_metrics
+
+    on_ranks(2, check_two)
