@@ -151,7 +151,7 @@ class EntropyTemperature(TemperaturePolicy):
         log_p = tempered_log_softmax(logits, 1.0)
         p = log_p.exp()
         entropy = -(p * torch.where(p > 0, log_p, 0.0)).sum(-1, keepdim=True)
-        num_classes = (logits != -math.inf).sum(-1, keepdim=True).clamp(min=2)
+        num_classes = (~masked_classes(logits)).sum(-1, keepdim=True).clamp(min=2)
         share = (entropy / num_classes.to(entropy.dtype).log()).clamp(0.0, 1.0)
         temperature = self.min_value + (self.max_value - self.min_value) * share
         return Temperature(student=temperature, teacher=temperature)

@@ -10,9 +10,13 @@ from torch import Tensor
 
 from kd_lightning.functional.masks import masked_classes
 from kd_lightning.temperature import (
+    ConfidenceTemperature,
     DisagreementTemperature,
+    EnergyTemperature,
+    EntropyTemperature,
     LogitStandardization,
     LogitStdTemperature,
+    MaxLogitTemperature,
     SharpnessTemperature,
     Signals,
     Temperature,
@@ -32,7 +36,16 @@ def terms(policy: TemperaturePolicy, student: Tensor, teacher: Tensor) -> Temper
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
     "policy",
-    [LogitStandardization(), LogitStdTemperature(), SharpnessTemperature(), DisagreementTemperature(by="cosine")],
+    [
+        LogitStandardization(),
+        LogitStdTemperature(),
+        SharpnessTemperature(),
+        DisagreementTemperature(by="cosine"),
+        EntropyTemperature(),
+        EnergyTemperature(),
+        ConfidenceTemperature(),
+        MaxLogitTemperature(ratio=2.0),
+    ],
     ids=lambda policy: type(policy).__name__,
 )
 def test_masked_classes_count_for_nothing(policy: TemperaturePolicy, mask: float) -> None:
