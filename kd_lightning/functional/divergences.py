@@ -304,6 +304,7 @@ class SquaredError(Divergence):
     """
 
     counts_classes: ClassVar[bool] = True
+    min_classes: ClassVar[int] = 1
 
     @override
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:

@@ -150,7 +150,10 @@ SETTINGS: dict[str, Setting] = {
         own_scale="none",
     ),
     "MSELogitsLoss": Setting(
-        losses.MSELogitsLoss(), lambda s, t, ts, tt, y: ((s / ts - t / tt) ** 2).mean(), shift_invariant=False
+        losses.MSELogitsLoss(),
+        lambda s, t, ts, tt, y: ((s / ts - t / tt) ** 2).mean(),
+        shift_invariant=False,
+        min_classes=1,
     ),
     "BernoulliKDLoss": Setting(losses.BernoulliKDLoss(), bernoulli, shift_invariant=False, min_classes=1),
     "DKDLoss": Setting(

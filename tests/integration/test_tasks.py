@@ -173,3 +173,14 @@ def test_labels_with_the_callback_are_told_by_the_modules_loss(make_trainer: Mak
     callback = DistillationCallback(Teacher(), validate=True)
     values = scores(WithoutTeacher(nn.BCEWithLogitsLoss()), callback, make_trainer, data)
     assert values["val_agreement"] == pytest.approx(1 / 3)
+
+
+def test_a_regression_of_one_value(make_trainer: MakeTrainer) -> None:
+    """No softmax is taken, so one column is enough; at T = 1 the teacher that is right costs what the targets do."""
+    values = INPUTS[:, :1]
+    module = DistillationModule(
+        Scaled(3.0), Scaled(), temperature=1.0, kd_loss=MSELogitsLoss(), task_loss=nn.MSELoss(), kd_weight=0.5
+    )
+    measured = measure(module, loader(values, values), make_trainer)
+    assert measured["val_kd_loss"] == measured["val_task_loss"] == pytest.approx(4 * values.square().mean().item())
+    assert "val_acc" not in measured
