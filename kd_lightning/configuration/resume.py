@@ -41,10 +41,11 @@ def checkpoint_to_resume(trainer: Trainer, resume: str | None, ckpt_path: str | 
     found = newest_checkpoint(trainer)
     if found is None and resume is None:
         raise _nothing_found("last", trainer, "use --resume auto, which starts afresh where there is none")
-    rank_zero_info(
-        f"Resuming from {found}." if found else "--resume auto: no checkpoint of an earlier run, a fresh start."
-    )
-    return None if found is None else str(found)
+    if found is None:
+        rank_zero_info("--resume auto: no checkpoint of an earlier run, a fresh start.")
+        return None
+    rank_zero_info(f"Resuming from {found}, after {_steps(found)} optimizer steps.")
+    return str(found)
 
 
 def checkpoint_to_measure(trainer: Trainer, which: str) -> str:
@@ -61,8 +62,9 @@ def checkpoint_to_measure(trainer: Trainer, which: str) -> str:
     """
     found = newest_checkpoint(trainer)
     if found is not None and which == "best":
-        states = read_checkpoint(found).get("callbacks", {}).values()
-        named = [Path(path) for state in states if isinstance(state, dict) and (path := state.get("best_model_path"))]
+        states = [state for state in read_checkpoint(found).get("callbacks", {}).values() if isinstance(state, dict)]
+        states.sort(key=lambda state: state.get("monitor") is None)  # one without a monitor names the newest
+        named = [Path(path) for state in states if (path := state.get("best_model_path"))]
         found = next(
             (path for path in (*named, *(found.with_name(path.name) for path in named)) if path.exists()), None
         )

@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ def name_of(page: Path) -> str:
     return page.name
 
 
-YAML = [(page, text) for page in PAGES for text in blocks(page, "yaml")]
+YAML = [(page, text) for page in PAGES for text in blocks(page, "yaml") if not text.startswith("# ")]
 COMMANDS = [
     (page, line) for page in PAGES for code in blocks(page, "bash") for line in code.splitlines() if line.strip()
 ]
@@ -117,6 +118,24 @@ def test_yaml(page: Path, text: str, folder: Path) -> None:
     text = text.replace("strategy: ddp\n", "strategy: ddp_fork\n")  # ddp would start pytest a second time
     (folder / "mine.yaml").write_text(text)
     main(["fit", "--config", "configs/digits.yaml", "--config", "mine.yaml", "--trainer.fast_dev_run=true"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_project_of_files_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Blocks that open with a file's name are these files, and the commands after them run in the folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kd-lightning"])
+    page = ROOT / "docs" / "teachers.md"
+    for text in blocks(page, "python", "yaml"):
+        if file := re.match(r"# (\w+\.(?:py|yaml))\n", text):
+            Path(file[1]).write_text(text)
+    (commands,) = [text for text in blocks(page, "text") if text.startswith("kd-lightning fit")]
+    for line in commands.splitlines():
+        main(shlex.split(line, comments=True)[1:])
+    accuracy = re.search(r"test_acc +│ +([\d.]+)", capsys.readouterr().out)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 0.7  # by chance 0.2
 
 
 @pytest.mark.slow
