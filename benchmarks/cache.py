@@ -27,7 +27,7 @@ import torch
 from cache_fill import fill_and_read
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from measure import machine
+from measure import check_device, machine, wait
 from torch import nn
 
 from kd_lightning import ClassificationModule, DistillationModule, FrozenTeacher
@@ -57,10 +57,16 @@ class Clock(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == SKIP - 1:
-            self.begin = time.process_time()
+            self.begin = seconds_on(pl_module.device.type)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self.seconds = time.process_time() - self.begin
+        self.seconds = seconds_on(pl_module.device.type) - self.begin
+
+
+def seconds_on(device: str) -> float:
+    """Processor time, which other work on the machine does not lengthen; of a GPU the time by the wall."""
+    wait(device)
+    return time.process_time() if device == "cpu" else time.perf_counter()
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -72,14 +78,14 @@ def quiet_trainer(**options: Any) -> Trainer:
     return Trainer(**{"accelerator": "cpu", **dict.fromkeys(off, False), **options})
 
 
-def epoch(module: LightningModule, data: MadeImages) -> float:
+def epoch(module: LightningModule, data: MadeImages, device: str) -> float:
     clock = Clock()
-    quiet_trainer(max_epochs=1, callbacks=[clock]).fit(module, datamodule=data)
+    quiet_trainer(max_epochs=1, callbacks=[clock], accelerator=device, devices=1).fit(module, datamodule=data)
     return clock.seconds
 
 
-def time_epochs(rounds: int, steps: int) -> None:
-    print(f"{machine('cpu')}; batch {BATCH}, {steps - SKIP} steps, {rounds} rounds")
+def time_epochs(rounds: int, steps: int, device: str) -> None:
+    print(f"{machine(device)}; batch {BATCH}, {steps - SKIP} steps, {rounds} rounds")
     print("| teacher → student | no teacher | live teacher | warm cache | cache file |")
     print("|---|---|---|---|---|")
     cases: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
@@ -99,7 +105,7 @@ def time_epochs(rounds: int, steps: int) -> None:
                 for kind, taught in teachers.items():
                     modules[kind] = DistillationModule(student(num_classes=100), taught, optimizer=sgd)
                 for kind, module in modules.items():
-                    seconds = epoch(module, data)
+                    seconds = epoch(module, data, device)
                     if index:  # the first round fills the cache
                         times[kind].append(seconds)
             assert not len(cache.missing())
@@ -187,7 +193,9 @@ def main() -> None:
     parser.add_argument("--fill", action="store_true")
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the epochs")
     arguments = parser.parse_args()
+    check_device(parser, arguments.device)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -198,7 +206,7 @@ def main() -> None:
         accuracy(arguments.seeds)
     else:
         time_parts(arguments.calls)
-        time_epochs(arguments.rounds, arguments.steps)
+        time_epochs(arguments.rounds, arguments.steps, arguments.device)
 
 
 if __name__ == "__main__":

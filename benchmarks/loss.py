@@ -302,6 +302,7 @@ def main() -> None:
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--chunks", action="store_true", help="sweep the size of a chunk instead")
     options = parser.parse_args()
+    measure.check_device(parser, options.device)
     torch.set_num_threads(options.threads)
     OUT.mkdir(exist_ok=True)
     print(measure.machine(options.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import platform
 import random
@@ -29,10 +30,10 @@ def interleaved_times(
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or len(next(iter(times.values()))) < least:
         for name, step in random.sample([*steps.items()], len(steps)):  # each leaves its caches to another one
-            _wait(device)
+            wait(device)
             start = clock()
             step()
-            _wait(device)
+            wait(device)
             times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -59,6 +60,13 @@ def machine(device: str) -> str:
     return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def _wait(device: str) -> None:
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """End with an error if there is no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device here. Leave the option out to measure the CPU.")
+
+
+def wait(device: str) -> None:
+    """Wait until the device has done what was asked of it."""
     if device == "cuda":
         torch.cuda.synchronize()

@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import measure
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader, TensorDataset
@@ -80,8 +81,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="samples of a process")
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is no CUDA device here. Leave the option out to measure the CPU.")
+    measure.check_device(parser, options.device)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
