@@ -7,6 +7,7 @@ import gc
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,9 +124,13 @@ def make_module(teacher: nn.Module) -> Callable[..., DistillationModule]:
 
 
 @pytest.fixture
-def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
+def make_trainer(tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
     """Make a quiet Trainer on the CPU that writes under tmp_path; keywords as its own."""
     from lightning.pytorch import Trainer
+
+    from tests.helpers import safe_to_fork
+
+    forks = ExitStack()
 
     def make(**options: Any) -> Trainer:
         quiet: dict[str, Any] = {
@@ -138,6 +143,9 @@ def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
             "enable_model_summary": False,
             "default_root_dir": tmp_path,
         }
+        if str(options.get("strategy")).endswith("fork"):
+            forks.enter_context(safe_to_fork())
         return Trainer(**(quiet | options))
 
-    return make
+    with forks:
+        yield make

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +123,23 @@ def hooks(*modules: nn.Module) -> int:
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in parts)
 
 
+@contextmanager
+def safe_to_fork() -> Iterator[None]:
+    """Collect no garbage in the processes that are forked meanwhile.
+
+    What has threads of its own, as a session of onnxruntime, waits for them when it is collected, and a fork has none.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def in_a_fork(function: Callable[[], object]) -> None:
     """Call a function in a process of its own; its exception comes through with its traceback."""
-    start_processes(lambda _: function(), nprocs=1, start_method="fork")
+    with safe_to_fork():
+        start_processes(lambda _: function(), nprocs=1, start_method="fork")
 
 
 def on_ranks(world: int, function: Callable[[int], object]) -> None:
@@ -131,7 +147,8 @@ def on_ranks(world: int, function: Callable[[int], object]) -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    start_processes(_run_rank, (world, port, function), nprocs=world, start_method="fork")
+    with safe_to_fork():
+        start_processes(_run_rank, (world, port, function), nprocs=world, start_method="fork")
 
 
 def _run_rank(rank: int, world: int, port: int, function: Callable[[int], object]) -> None:
