@@ -190,8 +190,7 @@ TYPED = [
           "--trainer.logger.save_dir digits.yaml/logs",
           "the operating system refuses: … Correct the path, or its permissions and space."),
     Typed("help without a class", "fit --model.help",
-          "--model.help: name the class, as in --model.help DistillationModule. It may be ClassificationModule, "
-          "DistillationModule, SupervisedModule."),
+          "--model.help: name the class, as in --model.help DistillationModule.…"),
     Typed("help without a class, of the finder", "find-temperature --finder.help",
           "--finder.help: name the class, as in --finder.help TemperatureFinder. It may be TemperatureFinder."),
     Typed("an empty value", "fit --config digits.yaml --model.temperature=",

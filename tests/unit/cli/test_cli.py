@@ -207,7 +207,7 @@ def test_bad_input_gives_one_clear_error(
 
 
 def test_a_checkpoint_of_plain_python_needs_a_config(tmp_path: Path) -> None:
-    torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "plain.ckpt")
     with pytest.raises(ValueError, match="does not say which model it is of"):
         run("validate", "--ckpt_path=plain.ckpt")
 
