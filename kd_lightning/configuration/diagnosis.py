@@ -58,7 +58,7 @@ def diagnose(written: Written, owners: Mapping[str, Callable[..., Any]], error: 
     if written.stray:
         close = " Did you mean --config?" if re.fullmatch("-{0,2}con?fi?g", written.stray[0]) else ""
         return f"{written.stray[0]!r} belongs to no option.{close} Write --config FILE or --key=value."
-    for option, text in [*written.misplaced, *in_helps(written, owners)]:
+    for option, text in written.misplaced:
         return f"{option}: {text}"
     walk = _Walk(written, owners)
     for key, text in _in_top(walk):

@@ -358,7 +358,7 @@ class LayerTerms(nn.ModuleList):
         mask = padding_mask(inputs)
         if mask is None and has_decoder(inputs):
             mask = signals.valid
-        of_encoder = padding_mask(inputs, of_encoder=True)
+        of_encoder = padding_mask(inputs, of_encoder=True) if any(self._in_encoder) else None
         return {
             name: term(*features, signals.progress, enabled, of_encoder if within else mask)
             for name, term, within, features in zip(self.names, self, self._in_encoder, self._features(), strict=True)

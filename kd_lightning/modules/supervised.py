@@ -163,7 +163,8 @@ class SupervisedModule(CheckpointedModule):
         targets = as_targets(targets, self.device)
         if self._is_encoder_decoder:
             return self._with_decoder_inputs(inputs, targets), targets
-        mask = padding_mask(by_name(inputs, positional_names(self.network)))
+        one_or_named = isinstance(inputs, (Tensor, Mapping))  # needs no look at the network's signature in each step
+        mask = padding_mask(by_name(inputs, () if one_or_named else positional_names(self.network)))
         if not self.shift_labels:
             return inputs, self._without_padding(targets, mask)
         if targets is None:
@@ -176,8 +177,9 @@ class SupervisedModule(CheckpointedModule):
     def _without_padding(self, targets: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """Return targets that are ignored at padding, where there is one for each position of the inputs' mask."""
         ignore = getattr(self._task_loss, "ignore_index", None)
-        by_position = targets is not None and mask is not None and targets.shape == mask.shape
-        if targets is None or mask is None or not by_position or ignore is None or targets.is_floating_point():
+        if targets is None or mask is None or ignore is None:
+            return targets
+        if targets.shape != mask.shape or targets.is_floating_point():
             return targets
         return targets.masked_fill(~mask, ignore)
 
