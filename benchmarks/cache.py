@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ import torch
 from cache_fill import fill_and_read
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from measure import check_device, machine, wait
+from measure import check_device, machine, run_quietly, wait
 from torch import nn
 
 from kd_lightning import ClassificationModule, DistillationModule, FrozenTeacher
@@ -196,10 +194,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the epochs")
     arguments = parser.parse_args()
     check_device(parser, arguments.device)
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    run_quietly(1)
     if arguments.fill:
         fill_and_read(arguments.rounds)
     elif arguments.accuracy:

@@ -14,15 +14,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import logging
 import statistics
 import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from measure import run_quietly
 
 from kd_lightning.cli import KDLightningCLI
 
@@ -62,10 +61,7 @@ def main() -> None:
     options, further = parser.parse_known_args()
     seeds = options.seeds
     sys.argv = sys.argv[:1]
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    run_quietly(1)
     print(f"| training | val_acc | test_acc | (mean ± std, seeds {seeds})\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for name, config in (RUNS | CHAIN).items():

@@ -12,15 +12,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import logging
 import multiprocessing
 import statistics
 import sys
 import tempfile
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 
-import torch
+from measure import run_quietly
 
 from kd_lightning.cli import KDLightningCLI
 
@@ -34,10 +32,7 @@ RUNS = {
 def run(config: list[str], seed: int) -> tuple[float, float, float]:
     """Lowest validation perplexity of one training run, test perplexity there, and validation perplexity at the end."""
     sys.argv = sys.argv[:1]
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    run_quietly(1)
     quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         seeds = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.default_root_dir={folder}"]

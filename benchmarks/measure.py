@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
 import platform
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -58,6 +60,14 @@ def machine(device: str) -> str:
     """What the numbers were taken on."""
     where = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def run_quietly(threads: int) -> None:
+    """Take so many threads, and print neither warnings nor what Lightning says at the start of each fit."""
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def check_device(parser: argparse.ArgumentParser, device: str) -> None:

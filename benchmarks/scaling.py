@@ -10,11 +10,9 @@ and the ratio to the live teacher on one process. On the CPU, more processes tha
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +80,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     measure.check_device(parser, options.device)
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    measure.run_quietly(1)
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, one thread a process, {options.batch} images a process")
     print("| teacher | " + " | ".join(f"{count} processes" for count in options.processes) + " |")
     print("|---" * (len(options.processes) + 1) + "|")

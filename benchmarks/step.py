@@ -21,12 +21,10 @@ import argparse
 import collections
 import copy
 import functools
-import logging
 import platform
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -190,10 +188,7 @@ def main() -> None:
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     options = parser.parse_args()
     measure.check_device(parser, options.device)
-    torch.set_num_threads(2)
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    measure.run_quietly(2)
     versions = f"torch {torch.__version__}, lightning {lightning.__version__}, Python {platform.python_version()}"
     print(f"{versions}, 2 threads")
     if "framework" in options.parts:

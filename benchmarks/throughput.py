@@ -21,11 +21,9 @@ Ours is DistillationModule under Trainer, whose validation asks the teacher, too
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cache import BATCH, MadeImages, quiet_trainer, sgd
-from measure import machine
+from measure import machine, run_quietly
 from peers import kd_batchmean
 from PIL import Image
 from torch import Tensor, nn
@@ -161,10 +159,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=16)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    run_quietly(1)
     network = resnet8x4(num_classes=100).eval()
     data, one_by_one = Data(arguments.steps), Data(arguments.steps, in_memory=False)
     pil, as_bytes = loaders(data), loaders(data, as_bytes=True)

@@ -287,11 +287,15 @@ def test_a_flipped_bit_is_found_wherever_it_is(teacher: nn.Module, path: Path) -
             assert "delete the file" in str(error.value), part
 
 
+def damage_row(path: Path, row: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[4096 + 4 * COUNT + 12 * row] ^= 1
+    path.write_bytes(content)
+
+
 def test_training_finds_a_damaged_row_when_it_reads_it(teacher: nn.Module, path: Path) -> None:
     fill(cached(teacher, path))
-    content = bytearray(path.read_bytes())
-    content[4096 + 4 * COUNT + 12 * 7] ^= 1
-    path.write_bytes(content)
+    damage_row(path, 7)
     frozen = cached(teacher, path)
     frozen.index(make_data(COUNT))
     inputs, _ = make_data(COUNT).tensors
@@ -516,9 +520,7 @@ def test_workers_verify_rows_ahead(
 @pytest.mark.slow
 def test_a_damaged_row_is_told_by_the_training_process(teacher: nn.Module, path: Path) -> None:
     fill(cached(teacher, path))
-    content = bytearray(path.read_bytes())
-    content[4096 + 4 * COUNT + 12 * 7] ^= 1
-    path.write_bytes(content)
+    damage_row(path, 7)
     frozen = cached(teacher, path)
     data = frozen.index(make_data(COUNT))
     (inputs, _), rows = next(iter(DataLoader(data, batch_size=COUNT, num_workers=1)))
