@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,10 @@ def test_both_options(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("interrupted")
-def test_what_a_run_left_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_run_left_is_measured(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     """Lightning measures the network as it was built where the process has not trained."""
 
+    caplog.set_level(logging.INFO)
     settings = ["--trainer.enable_progress_bar=false", "--model.temperature=4.0"]
 
     def measured(path: str, *more: str) -> list[str]:
@@ -92,7 +94,9 @@ def test_what_a_run_left_is_measured(capsys: pytest.CaptureFixture[str]) -> None
         return [line for line in capsys.readouterr().out.splitlines() if "test_" in line]
 
     for which in ("last", "best"):
+        caplog.clear()
         assert measured(which) == measured(f"logs/digits/version_0/checkpoints/{which}.ckpt") != []
+        assert f"Measuring logs/digits/version_0/checkpoints/{which}.ckpt." in caplog.text  # scores may be the same
     with pytest.raises(SystemExit):
         measured("best", "--trainer.logger.name=none")
     assert "--ckpt_path best: there is no best checkpoint of an earlier run in logs/none." in capsys.readouterr().err
