@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 from typing_extensions import override
@@ -13,7 +13,6 @@ from kd_lightning.functional import Sparse
 from kd_lightning.functional.rows import check_option
 from kd_lightning.functional.sparse import TAILS, Tail
 from kd_lightning.teachers.calls import extract_logits
-from kd_lightning.teachers.indexed import IndexedDataset
 from kd_lightning.teachers.made_at import MadeAt, Output
 
 __all__ = ["BatchTeacher", "FromBatch"]
@@ -51,14 +50,8 @@ class FromBatch(MadeAt):
         return inputs
 
     @override
-    def index(
-        self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None, part: str = "train"
-    ) -> IndexedDataset:
-        """Raise, since these logits need no cache.
-
-        Raises:
-            ValueError: Always.
-        """
+    def index(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise, since these logits need no cache."""
         raise ValueError(f"{type(self).__name__} has its logits already and takes no cache: leave the cache out.")
 
     def part(self, batch: Any, key: str | int | None = None) -> Any:

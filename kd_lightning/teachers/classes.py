@@ -5,15 +5,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self, override
+from typing_extensions import override
 
-from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import extract_logits
 from kd_lightning.teachers.frozen import as_teacher
 from kd_lightning.teachers.indexed import IndexedDataset
@@ -103,11 +102,6 @@ class MappedClasses(Teacher):
 
     @property
     @override
-    def caches(self) -> tuple[TeacherCache, ...]:
-        return self.teacher.caches
-
-    @property
-    @override
     def settings(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.teacher.settings
 
@@ -154,40 +148,12 @@ class MappedClasses(Teacher):
         return self.teacher(inputs)
 
     @override
-    def check_loss(self, kd_loss: nn.Module) -> None:
-        self.teacher.check_loss(kd_loss)
-
-    @override
-    def available(self) -> bool:
-        return self.teacher.available()
-
-    @override
-    def load(self) -> Self:
-        self.teacher.load()
-        return self
-
-    @override
-    def modules(self) -> Iterable[nn.Module]:
-        return self.teacher.modules()
-
-    @override
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        self.teacher.to(*args, **kwargs)
-        return self
-
-    @override
-    def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        self.teacher._apply(fn)
-
-    @override
     def network(self) -> nn.Module:
         return self.teacher.network()
 
     @override
-    def index(
-        self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None, part: str = "train"
-    ) -> IndexedDataset:
-        return self.teacher.index(dataset, collate_fn, part)
+    def index(self, *args: Any, **kwargs: Any) -> IndexedDataset:
+        return self.teacher.index(*args, **kwargs)
 
     @override
     def rows(self, batch: Any) -> Tensor | None:
@@ -196,10 +162,6 @@ class MappedClasses(Teacher):
     @override
     def serves(self, batch: Any) -> bool:
         return self.teacher.serves(batch)
-
-    @override
-    def student_inputs(self, inputs: Any) -> Any:
-        return self.teacher.student_inputs(inputs)
 
     @override
     def __repr__(self) -> str:

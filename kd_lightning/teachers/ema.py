@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,6 @@ from typing_extensions import Self, override
 
 from kd_lightning.schedules import Progress, Schedule
 from kd_lightning.teachers.calls import HiddenStates, call_model, extract_logits, hidden_states
-from kd_lightning.teachers.indexed import IndexedDataset
 from kd_lightning.teachers.teacher import Teacher
 from kd_lightning.temperature import TemperaturePolicy, as_policy
 
@@ -220,14 +219,8 @@ class EMATeacher(Teacher):
         )
 
     @override
-    def index(
-        self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None, part: str = "train"
-    ) -> IndexedDataset:
-        """Raise, since logits of a moving average cannot be kept.
-
-        Raises:
-            ValueError: Always.
-        """
+    def index(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise, since logits of a moving average cannot be kept."""
         raise ValueError(
             "the logits of an EMATeacher change with each step, so that no cache can keep them: leave the cache out."
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -14,7 +14,6 @@ from typing_extensions import override
 from kd_lightning.functional import Temperature
 from kd_lightning.functional.ensemble import mixed_log_softmax, mixed_logits
 from kd_lightning.schedules import Progress, Schedule
-from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import extract_logits
 from kd_lightning.teachers.frozen import FrozenTeacher, as_teacher
 from kd_lightning.teachers.indexed import IndexedDataset
@@ -127,16 +126,6 @@ class TeacherEnsemble(Teacher):
         return all(teacher.loaded for teacher in self.teachers)
 
     @override
-    def available(self) -> bool:
-        return all(teacher.available() for teacher in self.teachers)
-
-    @override
-    def load(self) -> TeacherEnsemble:
-        for teacher in self.teachers:
-            teacher.load()
-        return self
-
-    @override
     def fingerprint(self) -> str:
         """Return a hash of all members' fingerprints, in their order."""
         if self._fingerprint is None:
@@ -161,11 +150,6 @@ class TeacherEnsemble(Teacher):
         networks = self.student_inputs(inputs)
         return tuple(teacher(inputs if teacher.reads_batch else networks) for teacher in self.teachers)
 
-    @property
-    @override
-    def caches(self) -> tuple[TeacherCache, ...]:
-        return tuple(cache for teacher in self.teachers for cache in teacher.caches)
-
     @override
     def index(
         self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None, part: str = "train"
@@ -182,10 +166,6 @@ class TeacherEnsemble(Teacher):
             )
         first, *_ = [teacher.index(dataset, collate_fn, part) for teacher in self.teachers if teacher.caches]
         return first
-
-    @override
-    def modules(self) -> Iterable[nn.Module]:
-        return (network for teacher in self.teachers for network in teacher.modules())
 
     @override
     def network(self) -> nn.Module:
@@ -206,17 +186,6 @@ class TeacherEnsemble(Teacher):
                 "combine='losses' with weights by row needs the loss of each row: derive "
                 f"{type(kd_loss).__name__} from kd_lightning.losses.LogitLoss, or take combine='probs'."
             )
-
-    @override
-    def to(self, *args: Any, **kwargs: Any) -> TeacherEnsemble:
-        for teacher in self.teachers:
-            teacher.to(*args, **kwargs)
-        return self
-
-    @override
-    def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        for teacher in self.teachers:
-            teacher._apply(fn)
 
     @override
     def __repr__(self) -> str:
@@ -259,8 +228,7 @@ class TeacherEnsemble(Teacher):
     @override
     def student_inputs(self, inputs: Any) -> Any:
         """Return the networks' inputs, without what ``routing`` and the members read of a batch."""
-        for teacher in self.teachers:
-            inputs = teacher.student_inputs(inputs)
+        inputs = super().student_inputs(inputs)
         keyed = isinstance(self.routing, str) and isinstance(inputs, Mapping)
         return {key: value for key, value in inputs.items() if key != self.routing} if keyed else inputs
 

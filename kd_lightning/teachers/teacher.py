@@ -51,7 +51,7 @@ class Teacher(ABC):
     cache: TeacherCache | None = None
     """The cache that keeps its logits, by sample."""
     teachers: Sequence[Teacher] = ()
-    """The teachers that this one is made of, if any."""
+    """The teachers that this one is made of, if any: what is not overridden here asks or tells each of them."""
     temperatures: Sequence[TemperaturePolicy] = ()
     """The teacher's own policies, which the Distiller registers, trains and checkpoints."""
     settings: str = ""
@@ -167,17 +167,21 @@ class Teacher(ABC):
             given = [_transformed(logits, changes) for logits in given]
         return [LossTerm(logits, term) for logits, term in zip(given, terms, strict=True)], [*terms]
 
-    def check_loss(self, kd_loss: nn.Module) -> None:  # noqa: B027  (a default, not a method to implement)
+    def check_loss(self, kd_loss: nn.Module) -> None:
         """Raise if the distillation loss cannot take what this teacher gives."""
+        for teacher in self.teachers:
+            teacher.check_loss(kd_loss)
 
     # ---- weights and devices --------------------------------------------------------------------------------------
 
     def available(self) -> bool:
         """Return True if the weights are in place or can be read."""
-        return True
+        return all(teacher.available() for teacher in self.teachers)
 
     def load(self) -> Self:
         """Read the checkpoint, the first time only."""
+        for teacher in self.teachers:
+            teacher.load()
         return self
 
     @property
@@ -192,7 +196,7 @@ class Teacher(ABC):
 
     def modules(self) -> Iterable[nn.Module]:
         """Return the teacher's networks, whose parameters the student may not share and which ranks have alike."""
-        return ()
+        return (network for teacher in self.teachers for network in teacher.modules())
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return the parameters of the networks."""
@@ -200,17 +204,22 @@ class Teacher(ABC):
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move or cast the teacher, as ``nn.Module.to``."""
+        for teacher in self.teachers:
+            teacher.to(*args, **kwargs)
         return self
 
-    def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:  # noqa: B027
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow a move or cast of the Distiller."""
+        for teacher in self.teachers:
+            teacher._apply(fn)
 
     # ---- what only some teachers have -----------------------------------------------------------------------------
 
     @property
     def caches(self) -> tuple[TeacherCache, ...]:
         """The caches that hold its logits."""
-        return () if self.cache is None else (self.cache,)
+        own = () if self.cache is None else (self.cache,)
+        return own + tuple(cache for teacher in self.teachers for cache in teacher.caches)
 
     def network(self) -> nn.Module:
         """Return the network whose one forward gives the features of a batch, for layers.
@@ -288,6 +297,8 @@ class Teacher(ABC):
 
     def student_inputs(self, inputs: Any) -> Any:
         """Return the part of the inputs that is meant for networks, the student's included."""
+        for teacher in self.teachers:
+            inputs = teacher.student_inputs(inputs)
         return inputs
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
