@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import sys
 import zlib
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from torch import Tensor
 from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.teachers.cache_file import Bytes, CacheFile, RowNumbers
 from kd_lightning.teachers.cache_rows import DTYPES, RowCodec
+from kd_lightning.teachers.cache_shards import StoredRows
 from kd_lightning.teachers.indexed import IndexedDataset, input_fingerprints
 from kd_lightning.teachers.streams import IndexedStream, StreamWithIds
 
@@ -26,7 +26,7 @@ _PART = 40  # bits of a row number below those that tell its part
 _SAME_TEACHER = 0.1  # relative error of a row, because bfloat16 gives 0.01 and another input or teacher about 1
 
 
-class TeacherCache:
+class TeacherCache(StoredRows):
     r"""Un-tempered teacher logits by sample, in a memory map: ``FrozenTeacher(network, checkpoint, cache=...)``.
 
     The teacher's forward pass is usually most of the cost of a training step. The teacher computes the rows that the
@@ -110,23 +110,16 @@ class TeacherCache:
                 f"slots must be at least 2 with augmentation='replay' and 1 without, got {slots} with "
                 f"{augmentation!r}. One draw of each sample is augmentation='fixed'."
             )
-        self.path = Path(path)
+        super().__init__(path, slots)
         self.dtype: Literal["float16", "bfloat16", "float32"] = dtype
         self.top_k = top_k
         self._codec = RowCodec(dtype, top_k, temperature)
         self.augmentation = augmentation
-        self.slots = slots
         self.seed = seed
         self.dataset: Any = None
-        self._identity: dict[str, Any] | None = None
-        self._file: CacheFile | None = None
         self._compared = False
         self._epoch = 0
-        self.first = 0
-        """The number of the first row."""
         self._others: dict[str, TeacherCache] = {}  # parts beside the training data
-        self._shard: str | None = None  # the suffix of its file
-        self._merged: CacheFile | None = None  # while a shard is filled, the file that shards are merged into
 
     # ---- teacher and dataset ---------------------------------------------------------------------------------------
 
@@ -193,7 +186,7 @@ class TeacherCache:
                 "TeacherCache, with a path of its own, or name the part: teacher.index(dataset, part='val')."
             )
         self.dataset, self._identity, self._compared = dataset, identity, False
-        self._shard, self._merged, self._file = None, None, self._open(self.path)
+        self.leave_shard()
         self.set_epoch(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
@@ -203,16 +196,6 @@ class TeacherCache:
             self.dataset.set_epoch(epoch)
 
     # ---- rows ------------------------------------------------------------------------------------------------------
-
-    @property
-    def row_bytes(self) -> int:
-        """The bytes of a row in the file, with its checksum and flag; 0 while there is no file."""
-        return 0 if self._file is None else self._file.row_bytes + 5
-
-    @property
-    def row_shape(self) -> list[int]:
-        """The shape of a sample's logits; empty while there is no file."""
-        return [] if self._file is None else self._file.shape
 
     @property
     def parts(self) -> tuple[TeacherCache, ...]:
@@ -228,93 +211,10 @@ class TeacherCache:
             self._others[name] = part
         return self._others[name]
 
-    def missing(self) -> RowNumbers:
-        """Return the numbers of the rows that are not written yet, those of other parts left out."""
-        begin, lacks = self.rows.start - self.first, np.ones(len(self.rows), bool)
-        for file in (self._merged, self._file):
-            if file is not None:
-                lacks &= file.flags[begin - file.first :][: len(lacks)] == 0
-        return self.rows.start + np.flatnonzero(lacks)
-
-    @property
-    def rows(self) -> range:
-        """The numbers of the rows that this process may write: all, or those of its shard."""
-        total = self._in_use()["samples"] * self.slots
-        number, count = (0, 1) if self._shard is None else map(int, self._shard.split("-of-"))
-        first = total * number // count
-        return range(self.first + first, self.first + max(total * (number + 1) // count, first + 1))
-
-    # ---- a build by several processes ------------------------------------------------------------------------------
-
-    def take_shard(self, number: int, count: int) -> None:
-        """Have this process write one of ``count`` ranges of rows, to a file of its own beside the cache's.
-
-        No other process may write to that file, so that no lock is taken for a batch, and a dead process leaves its
-        rows to the next that takes the same range. :meth:`merge` puts the files together.
-
-        Raises:
-            BlockingIOError: If another process has taken the range.
-            ValueError: If a file is damaged or of another run.
-        """
-        self._shard, self._merged = f"{number}-of-{count}", self._open(self.path)
-        self._file = self._open(self._target)
-
-    def leave_shard(self) -> None:
-        """Leave the range of rows to another process, and read and write the cache's file again."""
-        self._shard = self._merged = self._file = None
-        self._file = self._open(self.path)
-
-    def merge(self) -> None:
-        """Copy the rows of all shards into the cache's file, each compared with its checksum; delete their files.
-
-        Raises:
-            BlockingIOError: If a process still fills a shard.
-            ValueError: If a shard is damaged or of another run.
-        """
-        self.leave_shard()
-        identity, file = self._in_use(), self._file
-        for path in sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.*-of-*")):
-            shard = CacheFile(path, identity, alone=True)
-            if file is None:
-                CacheFile.create(self.path, identity, shard.shape, shard.row_bytes)
-                file = CacheFile(self.path, identity)
-            file.adopt(shard)
-            path.unlink()
-        self._file = file
-
-    @property
-    def _target(self) -> Path:
-        return self.path if self._shard is None else self.path.with_name(f"{self.path.name}.{self._shard}")
-
-    def _open(self, path: Path) -> CacheFile | None:
-        return CacheFile(path, self._identity, alone=path != self.path) if path.exists() else None
-
-    def _written(self) -> int:
-        return 0 if self._file is None else int(np.count_nonzero(self._file.flags))
-
     @property
     def complete(self) -> bool:
         """True if all rows of all parts in use are written, and compared with the teacher."""
         return all(part._compared and part._file is not None and part._file.whole for part in self.parts)
-
-    def teacher_of_whole_file(self) -> str | None:
-        """Return the fingerprint of the teacher whose logits of all training data are in the file, or None.
-
-        Raises:
-            ValueError: If the file is damaged.
-        """
-        file = CacheFile(self.path) if self.path.exists() else None
-        return file.header["teacher"] if file is not None and file.whole else None
-
-    def verify(self) -> None:
-        """Compare every written row with its checksum.
-
-        Raises:
-            ValueError: If a row does not match its checksum.
-        """
-        if self._file is not None:
-            for rows in self._file.blocks():
-                self._file.read(rows)
 
     def logits(
         self, rows: Tensor, compute: Callable[[], TeacherTarget] | None, device: torch.device | None = None
@@ -348,9 +248,11 @@ class TeacherCache:
         if compute is None and new.any():
             raise FileNotFoundError(
                 f"the cache {self.path} lacks row {numbers[new][0]}, and the teacher that would compute it is absent. "
-                "Give its checkpoint, or complete the cache where it is: kd-lightning cache-teacher."
+                f"Give its checkpoint, or complete the cache where it is: kd-lightning cache-teacher.{self.unmerged()}"
             )
         if compute is not None and (new.any() or not self._compared):
+            if new.any():
+                self._warn_of_shards()
             computed = compute()
             encoded = self._codec.encode(computed)
             shape = self._codec.shape(computed)
@@ -400,14 +302,6 @@ class TeacherCache:
                 self._file.request(there)
                 self._file.read(there)
 
-    def _in_use(self) -> dict[str, Any]:
-        if self._identity is None:
-            raise RuntimeError(
-                f"the cache {self.path} does not know its dataset yet: wrap it first, "
-                "DataLoader(teacher.index(dataset), ...)."
-            )
-        return self._identity
-
     def _compare(self, rows: RowNumbers, computed: Bytes) -> None:
         """Raise if the teacher's logits of this batch differ from the stored logits.
 
@@ -429,17 +323,11 @@ class TeacherCache:
                 "or are its indices of another dataset? Make such changes in the dataset, or train without a cache."
             )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None, "_merged": None}  # because another process must open the file itself
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self._identity is not None and self._shard is None:
-            self._file = self._open(self.path)
-
     def __repr__(self) -> str:
         if self._identity is None:
             return f"{type(self).__name__}({self.path})"
         rows = self._identity["samples"] * self.slots
-        size = "" if self._file is None else f", {self.row_bytes} bytes each"
-        return f"{type(self).__name__}({self.path}, {self._written()} of {rows} rows{size})"
+        if self._file is None:
+            return f"{type(self).__name__}({self.path}, 0 of {rows} rows)"
+        written = np.count_nonzero(self._file.flags)
+        return f"{type(self).__name__}({self.path}, {written} of {rows} rows, {self.row_bytes} bytes each)"

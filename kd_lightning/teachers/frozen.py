@@ -189,6 +189,12 @@ class FrozenTeacher(Teacher):
         """
         if not self.loaded:
             if (fingerprint := self._in_cache) is None:
+                absent = not Path(str(self.checkpoint)).is_file()
+                if absent and self.cache is not None and (shards := self.cache.unmerged()):
+                    raise FileNotFoundError(
+                        f"the teacher's weights {self.checkpoint} are absent, and the cache {self.cache.path} lacks "
+                        f"rows.{shards}"
+                    )
                 self._read()
             else:
                 self._absent = AbsentWeights(self.module, fingerprint)

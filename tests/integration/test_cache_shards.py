@@ -121,6 +121,28 @@ def test_shards_of_another_teacher_are_refused(tmp_path: Path) -> None:
         other.merge()
 
 
+def test_shards_that_are_not_merged_are_told_once(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    for number in range(5):
+        cache, data = opened(tmp_path / "a.cache")
+        cache.take_shard(number, 5)
+        fill(cache, data)
+        cache.leave_shard()
+    assert not recwarn.list
+    cache, data = opened(tmp_path / "a.cache")
+    fill(cache, data)  # as a fit does
+    [told] = [str(each.message) for each in recwarn.list]
+    names = ", ".join(f"a.cache.{number}-of-5" for number in range(3))
+    assert told == (
+        f"the cache {tmp_path / 'a.cache'} lacks rows, which the teacher now computes. Shards that are not merged lie "
+        f"beside it ({names}, …), and their rows do not count: merge them with kd-lightning cache-teacher, with the "
+        "same configuration and without --shard."
+    )
+    cache.merge()
+    cache, data = opened(tmp_path / "a.cache")
+    cache.logits(torch.arange(4), lambda: expected(torch.arange(4)))
+    assert len(recwarn.list) == 1
+
+
 def slow_shard(path: Path, number: int, pause: float) -> None:
     cache, data = opened(path)
     cache.take_shard(number, 3)
