@@ -16,7 +16,7 @@ cards.write(Path(__file__).parent / "policy")
 project = "kd_lightning"
 copyright = "the authors of kd_lightning"
 release = version = version_of("kd_lightning")
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx-mathjax-offline"]
 html_theme = "furo"
 html_title = project
 exclude_patterns = ["_build"]

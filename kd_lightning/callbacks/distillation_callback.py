@@ -19,7 +19,10 @@ from kd_lightning.callbacks.teacher_scores import TeacherScores
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.losses.task import as_targets, check_scalar
 from kd_lightning.modules.added_groups import add_groups
-from kd_lightning.modules.run import DistillationRun, HoldsDistiller, is_logging_step, step_readings
+from kd_lightning.modules.between_ranks import average_gradients, broadcast, check_teachers
+from kd_lightning.modules.holds_distiller import HoldsDistiller
+from kd_lightning.modules.readings import is_logging_step, step_readings
+from kd_lightning.modules.run import DistillationRun
 from kd_lightning.modules.run_length import check_batches
 from kd_lightning.teachers import Teacher, extract_logits
 from kd_lightning.teachers.calls import counting_positions
@@ -141,8 +144,8 @@ class DistillationCallback(HoldsDistiller, Callback):
             )
         self._trainer = trainer
         if self._run.teacher.caches:
-            self._run.set_cache_epoch(0)
-            self._run.index(trainer)
+            self._run.cache.set_epoch(0)
+            self._run.cache.index(trainer)
             self._wrap(pl_module, FIRST_LOOK, self._taking_rows)
         self._run.set_up(trainer)
         self._wrap(pl_module, "training_step", self._distilling)
@@ -173,8 +176,8 @@ class DistillationCallback(HoldsDistiller, Callback):
         assert trainer is not None
         trainer.precision_plugin.convert_module(distiller)
         distiller.to(trainer.strategy.root_device)
-        self._run.check_ranks(trainer)
-        self._run.broadcast(trainer)
+        check_teachers(trainer, self._run.teacher)
+        broadcast(trainer, self.distiller)
         self._layer = find_layer(pl_module, self.student_layer)
         self._run.follow(self._layer)  # before its forward is wrapped, because a teacher may copy the layer
         self._wrap(self._layer, "forward", self._recording)
@@ -193,7 +196,7 @@ class DistillationCallback(HoldsDistiller, Callback):
             else:
                 vars(module)[name] = before
         self._run.stop(self._trainer)
-        self._run.rows = None
+        self._run.cache.rows = None
         if self._trainer is not None:
             self._layer = self._trainer = self.last_output = self._calls = None
             self.distiller.cpu()  # as Lightning does with the module
@@ -211,7 +214,7 @@ class DistillationCallback(HoldsDistiller, Callback):
     # ---- a step -----------------------------------------------------------------------------------------------------
 
     def _taking_rows(self, look: Callable[..., Any], pl_module: LightningModule) -> Callable[..., Any]:
-        return lambda batch, *args, **kwargs: look(self._run.take_rows(batch), *args, **kwargs)
+        return lambda batch, *args, **kwargs: look(self._run.cache.take_rows(batch), *args, **kwargs)
 
     def _recording(self, forward: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
         def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -239,7 +242,7 @@ class DistillationCallback(HoldsDistiller, Callback):
             if not learning:
                 raise RuntimeError(unseen(pl_module, self._student, calls, lambda: step(*args, **kwargs)))
             batch = args[0] if args else next(iter(kwargs.values()), None)
-            self._run.check_rows(self._run.rows)
+            self._run.cache.check_rows(self._run.cache.rows)
             out, _ = self._distil(choose(learning, self.forward_call, self._student), batch, task_loss)
             return {**output, "loss": out.loss} if isinstance(output, Mapping) else out.loss
 
@@ -254,7 +257,7 @@ class DistillationCallback(HoldsDistiller, Callback):
                 f"training_step changed the output of {self._student} in place, so its logits are gone: write "
                 "x = x / 2, not x /= 2."
             )
-        teacher_logits = self.distiller.teacher_logits(inputs, self._run.rows, self.extract_logits)
+        teacher_logits = self.distiller.teacher_logits(inputs, self._run.cache.rows, self.extract_logits)
         recorded: Any = lambda *_, **__: call.output  # noqa: E731  (the student has run already)
         student = self.distiller.run_student(lambda _: logits, recorded, inputs)
         if self.targets is None:
@@ -302,13 +305,13 @@ class DistillationCallback(HoldsDistiller, Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._layer is not None
         check_batches(trainer)
-        self._run.set_cache_epoch(trainer.current_epoch)
+        self._run.cache.set_epoch(trainer.current_epoch)
         self._run.start(trainer, self._layer)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._run.check_replicas(trainer)
-        self._run.start_cache_epoch(trainer)
+        self._run.cache.start_epoch(trainer)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -329,7 +332,7 @@ class DistillationCallback(HoldsDistiller, Callback):
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._run.average_gradients(trainer)
+        average_gradients(trainer, self.distiller)
 
     # ---- validation -------------------------------------------------------------------------------------------------
 
@@ -384,7 +387,7 @@ class DistillationCallback(HoldsDistiller, Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("callbacks", {}).get(self.state_key, {})
         self._run.fit_policies(checkpoint, saved.get("distiller", {}))
-        self._run.resume_cache(checkpoint)
+        self._run.cache.resume(checkpoint)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

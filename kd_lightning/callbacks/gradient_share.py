@@ -17,7 +17,7 @@ from kd_lightning._lightning import accumulates
 from kd_lightning.callbacks.common import find_distiller
 from kd_lightning.distiller import DistillationOutput
 from kd_lightning.functional.across_ranks import sum_over_ranks
-from kd_lightning.modules.run import is_logging_step
+from kd_lightning.modules.readings import is_logging_step
 from kd_lightning.schedules import ConstantSchedule, Progress
 
 __all__ = ["GradientShare", "gradient_norms", "gradient_share"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from kd_lightning.losses.task import as_targets
-from kd_lightning.modules.run import LABEL_KEYS
+from kd_lightning.modules.supervised import LABEL_KEYS
 from kd_lightning.teachers import Call
 
 __all__ = ["StudentCall", "changed", "choose", "find_targets", "select", "tensors", "versions"]

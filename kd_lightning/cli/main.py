@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_lightning import __version__
-from kd_lightning.cli.help import HELP, describe_command, describe_commands
-from kd_lightning.cli.project import write_project
+from kd_lightning.cli.quick import answer
 from kd_lightning.configuration.written import CommandLineError
 
 if TYPE_CHECKING:
@@ -45,41 +43,17 @@ def main(args: ArgsType = None) -> None:
         sys.exit(2)
 
 
-def _answer(args: list[str]) -> bool:
-    """Answer what needs neither torch nor Lightning: version and help."""
-    first = args[0] if args else ""
-    if first == "--version":
-        print(f"kd-lightning {__version__}")
-    elif first in ("-h", "--help"):
-        print(describe_commands())
-    elif first == "init" and {"-h", "--help"}.isdisjoint(args):
-        folder = write_project(args[1:])
-        print((folder / "README.md").read_text(encoding="utf-8"), end="")
-        print(f"\nThe project is in {folder}: cd {folder}")
-    elif first in HELP and not {"-h", "--help"}.isdisjoint(args):
-        print(describe_command(first))
-    else:
-        return False
-    return True
-
-
 def _run(args: Any) -> None:
-    if isinstance(args, list) and _answer(args):
-        return
-    if isinstance(args, list) and args[:1] == ["card"]:
-        from kd_lightning.card import card_of
-
-        print(card_of(args[1:]))
+    if isinstance(args, list) and answer(args):
         return
     # imported here because Lightning takes seconds
     from kd_lightning.cli.commands import COMMANDS
     from kd_lightning.configuration.parser import KDLightningCLI, SaveRunConfig
 
-    options: dict[str, Any] = {"overwrite": False, "config_filename": "run_config.yaml"}
     KDLightningCLI(
         commands=COMMANDS,
         save_config_callback=SaveRunConfig,
-        save_config_kwargs=options,
+        save_config_kwargs={"overwrite": False, "config_filename": "run_config.yaml"},
         seed_everything_default=42,
         auto_configure_optimizers=False,
         args=args,

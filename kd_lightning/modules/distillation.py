@@ -24,12 +24,20 @@ from kd_lightning.export import ExportFormat, ExportReport, export_student
 from kd_lightning.fused_distiller import make_distiller
 from kd_lightning.layers import LayerTerm
 from kd_lightning.losses.task import check_scalar
+from kd_lightning.modules.between_ranks import (
+    average_gradients,
+    broadcast,
+    check_sharded,
+    check_teachers,
+    clip_gradients,
+)
 from kd_lightning.modules.checkpoints import states_of
 from kd_lightning.modules.first_samples import first_samples
+from kd_lightning.modules.holds_distiller import HoldsDistiller
 from kd_lightning.modules.metric_names import metric_name
 from kd_lightning.modules.optimization import LRSchedulerConfig
-from kd_lightning.modules.replicas import clip_gradients
-from kd_lightning.modules.run import DistillationRun, HoldsDistiller, is_logging_step, step_readings
+from kd_lightning.modules.readings import final_scores, is_logging_step, step_readings
+from kd_lightning.modules.run import DistillationRun
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.modules.temperature_state import KeepsTemperatureState
 from kd_lightning.teachers import Teacher
@@ -184,7 +192,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
 
     @override
     def take_batch(self, batch: Any) -> Any:
-        return self._run.take_rows(batch, self.trainer.predicting)
+        return self._run.cache.take_rows(batch, self.trainer.predicting)
 
     @override
     def on_before_backward(self, loss: Tensor) -> None:
@@ -208,9 +216,9 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
         inputs, targets = self.inputs_and_targets(batch)
         if self.teacher is None:
             raise ValueError(f"{type(self).__name__} has no teacher: give one to learn from.")
-        rows = self._run.rows if rows is None else rows
+        rows = self._run.cache.rows if rows is None else rows
         if self.training:
-            self._run.check_rows(rows)
+            self._run.cache.check_rows(rows)
         student = self.distiller.run_student(self, self.student, inputs)
         given = batch if self.teacher.reads_batch else inputs
         teacher_logits = self.distiller.teacher_logits(given, rows, self.extract_logits)
@@ -249,8 +257,8 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
                     f"fit needs a teacher, but {type(self).__name__} was made without one: "
                     "DistillationModule(student=..., teacher=FrozenTeacher(network, checkpoint=...))."
                 )
-            self._run.set_cache_epoch(0)
-            self._run.index(self.trainer)
+            self._run.cache.set_epoch(0)
+            self._run.cache.index(self.trainer)
             self._run.set_up(self.trainer)
             self._watch_layers()
         elif stage in ("validate", "test") and teacher is not None:
@@ -262,7 +270,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
                     "metrics that compare it with the teacher."
                 )
         if stage == "validate" and teacher is not None and teacher.loaded:
-            self._run.index(self.trainer)
+            self._run.cache.index(self.trainer)
 
     @override
     def teardown(self, stage: str) -> None:
@@ -274,17 +282,17 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
     @override
     def on_train_epoch_start(self) -> None:
         self._run.check_replicas(self.trainer)
-        self._run.start_cache_epoch(self.trainer)
+        self._run.cache.start_epoch(self.trainer)
 
     @override
     def on_fit_start(self) -> None:
         self._run.fit_optimizer(self.trainer)
         super().on_fit_start()
         self._run.teacher.to(self.device)  # strategies that do not move the module, such as FSDP
-        self._run.check_ranks(self.trainer)
+        check_teachers(self.trainer, self._run.teacher)
         if self._syncs_the_distiller:
-            self._run.check_sharded(self.student)
-            self._run.broadcast(self.trainer)
+            check_sharded(self.student)
+            broadcast(self.trainer, self.distiller)
 
     @property
     def _syncs_the_distiller(self) -> bool:
@@ -295,7 +303,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
     def on_after_backward(self) -> None:
         super().on_after_backward()
         if self._syncs_the_distiller:
-            self._run.average_gradients(self.trainer)
+            average_gradients(self.trainer, self.distiller)
 
     @override
     def configure_gradient_clipping(
@@ -310,23 +318,14 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
     def on_train_start(self) -> None:
         super().on_train_start()
         self.distiller.train()  # because Lightning keeps the mode of module.eval(), which leaves out the layers' terms
-        self._run.set_cache_epoch(
-            self.trainer.current_epoch
-        )  # resumed within an epoch, there is no on_train_epoch_start
+        self._run.cache.set_epoch(self.trainer.current_epoch)  # resumed in an epoch, no on_train_epoch_start comes
         self._run.start(self.trainer, self.student)
 
     @override
     def on_fit_end(self) -> None:
         super().on_fit_end()
-        logged = self.trainer.callback_metrics
-        names = {key: metric_name(self.trainer, "val", key) for key in ("acc", "agreement", "perplexity")}
-        for key, digits in (("perplexity", 3), ("acc", 4)):
-            teacher = metric_name(self.trainer, "val", f"teacher_{key}")
-            if names[key] in logged and teacher in logged:
-                agreement = f" (agreement {logged[names['agreement']]:.4f})" if key == "acc" else ""
-                values = f"student {logged[names[key]]:.{digits}f}, teacher {logged[teacher]:.{digits}f}"
-                rank_zero_info(f"{names[key]}: {values}{agreement}")
-                return
+        if scores := final_scores(self.trainer):
+            rank_zero_info(scores)
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -428,7 +427,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
         trainer = attached_trainer(self)
         fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         if fitting:
-            self._run.resume_cache(checkpoint)
+            self._run.cache.resume(checkpoint)
         else:
             self._run.warn_of_changes()  # else at the start of training: a callback may put back what it had set
 

@@ -9,15 +9,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from kd_lightning.distiller import Distiller
 from kd_lightning.functional.rows import gathered
 from kd_lightning.schedules import Progress, weight_at
 
-__all__ = ["check_replicas", "clip_gradients", "distiller_state", "gather", "is_distributed"]
+__all__ = ["check_replicas", "distiller_state", "gather", "is_distributed"]
 
 _T = TypeVar("_T")
 
@@ -34,28 +33,6 @@ def gather(trainer: Trainer, value: _T) -> list[_T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def clip_gradients(optimizer: Optimizer, most: float, by_norm: bool) -> None:
-    """Clip gradients of which some are sharded over the ranks and some whole, which torch's functions do not combine.
-
-    Args:
-        optimizer: The optimiser of the parameters.
-        most: The greatest norm of all gradients together, or the greatest value.
-        by_norm: Whether the norm is clipped.
-    """
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    kinds = [[p for p in with_gradient if isinstance(p, DTensor) == sharded] for sharded in (True, False)]
-    if not by_norm:
-        for kind in kinds:
-            nn.utils.clip_grad_value_(kind, most)
-        return
-    norms = [gathered(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds if kind]
-    total = torch.stack([norm.double() for norm in norms]).square().sum().sqrt()
-    for parameter in with_gradient:
-        if parameter.grad is not None:
-            parameter.grad.mul_((most / (total + 1e-6)).clamp(max=1.0).to(parameter.dtype))
 
 
 def distiller_state(distiller: Distiller, progress: Progress | None) -> dict[str, Any]:

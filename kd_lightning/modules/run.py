@@ -3,81 +3,29 @@
 from __future__ import annotations
 
 import os
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from kd_lightning._lightning import accumulates, callbacks_of, datamodule_of, log_interval
+from kd_lightning._lightning import callbacks_of, datamodule_of
 from kd_lightning.distiller import DistillationOutput, Distiller
+from kd_lightning.modules.cached_rows import CachedRows
 from kd_lightning.modules.changed_policies import fit_optimizer, fit_policies
-from kd_lightning.modules.metric_names import metric_name
 from kd_lightning.modules.non_finite import NonFiniteHandler, NonFiniteWatch
-from kd_lightning.modules.replicas import check_replicas, distiller_state, gather, is_distributed
+from kd_lightning.modules.readings import is_logging_step
+from kd_lightning.modules.replicas import check_replicas, distiller_state
 from kd_lightning.modules.run_length import RunLength
 from kd_lightning.teachers import Teacher
-from kd_lightning.teachers.indexed import index_training, split_index
+from kd_lightning.teachers.indexed import index_training
 from kd_lightning.temperature import Progress
 
-__all__ = [
-    "LABEL_KEYS",
-    "DistillationRun",
-    "HoldsDistiller",
-    "TemperatureLogger",
-    "gather",
-    "is_distributed",
-    "is_logging_step",
-    "step_readings",
-]
-
-LABEL_KEYS = ("labels", "label", "targets", "target", "y", "mask")
-"""The keys of a batch under which labels are looked for, the first that is there."""
-
-_T = TypeVar("_T")
-
-
-def _of_distiller(name: str, doc: str) -> Any:
-    def get(self: HoldsDistiller) -> Any:
-        return getattr(self.distiller, name)
-
-    def set(self: HoldsDistiller, value: Any) -> None:
-        setattr(self.distiller, name, value)
-
-    return property(get, set, doc=doc)
-
-
-class HoldsDistiller:
-    """The settings of a Distiller, read and set on the object that holds it."""
-
-    distiller: Distiller
-    teacher: Any = _of_distiller("teacher", "The :class:`~kd_lightning.teachers.Teacher`, or None.")
-    temperature: Any = _of_distiller("temperature", "The temperature policy.")
-    kd_loss: Any = _of_distiller("kd_loss", "The distillation loss.")
-    kd_weight: Any = _of_distiller("kd_weight", "The schedule of the distillation term's weight.")
-    task_weight: Any = _of_distiller("task_weight", "The schedule of the task term's weight.")
-    last_output: Any = _of_distiller(
-        "last_output", "The output for the current training batch, until the ``on_train_batch_end`` of callbacks."
-    )
-
-    @property
-    def progress(self) -> Progress:
-        """The progress of training."""
-        raise NotImplementedError
-
-    @override
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(getattr(type(self), name, None), property):
-            object.__setattr__(self, name, value)  # because nn.Module registers a network past the property
-        else:
-            super().__setattr__(name, value)
+__all__ = ["DistillationRun", "check_network"]
 
 
 class DistillationRun:
@@ -99,8 +47,7 @@ class DistillationRun:
         self._step_hooks: list[RemovableHandle] = []
         self._process = os.getpid()
         self._state_at_start: dict[str, Tensor] = {}
-        self.rows: Tensor | None = None
-        """The rows of the batch at hand in the teacher's cache."""
+        self.cache = CachedRows(distiller)
 
     @property
     def teacher(self) -> Teacher:
@@ -133,60 +80,6 @@ class DistillationRun:
             self._state_at_start = {name: value.clone() for name, value in self.distiller.state_dict().items()}
         rank_zero_info(f"Teacher: {self.teacher!r}, fingerprint {self.teacher.fingerprint()[:8]}")
 
-    # ---- the teacher's cache ----------------------------------------------------------------------------------------
-
-    def index(self, trainer: Trainer) -> None:
-        """Have the data module's batches name their rows in the teacher's cache."""
-        index_training(datamodule_of(trainer), self.teacher.index if self.teacher.caches else None)
-
-    def start_cache_epoch(self, trainer: Trainer) -> None:
-        """Select the slot of the epoch, and release a teacher whose caches have every row. A collective."""
-        self.set_cache_epoch(trainer.current_epoch)
-        caches = self.teacher.caches
-        whole = bool(caches) and all(cache.complete for cache in caches)
-        if caches and trainer.strategy.reduce_boolean_decision(whole):  # so that the ranks stay alike
-            self.teacher.release()
-
-    def set_cache_epoch(self, epoch: int) -> None:
-        """Select the slot of an epoch."""
-        for cache in self.teacher.caches:
-            cache.set_epoch(epoch)
-
-    def resume_cache(self, checkpoint: dict[str, Any]) -> None:
-        """Select the slot of a resumed fit, whose loader workers fetch batches before training starts."""
-        if "loops" in checkpoint:
-            loop = checkpoint["loops"]["fit_loop"]
-            epochs = loop["epoch_progress"]["current"]
-            done = loop["epoch_loop.batch_progress"]["is_last_batch"]
-            self.set_cache_epoch(epochs["ready" if done else "processed"])
-
-    def take_rows(self, batch: Any, predicting: bool = False) -> Any:
-        """Return the batch without its rows, which stay on the host: on the device, reading them would sync."""
-        batch, self.rows = split_index(batch)
-        if self.rows is None and self.distiller.teacher is not None and not predicting:
-            self.rows = self.teacher.rows(batch)
-        return batch
-
-    def can_ask(self, batch: Any) -> bool:
-        """Return True if there is a teacher for a batch of evaluation, or a cache that has it."""
-        teacher = self.distiller.teacher
-        known = teacher is not None and teacher.loaded and (teacher.runs or self.rows is not None)
-        return known and self.teacher.serves(batch)
-
-    def check_rows(self, rows: Tensor | None) -> None:
-        """Raise if a training batch does not name its rows and the teacher has a cache.
-
-        Raises:
-            ValueError: If there are no rows.
-        """
-        if rows is None and self.teacher.caches:
-            raise ValueError(
-                "the teacher has a cache, but the training batch does not say which samples it has: make the loader of "
-                "teacher.index(dataset), or give the teacher no cache."
-            )
-
-    # ---- checks -----------------------------------------------------------------------------------------------------
-
     def check_student(self, student: nn.Module) -> None:
         """Raise if the student is no network, or shares parameters with the teacher.
 
@@ -208,6 +101,12 @@ class DistillationRun:
         """Tell the teacher of the student."""
         if self.distiller.teacher is not None:
             self.distiller.teacher.follow(student)
+
+    def can_ask(self, batch: Any) -> bool:
+        """Return True if there is a teacher for a batch of evaluation, or a cache that has it."""
+        teacher = self.distiller.teacher
+        known = teacher is not None and teacher.loaded and (teacher.runs or self.cache.rows is not None)
+        return known and self.teacher.serves(batch)
 
     def start(self, trainer: Trainer, student: nn.Module) -> None:
         """Check the teacher of a resumed run, and have it follow the optimiser's steps, when training begins.
@@ -248,34 +147,6 @@ class DistillationRun:
                 "it. Take strategy='ddp', or read the values from a checkpoint, which has them."
             )
 
-    def check_ranks(self, trainer: Trainer) -> None:
-        """Raise if the ranks have different teachers. A collective: every rank must call it.
-
-        Raises:
-            RuntimeError: If the teacher's fingerprint differs between ranks.
-        """
-        fingerprints = gather(trainer, self.teacher.fingerprint())
-        if len(set(fingerprints)) > 1:
-            listed = ", ".join(f"rank {rank} {value[:8]}" for rank, value in enumerate(fingerprints))
-            raise RuntimeError(
-                f"the ranks have different teachers: fingerprints {listed}. A teacher is not synchronised; load it "
-                "from a checkpoint (FrozenTeacher(network, checkpoint=...)), the same on every rank."
-            )
-
-    def check_sharded(self, student: nn.Module) -> None:
-        """Raise if a strategy that reduces the gradients of sharded parameters alone has others to train.
-
-        Raises:
-            ValueError: If a parameter of the student is whole on each rank.
-        """
-        whole = [name for name, p in student.named_parameters() if p.requires_grad and _is_whole(p)]
-        if whole and dist.is_initialized() and dist.get_world_size() > 1:
-            raise ValueError(
-                f"ModelParallelStrategy reduces the gradients of sharded parameters alone, but the student has whole "
-                f"ones, which would differ between ranks: {', '.join(whole[:5])}{', …' if len(whole) > 5 else ''}. "
-                "Take ShardedDistillationModule(blocks=...), or end configure_model with fully_shard(self.student)."
-            )
-
     def check_step(self, trainer: Trainer, out: DistillationOutput) -> None:
         """Stop at a loss that is not finite, unless a callback handles it; call it before backward.
 
@@ -290,23 +161,6 @@ class DistillationRun:
             )
         if not any(isinstance(callback, NonFiniteHandler) for callback in callbacks_of(trainer)):
             self._finite.check(out, trainer.global_step, is_logging_step(trainer))
-
-    def broadcast(self, trainer: Trainer) -> None:
-        """Give every rank rank 0's policies, losses and projectors, where the strategy does not. A collective."""
-        if is_distributed(trainer):
-            for tensor in filter(_is_whole, self.distiller.state_dict().values()):
-                dist.broadcast(tensor, src=0)
-
-    def average_gradients(self, trainer: Trainer) -> None:
-        """Average the gradients of policies, losses and projectors over the ranks, once per optimiser step.
-
-        For strategies that reduce the gradients of the student alone. A collective: every rank must call it.
-        """
-        if is_distributed(trainer) and not accumulates(trainer):
-            for parameter in filter(_is_whole, self.distiller.parameters()):
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad)
-                    parameter.grad /= dist.get_world_size()
 
     def check_replicas(self, trainer: Trainer) -> None:
         """Raise if the ranks no longer agree on the temperature, the weights or the teacher. A collective."""
@@ -410,34 +264,6 @@ class DistillationRun:
     @override
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.owner})"
-
-
-class TemperatureLogger(Callback):
-    """A callback that logs the temperature, so that :func:`step_readings` leaves the temperature out."""
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    """Return False for a DTensor, whose gradients its own hooks reduce."""
-    return not isinstance(tensor, DTensor)
-
-
-def is_logging_step(trainer: Trainer) -> bool:
-    """Return True if the loggers write in this training step, or if the epoch ends with it.
-
-    Other steps skip ``self.log``, because each call costs about a millisecond.
-    """
-    every = log_interval(trainer)
-    return trainer.is_last_batch or (every > 0 and (trainer.global_step + 1) % every == 0)
-
-
-def step_readings(trainer: Trainer, out: DistillationOutput) -> dict[str, Tensor]:
-    """Return what a training step logs: the losses, and the temperature unless a :class:`TemperatureLogger` runs."""
-    losses = {"kd_loss": out.kd_loss, "task_loss": out.task_loss}
-    losses |= {f"layer_loss/{name}": loss for name, loss in out.layer_losses.items()}
-    values = {metric_name(trainer, "train", name): loss.detach() for name, loss in losses.items()}
-    if not any(isinstance(callback, TemperatureLogger) for callback in callbacks_of(trainer)):
-        values |= out.readings()
-    return {name: value.float() for name, value in values.items()}
 
 
 def check_network(name: str, value: object) -> None:

@@ -25,11 +25,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def fit(epochs: int, *more: str) -> None:
     fixed = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_epochs"]
-    last = ["--trainer.callbacks.save_last", "true"]  # of the configuration's ModelCheckpoint
-    main(["fit", "--config", "configs/digits.yaml", *fixed, str(epochs), "--model.temperature", "4.0", *last, *more])
+    main(["fit", "--config", "configs/digits.yaml", *fixed, str(epochs), "--model.temperature", "4.0", *more])
 
 
-def checkpoint(version: int, name: str = "last") -> Any:
+def checkpoint(version: int, name: str = "newest") -> Any:
     return torch.load(f"logs/digits/version_{version}/checkpoints/{name}.ckpt", weights_only=True)
 
 
@@ -51,9 +50,9 @@ def test_a_command_that_is_repeated_continues_its_run(option: list[str], folder:
 
 @pytest.mark.usefixtures("interrupted")
 def test_the_file_of_a_killed_process_is_passed_over(folder: Path) -> None:
-    half = folder / "logs/digits/version_1/checkpoints/last.ckpt"
+    half = folder / "logs/digits/version_1/checkpoints/newest.ckpt"
     half.parent.mkdir(parents=True)
-    whole = (folder / "logs/digits/version_0/checkpoints/last.ckpt").read_bytes()
+    whole = (folder / "logs/digits/version_0/checkpoints/newest.ckpt").read_bytes()
     half.write_bytes(whole[: len(whole) // 2])
     fit(3, "--resume", "auto")
     assert checkpoint(2)["epoch"] == 2
@@ -93,10 +92,10 @@ def test_what_a_run_left_is_measured(capsys: pytest.CaptureFixture[str], caplog:
         main(["test", "--config", "configs/digits.yaml", *settings, "--ckpt_path", path, *more])
         return [line for line in capsys.readouterr().out.splitlines() if "test_" in line]
 
-    for which in ("last", "best"):
+    for which, name in (("last", "newest"), ("best", "best")):
         caplog.clear()
-        assert measured(which) == measured(f"logs/digits/version_0/checkpoints/{which}.ckpt") != []
-        assert f"Measuring logs/digits/version_0/checkpoints/{which}.ckpt." in caplog.text  # scores may be the same
+        assert measured(which) == measured(f"logs/digits/version_0/checkpoints/{name}.ckpt") != []
+        assert f"Measuring logs/digits/version_0/checkpoints/{name}.ckpt." in caplog.text  # scores may be the same
     with pytest.raises(SystemExit):
         measured("best", "--trainer.logger.name=none")
     assert "--ckpt_path best: there is no best checkpoint of an earlier run in logs/none." in capsys.readouterr().err

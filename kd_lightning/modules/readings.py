@@ -1,0 +1,49 @@
+"""What a training step logs, and when."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from kd_lightning._lightning import callbacks_of, log_interval
+from kd_lightning.distiller import DistillationOutput
+from kd_lightning.modules.metric_names import metric_name
+
+__all__ = ["TemperatureLogger", "final_scores", "is_logging_step", "step_readings"]
+
+
+class TemperatureLogger(Callback):
+    """A callback that logs the temperature, so that :func:`step_readings` leaves the temperature out."""
+
+
+def is_logging_step(trainer: Trainer) -> bool:
+    """Return True if the loggers write in this training step, or if the epoch ends with it.
+
+    Other steps skip ``self.log``, because each call costs about a millisecond.
+    """
+    every = log_interval(trainer)
+    return trainer.is_last_batch or (every > 0 and (trainer.global_step + 1) % every == 0)
+
+
+def step_readings(trainer: Trainer, out: DistillationOutput) -> dict[str, Tensor]:
+    """Return what a training step logs: the losses, and the temperature unless a :class:`TemperatureLogger` runs."""
+    losses = {"kd_loss": out.kd_loss, "task_loss": out.task_loss}
+    losses |= {f"layer_loss/{name}": loss for name, loss in out.layer_losses.items()}
+    values = {metric_name(trainer, "train", name): loss.detach() for name, loss in losses.items()}
+    if not any(isinstance(callback, TemperatureLogger) for callback in callbacks_of(trainer)):
+        values |= out.readings()
+    return {name: value.float() for name, value in values.items()}
+
+
+def final_scores(trainer: Trainer) -> str | None:
+    """Return how good student and teacher are in validation, in perplexity or accuracy; None if neither was logged."""
+    logged = trainer.callback_metrics
+    for key, digits in (("perplexity", 3), ("acc", 4)):
+        student, teacher = (metric_name(trainer, "val", name) for name in (key, f"teacher_{key}"))
+        if student in logged and teacher in logged:
+            scores = f"{student}: student {logged[student]:.{digits}f}, teacher {logged[teacher]:.{digits}f}"
+            if key == "perplexity":
+                return scores
+            return f"{scores} (agreement {logged[metric_name(trainer, 'val', 'agreement')]:.4f})"
+    return None
