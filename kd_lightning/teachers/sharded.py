@@ -29,9 +29,11 @@ Blocks = str | int | Sequence[str]
 class Sharded(Placement):
     """Weights of which each rank holds a part (FSDP2): those of a block are gathered while that block runs.
 
-    A rank needs memory for its part of the weights and for one block. No gradient is kept or sent. Each forward gathers
-    all weights once, which is a collective: every rank runs the teacher equally often. All ranks of the process group
-    share the weights, and a process without a group keeps them whole.
+    A rank needs memory for its part of the weights, for all weights outside of the blocks, and for the largest block
+    twice: FSDP2 gathers a block into a buffer, copies the weights out of it, and keeps the buffer until the next block
+    is gathered, so that gathering and computation overlap. Smaller blocks need less memory and more collectives. No
+    gradient is kept or sent. Each forward gathers all weights once, which is a collective: every rank runs the teacher
+    equally often. All ranks of the process group share the weights, and a process without a group keeps them whole.
 
     From a safetensors file each rank reads its own part, so that a network on the meta device is never whole anywhere;
     files of other kinds are read as a whole on each rank. The fingerprint is that of the whole weights, gathered one
@@ -47,7 +49,7 @@ class Sharded(Placement):
     Raises:
         TypeError: If ``blocks`` is none of these.
         ValueError: If ``blocks`` is empty or not positive; at the teacher's construction, if the network has no such
-            blocks, is a program or is compiled, or if the teacher has a cache.
+            blocks, a weight is in two of them, the network is a program or is compiled, or the teacher has a cache.
 
     Example:
         >>> from kd_lightning import FrozenTeacher
@@ -158,7 +160,7 @@ def blocks_of(module: nn.Module, blocks: Blocks) -> list[nn.Module]:
     """Return the parts of a network that are sharded by themselves, the innermost first.
 
     Raises:
-        ValueError: If the network has none of a name.
+        ValueError: If the network has none of a name, or one weight is in two parts.
     """
     if isinstance(blocks, int):
         found = list(_up_to(module, blocks))
@@ -182,7 +184,25 @@ def blocks_of(module: nn.Module, blocks: Blocks) -> list[nn.Module]:
                 )
             found += of_name
     wanted = {id(part) for part in found if part is not module and any(True for _ in part.parameters())}
-    return [part for part in reversed(list(module.modules())) if id(part) in wanted]
+    parts = [part for part in reversed(list(module.modules())) if id(part) in wanted]
+    _check_shared(module, parts)
+    return parts
+
+
+def _check_shared(module: nn.Module, parts: Sequence[nn.Module]) -> None:
+    """Raise if a weight is in two of the parts, the innermost first, or in one of them and outside."""
+    part_of: dict[nn.Module, nn.Module] = {}
+    for part in (*parts, module):
+        part_of = dict.fromkeys(part.modules(), part) | part_of
+    seen: dict[Tensor, tuple[str, nn.Module]] = {}
+    for prefix, child in module.named_modules():
+        for name, parameter in child.named_parameters(prefix, recurse=False):
+            first, owner = seen.setdefault(parameter, (name, part_of[child]))
+            if owner is not part_of[child]:
+                raise ValueError(
+                    f"{first!r} and {name!r} of {type(module).__name__} are one weight, which cannot be sharded in two "
+                    "blocks. Leave the modules of both out of the blocks, or name a module around them."
+                )
 
 
 def _up_to(module: nn.Module, size: int) -> Iterator[nn.Module]:

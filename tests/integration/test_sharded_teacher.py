@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_lightning import Distiller, FrozenTeacher, LayerTerm
@@ -118,20 +121,35 @@ def check_sharded_before(rank: int, world: int, folder: Path) -> None:
         FrozenTeacher(teacher.module)
 
 
+def allocated(run: Callable[[], object]) -> int:
+    """Return the most bytes that the allocator gave out at once during a call, buffers of gloo's own among them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events: Any = recorded.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
 def check_memory(rank: int, world: int, folder: Path) -> None:
-    block = 4 * (2 * WIDTH * (WIDTH + 1) + 1)
+    layer = 4 * WIDTH * (WIDTH + 1)
+    block = 2 * layer + 4
     whole = 4 * block + 4 * 6 * (WIDTH + 1)
+    head = 4 * -(-6 // world) * world * (WIDTH + 1)  # padded to rows that all ranks have
     inputs = torch.ones(1, WIDTH)
+    activations = 4 * inputs.nbytes
     gc.collect()
     gc.freeze()  # the scans see what is made from here on
-    with Peak() as peak:
-        teacher = FrozenTeacher(on_meta(), folder / "teacher.safetensors", placement=Sharded("Block")).load()
-    assert whole / world < peak.most < whole / world + block
-    with peak:
-        teacher(inputs)
-        teacher(inputs)
-    # gathered weights beside the buffer of the all-gather that they are copied from
-    assert whole / world + block < peak.most < whole / world + 2.5 * block
+    for blocks, largest, outside in (("Block", block, head), ("Linear", layer, 0)):
+        with Peak() as peak:
+            teacher = FrozenTeacher(on_meta(), folder / "teacher.safetensors", placement=Sharded(blocks)).load()
+        assert whole / world < peak.most < whole / world + block
+        with peak:
+            teacher(inputs)
+            teacher(inputs)
+        # a block's weights and the buffer that they were copied from, or two blocks' buffers
+        bound = outside + 2 * largest + activations
+        assert bound - layer < peak.most - whole / world < bound
+        gloo = largest  # gathers into a buffer of its own
+        assert allocated(lambda teacher=teacher: teacher(inputs)) < bound + gloo
 
 
 def check_distillers(rank: int, world: int, folder: Path) -> None:
