@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.teachers.cache_file import Bytes, CacheFile, RowNumbers
+from kd_lightning.teachers.cache_lengths import LengthCodec
 from kd_lightning.teachers.cache_rows import DTYPES, RowCodec
 from kd_lightning.teachers.cache_shards import StoredRows
 from kd_lightning.teachers.indexed import IndexedDataset, input_fingerprints
@@ -64,6 +65,10 @@ class TeacherCache(StoredRows):
         seed: Seed of the draws.
         temperature: The teacher's temperature in the loss, for the ``top_k`` of tokens and for given targets; other
             logits are stored before any temperature.
+        max_length: Of tokens ``(B, L, V)`` whose batches are padded to their longest sample: the positions of the
+            longest sample of all, for which each row has room. Stored are the positions that the inputs'
+            ``attention_mask`` (or ``decoder_attention_mask``) names, and their number, in 4 bytes. Padded positions
+            come back without an opinion: logits of 0, or a uniform distribution. None: all samples have one length.
 
     Raises:
         ValueError: If an argument is outside its range; later, if the file is damaged or belongs to another run, if
@@ -93,6 +98,7 @@ class TeacherCache(StoredRows):
         slots: int = 1,
         seed: int = 0,
         temperature: float = 1.0,
+        max_length: int | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
@@ -102,6 +108,11 @@ class TeacherCache(StoredRows):
             raise ValueError(
                 f"temperature is that of the top_k of tokens, positive and finite, got {temperature!r} with "
                 f"top_k={top_k}. All logits are stored before any temperature."
+            )
+        if max_length is not None and max_length < 1:
+            raise ValueError(
+                f"max_length is the length of the longest sample, 1 or more, got {max_length}. None: all samples have "
+                "one length."
             )
         if augmentation not in (None, "fixed", "replay"):
             raise ValueError(f"augmentation must be None, 'fixed' or 'replay', got {augmentation!r}.")
@@ -113,7 +124,10 @@ class TeacherCache(StoredRows):
         super().__init__(path, slots)
         self.dtype: Literal["float16", "bfloat16", "float32"] = dtype
         self.top_k = top_k
-        self._codec = RowCodec(dtype, top_k, temperature)
+        self.temperature = temperature
+        self.max_length = max_length
+        rows = RowCodec(dtype, top_k, temperature)
+        self._codec = rows if max_length is None else LengthCodec(rows, max_length)
         self.augmentation = augmentation
         self.seed = seed
         self.dataset: Any = None
@@ -177,7 +191,8 @@ class TeacherCache(StoredRows):
             "slots": self.slots,
             "seed": self.seed,
             "dtype": self.dtype,
-            "top_k": self.top_k if self._codec.temperature == 1 else f"{self.top_k} at T = {self._codec.temperature:g}",
+            "top_k": self.top_k if self.temperature == 1 else f"{self.top_k} at T = {self.temperature:g}",
+            "max_length": self.max_length,
             "byteorder": sys.byteorder,
         }
         if self._identity not in (None, identity):
@@ -206,7 +221,8 @@ class TeacherCache(StoredRows):
         if name not in self._others:
             path = self.path.with_name(f"{self.path.stem}.{name}{self.path.suffix}")
             augmentation = None if self.augmentation is None else "fixed"
-            part = TeacherCache(path, self.dtype, self.top_k, augmentation, 1, self.seed, self._codec.temperature)
+            options = (self.dtype, self.top_k, augmentation, 1, self.seed, self.temperature, self.max_length)
+            part = TeacherCache(path, *options)
             part.first = (zlib.crc32(name.encode()) % 2**22 + 1) << _PART
             self._others[name] = part
         return self._others[name]
@@ -217,7 +233,11 @@ class TeacherCache(StoredRows):
         return all(part._compared and part._file is not None and part._file.whole for part in self.parts)
 
     def logits(
-        self, rows: Tensor, compute: Callable[[], TeacherTarget] | None, device: torch.device | None = None
+        self,
+        rows: Tensor,
+        compute: Callable[[], TeacherTarget] | None,
+        device: torch.device | None = None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Return the logits of these rows as float32; compute and store the rows that are missing.
 
@@ -228,6 +248,7 @@ class TeacherCache(StoredRows):
             compute: Function that returns the teacher's logits of the whole batch: ``(B, C)``, or ``(B, ...)`` with one
                 shape for all rows; or Sparse targets of ``top_k`` classes. None: the cache must have the rows.
             device: Device of the result, by default the CPU. The copy is asynchronous.
+            inputs: The batch's inputs by name, of which a cache with ``max_length`` reads the padding mask.
 
         Raises:
             RuntimeError: If :meth:`index` has not been called.
@@ -237,7 +258,7 @@ class TeacherCache(StoredRows):
         """
         numbers = rows.cpu().numpy()
         if numbers.size and numbers[0] >> _PART != self.first >> _PART:
-            return self._of_row(int(numbers[0])).logits(rows, compute, device)
+            return self._of_row(int(numbers[0])).logits(rows, compute, device, inputs)
         identity, numbers = self._in_use(), numbers - self.first
         if numbers.size and not 0 <= numbers.min() <= numbers.max() < identity["samples"] * self.slots:
             raise ValueError(
@@ -254,10 +275,10 @@ class TeacherCache(StoredRows):
             if new.any():
                 self._warn_of_shards()
             computed = compute()
-            encoded = self._codec.encode(computed)
+            encoded = self._codec.encode(computed, inputs)
             shape = self._codec.shape(computed)
             if self._file is None:
-                self._codec.warn_of_top_k(computed, encoded)
+                self._codec.warn_of_top_k(computed, encoded, inputs)
                 own = (self.rows.start - self.first, self.rows.stop - self.first)
                 CacheFile.create(self._target, identity, shape, encoded.shape[1], None if self._shard is None else own)
                 self._file = CacheFile(self._target, identity, alone=self._shard is not None)
@@ -265,14 +286,15 @@ class TeacherCache(StoredRows):
             if shape != self._file.shape:
                 raise ValueError(
                     f"the cache {self.path} has rows of shape {tuple(self._file.shape)}, but the teacher gives "
-                    f"{tuple(shape)}. Delete the file to build it anew; rows of changing length cannot be cached."
+                    f"{tuple(shape)}. Delete the file to build it anew; batches padded to their longest sample need "
+                    "TeacherCache(..., max_length=...)."
                 )
             if not new.all():
                 self._compare(numbers[~new], encoded[~new])
                 self._compared = True
             self._file.write(numbers[new], encoded[new])
         assert self._file is not None
-        return self._codec.decode(self._file.read(numbers), self._file.shape, device)
+        return self._codec.decode(self._file.read(numbers), self._file.shape, device, inputs)
 
     def _of_row(self, row: int) -> TeacherCache:
         """Return the part that a row number tells.

@@ -251,10 +251,10 @@ class CacheFile:
         }
         differ = [
             parts.get(name, name + " {} in the file, {} now").format(
-                *(str(value)[:8] if name in parts else repr(value) for value in (header[name], identity[name]))
+                *(str(value)[:8] if name in parts else repr(value) for value in (header.get(name), identity[name]))
             )
             for name in identity
-            if header[name] != identity[name]
+            if header.get(name) != identity[name]
         ]
         if differ:
             self._fail(f"is not of this run: {'; '.join(differ)}", "Give this run another path, or")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from kd_lightning.functional import Sparse
 from kd_lightning.functional.sparse import Tail, TeacherTarget
 from kd_lightning.teachers.cache_file import Bytes
 
-__all__ = ["DTYPES", "RowCodec"]
+__all__ = ["DTYPES", "RowCodec", "on_device"]
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _LEAST_CLASSES_FOR_TOP_K = 1000
@@ -45,8 +46,12 @@ class RowCodec:
         """Return the shape of a sample's logits."""
         return list(logits.shape[1:]) if isinstance(logits, Tensor) else [*logits.indices.shape[1:-1], _UNTOLD]
 
-    def encode(self, logits: TeacherTarget) -> Bytes:
+    def encode(self, logits: TeacherTarget, inputs: Mapping[str, Any] | None = None) -> Bytes:
         """Return one row of bytes for each sample.
+
+        Args:
+            logits: ``(B, ...)``, or Sparse targets.
+            inputs: Not used, because all rows have one length.
 
         Raises:
             TypeError: If a teacher gives Sparse targets and there is no ``top_k``.
@@ -67,18 +72,21 @@ class RowCodec:
             self._check_finite(values, parts[0])
         return torch.cat([part.flatten(1).contiguous().view(torch.uint8) for part in parts], 1).numpy()
 
-    def decode(self, rows: Bytes, shape: list[int], device: torch.device | None = None) -> Any:
+    def decode(
+        self, rows: Bytes, shape: list[int], device: torch.device | None = None, inputs: Mapping[str, Any] | None = None
+    ) -> Any:
         """Return the logits of these rows in float32, or the :class:`~kd_lightning.functional.Sparse` targets.
 
         Args:
             rows: What :meth:`encode` returned.
             shape: Shape of a sample's logits.
             device: Device of the result, by default the CPU.
+            inputs: Not used.
         """
-        encoded = torch.from_numpy(rows)
-        if device is not None and device.type == "cuda":
-            encoded = encoded.pin_memory()
-        encoded = encoded.to(device, non_blocking=True)
+        return self.decode_bytes(on_device(rows, device), shape)
+
+    def decode_bytes(self, encoded: Tensor, shape: list[int]) -> Any:
+        """Return :meth:`decode` of bytes that are on the device of the result."""
         if self.top_k is None:
             return encoded.view(self.dtype).float().reshape(-1, *shape)
         *positions, classes = shape
@@ -89,6 +97,13 @@ class RowCodec:
             return values[:, -1:].repeat(1, classes).scatter(1, numbers.long(), values[:, :-1])
         values = values - values.logsumexp(-1, keepdim=True)  # because rounded probabilities do not sum to 1
         return Sparse(numbers, values[..., :-1], self.temperature, self.tail, values[..., -1:])
+
+    def empty_position(self, shape: list[int]) -> list[Tensor]:
+        """Return the bytes of each part of a position that has no logits: logits of 0, or equal probabilities."""
+        if self.top_k is None:
+            return [torch.zeros(shape[-1] * self.dtype.itemsize, dtype=torch.uint8)]
+        numbers = torch.arange(self.top_k).to(_number_type(shape)).view(torch.uint8)
+        return [torch.zeros((self.top_k + 1) * self.dtype.itemsize, dtype=torch.uint8), numbers]
 
     def dense(self, rows: Bytes, shape: list[int]) -> Tensor:
         """Return logits of all classes, of tokens over the temperature and up to a shift, to compare with others."""
@@ -106,7 +121,7 @@ class RowCodec:
         have, want = (self.dense(part, shape).flatten(1) for part in (stored, computed))
         return (have - want).norm(dim=1) / (want - want.mean(1, keepdim=True)).norm(dim=1).clamp(min=1e-6)
 
-    def warn_of_top_k(self, logits: TeacherTarget, encoded: Bytes) -> None:
+    def warn_of_top_k(self, logits: TeacherTarget, encoded: Bytes, inputs: Mapping[str, Any] | None = None) -> None:
         """Warn of the error of the student's gradient that a top-k of classes causes in the first rows."""
         if self.top_k is None or not isinstance(logits, Tensor):
             return
@@ -192,6 +207,14 @@ class RowCodec:
             f"the teacher has a logit of {float(values.abs().max()):.4g}, too large for {self.name} "
             f"(at most {torch.finfo(self.dtype).max:g}): TeacherCache(..., dtype='float32')."
         )
+
+
+def on_device(rows: Bytes, device: torch.device | None) -> Tensor:
+    """Return the bytes on a device, without a host sync."""
+    encoded = torch.from_numpy(rows)
+    if device is not None and device.type == "cuda":
+        encoded = encoded.pin_memory()
+    return encoded.to(device, non_blocking=True)
 
 
 def _copy(part: Tensor) -> Tensor:

@@ -21,12 +21,14 @@ from kd_lightning.teachers.calibration import Calibration
 from kd_lightning.teachers.calls import (
     Call,
     HiddenStates,
+    by_name,
     call_model,
     check_hidden_states,
     extract_logits,
     hidden_states,
     in_micro_batches,
     naming_inputs,
+    positional_names,
 )
 from kd_lightning.teachers.freeze import freeze
 from kd_lightning.teachers.made_at import device_of
@@ -323,7 +325,8 @@ class FrozenTeacher(Teacher):
         weight = self._a_weight
         absent = self._absent
         device = self._placement.device_of_logits(inputs, weight) if absent is None else absent.device
-        logits = cache.logits(index, compute, device)
+        names = () if cache.max_length is None or isinstance(inputs, Mapping) else positional_names(self.module)
+        logits = cache.logits(index, compute, device, by_name(inputs, names))
         return (
             logits
             if weight is None or not isinstance(logits, Tensor)

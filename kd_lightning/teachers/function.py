@@ -15,7 +15,7 @@ from typing_extensions import override
 from kd_lightning.functional import Sparse
 from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.teachers.cache import TeacherCache
-from kd_lightning.teachers.calls import call_model, extract_logits
+from kd_lightning.teachers.calls import by_name, call_model, extract_logits
 from kd_lightning.teachers.made_at import MadeAt, Output, device_of
 from kd_lightning.teachers.transforms import Renormalize, apply_transform, check_transform, with_transform
 
@@ -100,7 +100,7 @@ class FunctionTeacher(MadeAt):
 
         if self.cache is None or index is None:
             return compute()
-        return _outside_graphs(self.cache.logits)(index, compute, device)
+        return _outside_graphs(self.cache.logits)(index, compute, device, by_name(inputs))
 
     @override
     def __call__(self, inputs: Any) -> Any:
