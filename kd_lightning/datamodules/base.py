@@ -1,4 +1,4 @@
-"""The base of the image data modules: splits, subsets of the training part, and loaders."""
+"""The bases of the data modules: loaders for all, splits and subsets for images."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -23,20 +23,91 @@ def check(holds: bool, rule: str, value: object, way_out: str) -> None:
         raise ValueError(f"{rule}, got {value!r}. {way_out}")
 
 
-def check_loading(batch_size: int, eval_batch_size: int | None, val_fraction: float, num_workers: int) -> None:
-    """Check the arguments of every data module."""
-    check(batch_size >= 1, "batch_size must be at least 1", batch_size, "Give a positive integer.")
-    check(
-        eval_batch_size is None or eval_batch_size >= 1,
-        "eval_batch_size must be at least 1 or None",
-        eval_batch_size,
-        "None means batch_size.",
-    )
-    check(0 <= val_fraction < 1, "val_fraction must be in [0, 1)", val_fraction, "0 means no validation.")
-    check(num_workers >= 0, "num_workers must be at least 0", num_workers, "0 loads in the main process.")
+class LoadersDataModule(LightningDataModule, ABC):
+    """Base class of the data modules: loaders whose batches name their samples for a teacher's cache on request."""
+
+    collate_fn: Callable[[Any], Any] | None = None
+    """The function that collates samples; None: torch's."""
+
+    def __init__(
+        self,
+        batch_size: int,
+        eval_batch_size: int | None,
+        val_fraction: float,
+        num_workers: int,
+        pin_memory: bool | None,
+        persistent_workers: bool = True,
+    ) -> None:
+        super().__init__()
+        check(batch_size >= 1, "batch_size must be at least 1", batch_size, "Give a positive integer.")
+        check(
+            eval_batch_size is None or eval_batch_size >= 1,
+            "eval_batch_size must be at least 1 or None",
+            eval_batch_size,
+            "None means batch_size.",
+        )
+        check(0 <= val_fraction < 1, "val_fraction must be in [0, 1)", val_fraction, "0 means no validation.")
+        check(num_workers >= 0, "num_workers must be at least 0", num_workers, "0 loads in the main process.")
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.val_fraction = val_fraction
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.persistent_workers = persistent_workers
+        self._index: Callable[..., Any] | None = None
+
+    @abstractmethod
+    def dataset_of(self, stage: str) -> Any:
+        """Return the dataset of a stage (fit, validate, test or predict); None if there is no validation.
+
+        Raises:
+            RuntimeError: If ``setup`` was not called.
+        """
+
+    def index_training(self, index: Callable[..., Any] | None) -> None:
+        """Have training and validation batches name their samples, as a teacher's cache needs.
+
+        A DistillationModule calls it.
+
+        Args:
+            index: ``teacher.index``: a function of a dataset, its collate function and its part. None: plain batches.
+        """
+        self._index = index
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of shuffled batches of the training part."""
+        return self._loader("fit", self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Return the loader of the validation part; an empty list if ``val_fraction`` is 0."""
+        return [] if self.dataset_of("validate") is None else self._loader("validate", self.eval_batch_size)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of the test set."""
+        return self._loader("test", self.eval_batch_size)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of the test set."""
+        return self._loader("predict", self.eval_batch_size)
+
+    def _loader(self, stage: str, batch_size: int, shuffle: bool = False) -> DataLoader[Any]:
+        source, collate_fn = self.dataset_of(stage), self.collate_fn
+        part = {"fit": "train", "validate": "val"}.get(stage)
+        if part is not None and self._index is not None:
+            source = self._index(source, collate_fn, part)
+            collate_fn = source.collate
+        return DataLoader(
+            source,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
+            persistent_workers=self.persistent_workers and self.num_workers > 0,
+            collate_fn=collate_fn,
+        )
 
 
-class ImageDataModule(LightningDataModule, ABC):
+class ImageDataModule(LoadersDataModule):
     """Base class of the image data modules: a subclass loads the images and names the classes.
 
     Batches are ``(images, targets)``: normalised float32 images ``(B, C, H, W)`` and int64 classes ``(B,)``.
@@ -107,8 +178,7 @@ class ImageDataModule(LightningDataModule, ABC):
         train_transform: Callable | None = None,  # bare: with its arguments, YAML cannot name a transform class
         eval_transform: Callable | None = None,
     ) -> None:
-        super().__init__()
-        check_loading(batch_size, eval_batch_size, val_fraction, num_workers)
+        super().__init__(batch_size, eval_batch_size, val_fraction, num_workers, pin_memory, persistent_workers)
         check(
             0 < train_fraction <= 1,
             "train_fraction must be in (0, 1]",
@@ -121,20 +191,13 @@ class ImageDataModule(LightningDataModule, ABC):
             imbalance_factor,
             "Write 0.01 for '100 to 1', 1.0 for data as they are.",
         )
-        self.batch_size = batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.val_fraction = val_fraction
         self.train_fraction = train_fraction
         self.imbalance_factor = imbalance_factor
         self.seed = seed
         self.augment = augment
         self.in_memory = in_memory
-        self.num_workers = num_workers
-        self.pin_memory = pin_memory
-        self.persistent_workers = persistent_workers
         self.train_transform = train_transform
         self.eval_transform = eval_transform
-        self._index: Callable[..., Any] | None = None
         self.train_dataset: ImageDataset | None = None
         self.val_dataset: ImageDataset | None = None
         self.test_dataset: ImageDataset | None = None
@@ -225,56 +288,18 @@ class ImageDataModule(LightningDataModule, ABC):
             transform = chain(pipeline.resize, pipeline.augment, self.normalization())
         return ImageDataset(images, targets, transform)
 
-    def index_training(self, index: Callable[..., Any] | None) -> None:
-        """Have training and validation batches name their samples, as a teacher's cache needs.
+    collate_fn = staticmethod(collate)
 
-        A DistillationModule calls it.
-
-        Args:
-            index: ``teacher.index``: a function of a dataset, its collate function and its part. None: plain batches.
-        """
-        self._index = index
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of shuffled, augmented batches of the training part."""
-        return self._loader(self.train_dataset, "fit", self.batch_size, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Return the loader of the validation part; an empty list if ``val_fraction`` is 0."""
-        if self.train_dataset is not None and self.val_dataset is None:
-            return []
-        return self._loader(self.val_dataset, "validate", self.eval_batch_size)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of the test set."""
-        return self._loader(self.test_dataset, "test", self.eval_batch_size)
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of the test set."""
-        return self._loader(self.test_dataset, "predict", self.eval_batch_size)
-
-    def _loader(
-        self, dataset: ImageDataset | None, stage: str, batch_size: int, shuffle: bool = False
-    ) -> DataLoader[Any]:
+    def dataset_of(self, stage: str) -> ImageDataset | None:
+        """Return the dataset of fit, validate, test or predict; None if there is no validation part."""
+        if stage == "validate" and self.train_dataset is not None:
+            return self.val_dataset
+        dataset = {"fit": self.train_dataset, "validate": self.val_dataset}.get(stage, self.test_dataset)
         if dataset is None:
             raise RuntimeError(
                 f"There are no data for this loader yet. Call setup({stage!r}) first, as the Trainer does."
             )
-        source: Any = dataset
-        collate_fn: Callable[[Any], Any] = collate
-        part = {"fit": "train", "validate": "val"}.get(stage)
-        if part is not None and self._index is not None:
-            source = self._index(dataset, collate, part)
-            collate_fn = source.collate
-        return DataLoader(
-            source,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
-            persistent_workers=self.persistent_workers and self.num_workers > 0,
-            collate_fn=collate_fn,
-        )
+        return dataset
 
 
 def _filled(loaded: tuple[Images, Tensor] | None, split: Split) -> tuple[Images, Tensor]:

@@ -20,9 +20,7 @@ class CIFAR10DataModule(ImageDataModule):
     Args:
         root: Folder that holds ``cifar-10-batches-py``, or to which it is downloaded.
         download: Whether to download missing data.
-        **kwargs: The arguments of :class:`ImageDataModule`: ``batch_size``, ``eval_batch_size``, ``val_fraction``,
-            ``train_fraction``, ``imbalance_factor``, ``seed``, ``augment``, ``in_memory``, ``num_workers``,
-            ``pin_memory``, ``persistent_workers``, ``train_transform``, ``eval_transform``.
+        **kwargs: The arguments of :class:`ImageDataModule`.
 
     Raises:
         ValueError: If an argument lies outside its range.
@@ -99,9 +97,7 @@ class CIFAR100DataModule(CIFAR10DataModule):
     Args:
         root: Folder that holds ``cifar-100-python``, or to which it is downloaded.
         download: Whether to download missing data.
-        **kwargs: The arguments of :class:`ImageDataModule`: ``batch_size``, ``eval_batch_size``, ``val_fraction``,
-            ``train_fraction``, ``imbalance_factor``, ``seed``, ``augment``, ``in_memory``, ``num_workers``,
-            ``pin_memory``, ``persistent_workers``, ``train_transform``, ``eval_transform``.
+        **kwargs: The arguments of :class:`ImageDataModule`.
 
     Raises:
         ValueError: If an argument lies outside its range.

@@ -22,9 +22,7 @@ class DigitsDataModule(ImageDataModule):
     Args:
         test_fraction: Part of each class's images in the test set, in (0, 1). The test set does not depend on ``seed``.
         augment: Whether to shift training images by up to one pixel in each direction.
-        **kwargs: The arguments of :class:`ImageDataModule`: ``batch_size``, ``eval_batch_size``, ``val_fraction``,
-            ``train_fraction``, ``imbalance_factor``, ``seed``, ``in_memory``, ``num_workers``, ``pin_memory``,
-            ``persistent_workers``, ``train_transform``, ``eval_transform``.
+        **kwargs: The arguments of :class:`ImageDataModule`.
 
     Raises:
         ValueError: If an argument lies outside its range.

@@ -38,9 +38,7 @@ class ImageFolderDataModule(ImageDataModule):
         std: Channel standard deviations, by which the difference is divided; ImageNet's by default.
         in_memory: Whether to keep all decoded images in RAM, at three bytes a pixel. Whole batches are then augmented
             at once, if ``crop_padding`` is set or ``augment`` is not.
-        **kwargs: The other arguments of :class:`ImageDataModule`: ``batch_size``, ``eval_batch_size``,
-            ``val_fraction``, ``train_fraction``, ``imbalance_factor``, ``seed``, ``augment``, ``num_workers``,
-            ``pin_memory``, ``persistent_workers``, ``train_transform``, ``eval_transform``.
+        **kwargs: The other arguments of :class:`ImageDataModule`.
 
     Raises:
         ValueError: If an argument lies outside its range; in ``setup`` and ``classes``, if the layout of the folders is

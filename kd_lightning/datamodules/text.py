@@ -1,17 +1,15 @@
 """Text for small language models: the language reference that comes with Python."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from itertools import pairwise
-from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from kd_lightning.datamodules.base import check, check_loading
+from kd_lightning.datamodules.base import LoadersDataModule, check
 from kd_lightning.datamodules.splits import share
 
 _HEADING = re.compile(r"^(\S.*)\n([*=\-^~\"+])\2{2,}$", re.MULTILINE)  # an underlined line
@@ -54,7 +52,7 @@ class TextBlocks(Dataset[dict[str, Tensor]]):
         return {"input_ids": inputs, "attention_mask": mask, "labels": inputs.masked_fill(mask == 0, -100)}
 
 
-class PythonDocsDataModule(LightningDataModule):
+class PythonDocsDataModule(LoadersDataModule):
     """The Python language reference, which the interpreter has for ``help()``: some 370,000 characters of English.
 
     The topics of ``pydoc_data.topics`` are cut at their headings into 170 sections (Python 3.11), each taken once. A
@@ -103,22 +101,15 @@ class PythonDocsDataModule(LightningDataModule):
         num_workers: int = 0,
         pin_memory: bool | None = None,
     ) -> None:
-        super().__init__()
-        check_loading(batch_size, eval_batch_size, val_fraction, num_workers)
+        super().__init__(batch_size, eval_batch_size, val_fraction, num_workers, pin_memory)
         check(block_size >= 2, "block_size must be at least 2", block_size, "A token is predicted from those before.")
         check(0 < test_fraction < 1, "test_fraction must be in (0, 1)", test_fraction, "0.1 is usual.")
         check(0 < train_fraction <= 1, "train_fraction must be in (0, 1]", train_fraction, "1.0 means all there is.")
-        self.batch_size = batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.block_size = block_size
-        self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         self.train_fraction = train_fraction
         self.seed = seed
-        self.num_workers = num_workers
-        self.pin_memory = pin_memory
         self.datasets: dict[str, TextBlocks] = {}
-        self._index: Callable[..., Any] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -181,40 +172,13 @@ class PythonDocsDataModule(LightningDataModule):
                 for part, titles in self.split().items()
             }
 
-    def index_training(self, index: Callable[..., Any] | None) -> None:
-        """Have batches name their samples; see :meth:`ImageDataModule.index_training`."""
-        self._index = index
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of shuffled blocks of the training part."""
-        return self._loader("train", self.batch_size, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Return the loader of the validation part; an empty list if ``val_fraction`` is 0."""
-        return self._loader("val", self.eval_batch_size) if self.val_fraction > 0 else []
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of the test set."""
-        return self._loader("test", self.eval_batch_size)
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of the test set."""
-        return self._loader("test", self.eval_batch_size)
-
-    def _loader(self, part: str, batch_size: int, shuffle: bool = False) -> DataLoader[Any]:
+    def dataset_of(self, stage: str) -> TextBlocks | None:
+        """Return the blocks of fit, validate, test or predict; None if there is no validation part."""
+        if stage == "validate" and self.val_fraction == 0:
+            return None
         if not self.datasets:
             raise RuntimeError("There are no data for this loader yet. Call setup first, as the Trainer does.")
-        source: Any = self.datasets[part]
-        if self._index is not None and part != "test":
-            source = self._index(source, part=part)
-        return DataLoader(
-            source,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
-            persistent_workers=self.num_workers > 0,
-        )
+        return self.datasets[{"fit": "train", "validate": "val"}.get(stage, "test")]
 
 
 def _shuffled(titles: Sequence[str], salt: str) -> list[str]:
