@@ -109,72 +109,30 @@ class CifarResNet(nn.Module):
 
 
 def resnet20(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
-    """Return the resnet20 of Tian et al. 2020, student of resnet56 and resnet110: :class:`CifarResNet` of depth 20.
-
-    Shapes and arguments are those of the class.
-
-    Example:
-        >>> sum(p.numel() for p in resnet20().parameters())
-        278324
-    """
+    """Return the resnet20 of Tian et al. 2020, student of resnet56 and resnet110: :class:`CifarResNet` of depth 20."""
     return CifarResNet(20, num_classes=num_classes, in_channels=in_channels)
 
 
 def resnet32(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
-    """Return the resnet32 of Tian et al. 2020, student of resnet110: :class:`CifarResNet` of depth 32.
-
-    Shapes and arguments are those of the class.
-
-    Example:
-        >>> sum(p.numel() for p in resnet32().parameters())
-        472756
-    """
+    """Return the resnet32 of Tian et al. 2020, student of resnet110: :class:`CifarResNet` of depth 32."""
     return CifarResNet(32, num_classes=num_classes, in_channels=in_channels)
 
 
 def resnet56(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
-    """Return the resnet56 of Tian et al. 2020, a teacher of resnet20: :class:`CifarResNet` of depth 56.
-
-    Shapes and arguments are those of the class.
-
-    Example:
-        >>> sum(p.numel() for p in resnet56().parameters())
-        861620
-    """
+    """Return the resnet56 of Tian et al. 2020, a teacher of resnet20: :class:`CifarResNet` of depth 56."""
     return CifarResNet(56, num_classes=num_classes, in_channels=in_channels)
 
 
 def resnet110(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
-    """Return the resnet110 of Tian et al. 2020, teacher of resnet20 and resnet32: :class:`CifarResNet` of depth 110.
-
-    Shapes and arguments are those of the class.
-
-    Example:
-        >>> sum(p.numel() for p in resnet110().parameters())
-        1736564
-    """
+    """Return the resnet110 of Tian et al. 2020, teacher of resnet20 and resnet32: :class:`CifarResNet` of depth 110."""
     return CifarResNet(110, num_classes=num_classes, in_channels=in_channels)
 
 
 def resnet8x4(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
-    """Return the resnet8x4 of Tian et al. 2020, student of resnet32x4: a wide :class:`CifarResNet` of depth 8.
-
-    Shapes and arguments are those of the class.
-
-    Example:
-        >>> sum(p.numel() for p in resnet8x4().parameters())
-        1233540
-    """
+    """Return the resnet8x4 of Tian et al. 2020, student of resnet32x4: a wide :class:`CifarResNet` of depth 8."""
     return CifarResNet(8, widths=(32, 64, 128, 256), num_classes=num_classes, in_channels=in_channels)
 
 
 def resnet32x4(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
-    """Return the resnet32x4 of Tian et al. 2020, teacher of resnet8x4: a wide :class:`CifarResNet` of depth 32.
-
-    Shapes and arguments are those of the class.
-
-    Example:
-        >>> sum(p.numel() for p in resnet32x4().parameters())
-        7433860
-    """
+    """Return the resnet32x4 of Tian et al. 2020, teacher of resnet8x4: a wide :class:`CifarResNet` of depth 32."""
     return CifarResNet(32, widths=(32, 64, 128, 256), num_classes=num_classes, in_channels=in_channels)

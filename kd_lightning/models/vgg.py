@@ -81,24 +81,10 @@ class VGG(nn.Module):
 
 
 def vgg8(num_classes: int = 100, in_channels: int = 3) -> VGG:
-    """Return the vgg8 of Tian et al. 2020, student of vgg13: :class:`VGG` with one convolution per block.
-
-    Shapes and arguments are those of the class.
-
-    Example:
-        >>> sum(p.numel() for p in vgg8().parameters())
-        3965028
-    """
+    """Return the vgg8 of Tian et al. 2020, student of vgg13: :class:`VGG` with one convolution per block."""
     return VGG(1, num_classes=num_classes, in_channels=in_channels)
 
 
 def vgg13(num_classes: int = 100, in_channels: int = 3) -> VGG:
-    """Return the vgg13 of Tian et al. 2020, teacher of vgg8: :class:`VGG` with two convolutions per block.
-
-    Shapes and arguments are those of the class.
-
-    Example:
-        >>> sum(p.numel() for p in vgg13().parameters())
-        9462180
-    """
+    """Return the vgg13 of Tian et al. 2020, teacher of vgg8: :class:`VGG` with two convolutions per block."""
     return VGG(2, num_classes=num_classes, in_channels=in_channels)

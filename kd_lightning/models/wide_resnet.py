@@ -109,36 +109,15 @@ class WideResNet(nn.Module):
 
 
 def wrn_16_2(num_classes: int = 100, in_channels: int = 3, dropout: float = 0.0) -> WideResNet:
-    """Return the WRN-16-2 of Zagoruyko & Komodakis 2016, student of wrn_40_2: :class:`WideResNet` of depth 16.
-
-    Shapes and arguments are those of the class.
-
-    Example:
-        >>> sum(p.numel() for p in wrn_16_2().parameters())
-        703284
-    """
+    """Return the WRN-16-2 of Zagoruyko & Komodakis 2016, student of wrn_40_2: :class:`WideResNet` of depth 16."""
     return WideResNet(16, 2, num_classes=num_classes, in_channels=in_channels, dropout=dropout)
 
 
 def wrn_40_1(num_classes: int = 100, in_channels: int = 3, dropout: float = 0.0) -> WideResNet:
-    """Return the WRN-40-1 of Zagoruyko & Komodakis 2016, thin student of wrn_40_2: :class:`WideResNet` of depth 40.
-
-    Shapes and arguments are those of the class.
-
-    Example:
-        >>> sum(p.numel() for p in wrn_40_1().parameters())
-        569780
-    """
+    """Return the WRN-40-1 of Zagoruyko & Komodakis 2016, thin student of wrn_40_2: :class:`WideResNet` of depth 40."""
     return WideResNet(40, 1, num_classes=num_classes, in_channels=in_channels, dropout=dropout)
 
 
 def wrn_40_2(num_classes: int = 100, in_channels: int = 3, dropout: float = 0.0) -> WideResNet:
-    """Return the WRN-40-2 of Zagoruyko & Komodakis 2016, teacher of the other two: :class:`WideResNet` of depth 40.
-
-    Shapes and arguments are those of the class.
-
-    Example:
-        >>> sum(p.numel() for p in wrn_40_2().parameters())
-        2255156
-    """
+    """Return the WRN-40-2 of Zagoruyko & Komodakis 2016, teacher of the other two: :class:`WideResNet` of depth 40."""
     return WideResNet(40, 2, num_classes=num_classes, in_channels=in_channels, dropout=dropout)
