@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
-from kd_lightning.teachers.absent import AbsentWeights, is_plain
+from kd_lightning.teachers.absent import Absent, is_plain
 from kd_lightning.teachers.batch import BatchTeacher
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calibration import Calibration
@@ -47,10 +47,9 @@ class FrozenTeacher(Teacher):
     """A trained network that only ever predicts.
 
     Its parameters need no gradient, it stays in eval mode whatever is called on the module around it, and it runs under
-    ``torch.no_grad()`` (under ``inference_mode`` its outputs could not serve a learnable temperature). It is no
-    ``nn.Module``, so that a module that holds it does not register it: it is absent from state dicts, checkpoints,
-    optimisers and DDP's broadcasts, and out of the reach of weight averaging and pruning, which damage a registered
-    teacher. :class:`~kd_lightning.Distiller` moves and casts it along with itself.
+    ``torch.no_grad()`` (under ``inference_mode`` its outputs could not serve a learnable temperature). Like every
+    :class:`~kd_lightning.teachers.Teacher` it is registered in no module; the :class:`~kd_lightning.Distiller` moves
+    and casts it along with itself.
 
     Args:
         module: The network. **It is frozen in place.**
@@ -70,7 +69,6 @@ class FrozenTeacher(Teacher):
         cache: Where its logits are kept, by sample; see :meth:`logits` and :meth:`index`.
         fingerprint: Name and version of the weights, in the place of their hash, where they are too large to hash or
             offloaded by accelerate. Ranks, checkpoints and the cache compare it.
-
         transform: From the inputs to those that the teacher takes, where it was trained on others: a function of the
             batch, a transform of torchvision, or :class:`Renormalize`. Runs on the device, before casts. Part of the
             fingerprint, and so of the cache's, by its ``repr`` or a function's name.
@@ -159,9 +157,9 @@ class FrozenTeacher(Teacher):
         self._compiled: dict[bool, Callable[..., Any]] = {}
         self._fingerprint: str | None = fingerprint
         self.placement = placement
-        self._placement = placement_of(placement, module, checkpoint is not None)
-        self._placement.check(self)
-        self._absent: AbsentWeights | None = None
+        self._home = placement_of(placement, module, checkpoint is not None)
+        self._home.check(self)
+        self._absent: Absent | None = None
         self.loaded = checkpoint is None
         if self.loaded:
             check_finite(module, "weights in place")
@@ -172,66 +170,62 @@ class FrozenTeacher(Teacher):
                 stacklevel=2,
             )
         if precision is not None:
-            self._placement.move(module, partial(_cast, dtype=_DTYPES[precision]))
+            self._home.move(module, partial(_cast, dtype=_DTYPES[precision]))
         if not without_values:
-            self._placement.place(module)
+            self._home.place(module)
         if channels_last:
             module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
+    # ---- weights --------------------------------------------------------------------------------------------------
+
+    @override
     def available(self) -> bool:
         """Return True if the weights are in place, or their file is there to be read."""
         needed = () if self.loaded or self._in_cache is not None else (str(self.checkpoint),)
         needed += (self.calibration,) if isinstance(self.calibration, (str, Path)) else ()
         return all(Path(path).is_file() for path in needed)
 
+    @override
     def load(self) -> FrozenTeacher:
         """Read the checkpoint, the first time only. Called by itself on first use.
 
         A checkpoint that is absent is not read where the cache has every row.
         """
         if not self.loaded:
-            if (fingerprint := self._in_cache) is None:
+            fingerprint = self._in_cache
+            if fingerprint is None:
                 absent = not Path(str(self.checkpoint)).is_file()
                 if absent and self.cache is not None and (shards := self.cache.unmerged()):
                     raise FileNotFoundError(
                         f"the teacher's weights {self.checkpoint} are absent, and the cache {self.cache.path} lacks "
                         f"rows.{shards}"
                     )
-                self._read()
+                self.bring_back()
             else:
-                self._absent = AbsentWeights(self.module, fingerprint)
+                self._absent = Absent(self, fingerprint)
             self.loaded = True
-        if self._absent is not None:
-            return self
-        if self.calibration is not None and self._calibration is None:
+        if self._absent is None and self.calibration is not None and self._calibration is None:
             calibration = Calibration.of(self.calibration)
             if calibration.fingerprint is not None:
                 calibration.check(self._own_fingerprint())
             self._calibration = calibration
         return self
 
-    def _read(self) -> None:
+    def bring_back(self) -> Placement:
+        """Read the checkpoint's weights into the network, and return their place."""
         assert self.checkpoint is not None
-        self._placement.load(self.module, self.checkpoint, self.prefix)
-        check_finite(self.module, self.checkpoint)
-        self._placement.place(self.module)
-
-    def _bring_back(self, absent: AbsentWeights) -> None:
-        if not self.runs:
-            raise FileNotFoundError(
-                f"the teacher's weights {self.checkpoint} are absent, and only samples of its cache are known. Give "
-                "the file, or batches of teacher.index(dataset)."
-            )
         self._absent = None
-        self._read()
+        self._home.load(self.module, self.checkpoint, self.prefix)
+        check_finite(self.module, self.checkpoint)
+        self._home.place(self.module)
         if self.channels_last:
             self.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self._placement.move(self.module, lambda tensor: tensor.to(absent.device))
-        if self.fingerprint() != absent.fingerprint:
-            raise ValueError(
-                f"the teacher's weights {self.checkpoint} have the fingerprint {self.fingerprint()[:8]}, but its cache "
-                f"is of {absent.fingerprint[:8]}. Give the weights that the cache was made with."
-            )
+        return self._home
+
+    @property
+    def _place(self) -> Placement:
+        """The place of the weights at present."""
+        return self._home if self._absent is None else self._absent
 
     @property
     def _in_cache(self) -> str | None:
@@ -247,30 +241,36 @@ class FrozenTeacher(Teacher):
 
     @override
     def release(self) -> None:
-        readable = self.checkpoint is not None and self._placement.releases
-        if self._absent is None and readable and all(map(is_plain, self.parameters())):
-            self._absent = AbsentWeights(self.module, self.fingerprint())
+        readable = self.checkpoint is not None and self._place.releases
+        if readable and all(map(is_plain, self.parameters())):
+            self._absent = Absent(self, self.fingerprint())
 
+    @override
     def fingerprint(self) -> str:
         """Return a hash of all weights and buffers (names, types, shapes, bytes), or the ``fingerprint`` given.
 
         Two teachers with the same fingerprint are bit-identical. Ranks compare it, and checkpoints store it.
         """
-        if (absent := self.load()._absent) is not None:
-            return absent.fingerprint
+        self.load()
+        if self._absent is not None:
+            return self._absent.of_teacher
         own = self._own_fingerprint()
         return own if self._calibration is None else self._calibration.fingerprint_with(own)
 
     def _own_fingerprint(self) -> str:
         """Return the fingerprint without the calibration, which is of a teacher with this one."""
         if self._fingerprint is None:
-            self._fingerprint = self._placement.fingerprint(self.module)
+            self._fingerprint = self._home.fingerprint(self.module)
         return with_transform(self._fingerprint, self.transform)
 
+    # ---- calls ----------------------------------------------------------------------------------------------------
+
+    @override
     def __call__(self, inputs: Any) -> Any:
         """Return the network's own output for these inputs, not calibrated; see :func:`call_model`."""
         return self._frozen(self._run, inputs)
 
+    @override
     def hidden_states(self, inputs: Any, check: bool = False) -> HiddenStates:
         """Run the network up to its output layer; see :func:`hidden_states`. ``check`` compares the two."""
         if check:
@@ -279,12 +279,9 @@ class FrozenTeacher(Teacher):
         return states if self._calibration is None else self._calibration.apply_hidden(states)
 
     def _frozen(self, call: Callable[[Any], Any], inputs: Any) -> Any:
-        if (absent := self.load()._absent) is not None:
-            self._bring_back(absent)
-        if self._can_eval and any(
-            part.training for part in self._parts
-        ):  # somebody called train() on it, or shares a part of it
-            self.module.eval()
+        self.load()
+        if self._can_eval and any(part.training for part in self._parts):
+            self.module.eval()  # because train() was called on the network, or on a module that shares a part of it
         if isinstance(inputs, Mapping):
             inputs = dict(inputs)  # of whatever kind, such as Hugging Face's BatchEncoding
         inputs = apply_transform(self.transform, inputs)
@@ -298,18 +295,13 @@ class FrozenTeacher(Teacher):
             with torch.no_grad(), autocast:
                 return naming_inputs(call, self.module, inputs)
 
-        return self._placement.call(run, self.module, inputs)
+        return self._place.call(run, self.module, inputs)
 
+    @override
     def logits(
         self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
     ) -> Tensor:
-        """Return the logits for these inputs, from the cache where it has them.
-
-        Args:
-            inputs: See :func:`call_model`.
-            index: The samples' rows in the cache, as batches of :meth:`index` carry them. None: the network is run.
-            extract: Finds the logits in the network's output.
-        """
+        """Return the logits for these inputs, from the cache where it has them; see :meth:`Teacher.logits`."""
 
         def compute() -> Tensor:
             logits = self._frozen(lambda inputs: extract(self._run(inputs)), inputs)
@@ -317,26 +309,19 @@ class FrozenTeacher(Teacher):
 
         if self.cache is None or index is None:
             return compute()
-        return _outside_graphs(self._cached_logits)(self.cache, index, compute if self.runs else None, inputs)
+        cached: Any = torch.compiler.disable(self._cached_logits)  # because a memory map cannot be traced
+        return cached(self.cache, index, compute if self.runs else None, inputs)
 
     def _cached_logits(
         self, cache: TeacherCache, index: Tensor, compute: Callable[[], Tensor] | None, inputs: Any
-    ) -> Tensor:
-        weight = self._a_weight
-        absent = self._absent
-        device = self._placement.device_of_logits(inputs, weight) if absent is None else absent.device
+    ) -> Any:
+        weight = next(self.module.parameters(), None)
         names = () if cache.max_length is None or isinstance(inputs, Mapping) else positional_names(self.module)
+        device = self._place.device_of_logits(inputs, weight)
         logits = cache.logits(index, compute, device, by_name(inputs, names))
-        return (
-            logits
-            if weight is None or not isinstance(logits, Tensor)
-            else logits.to(torch.promote_types(logits.dtype, weight.dtype))
-        )
-
-    @property
-    def _a_weight(self) -> Tensor | None:
-        """Any one, to tell device and type by."""
-        return next(self.module.parameters(), None)
+        if weight is None or not isinstance(logits, Tensor):
+            return logits
+        return logits.to(torch.promote_types(logits.dtype, weight.dtype))
 
     @property
     @override
@@ -359,35 +344,26 @@ class FrozenTeacher(Teacher):
                 "layers need the features of the whole batch, but the teacher has micro_batch_size="
                 f"{self.micro_batch_size}: leave it out."
             )
-        self._placement.check_features()
+        self._home.check_features()
         return self.module
 
+    @override
     def to(self, *args: Any, **kwargs: Any) -> FrozenTeacher:
         """Move or cast the network, as ``nn.Module.to``; a ``precision`` of its own stays."""
-        device, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-
-        def convert(tensor: Tensor) -> Tensor:
-            kind = dtype if tensor.is_floating_point() or tensor.is_complex() else None
-            shape = {"memory_format": layout} if layout is not None and tensor.dim() in (4, 5) else {}
-            return tensor.to(device, kind, non_blocking, **shape)
-
-        self._apply(convert)
+        nn.Module.to(cast(Any, self), *args, **kwargs)  # makes a function of its arguments, and calls self._apply
         return self
 
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        given = fn
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = given(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
         if self._absent is None and is_without_values(self.module):
             self.load()
-        fn = fn if self.precision is None else keep_dtype
-        if self._absent is not None:
-            self._absent.move(fn)
-        else:
-            self._placement.move(self.module, fn)
+
+        def follow(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            keeps_dtype = self.precision is not None and moved.dtype != tensor.dtype
+            return tensor.to(moved.device) if keeps_dtype else moved
+
+        self._place.move(self.module, follow)
 
     def _run(self, inputs: Any, hidden: bool = False) -> Any:
         """Call the network, or run it up to its output layer."""
@@ -426,10 +402,6 @@ class FrozenTeacher(Teacher):
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() or tensor.is_complex() else tensor
-
-
-# a memory map is nothing for torch.compile
-_outside_graphs = cast(Callable[[Callable[..., Tensor]], Callable[..., Tensor]], torch.compiler.disable)
 
 
 def as_teacher(teacher: nn.Module | Teacher | str | None) -> Teacher | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,7 +100,8 @@ class FunctionTeacher(MadeAt):
 
         if self.cache is None or index is None:
             return compute()
-        return _outside_graphs(self.cache.logits)(index, compute, device, by_name(inputs))
+        cached: Any = torch.compiler.disable(self.cache.logits)  # because a memory map cannot be traced
+        return cached(index, compute, device, by_name(inputs))
 
     @override
     def __call__(self, inputs: Any) -> Any:
@@ -119,10 +120,6 @@ class FunctionTeacher(MadeAt):
     def __repr__(self) -> str:
         cache = "" if self.cache is None else f", cache={str(self.cache.path)!r}"
         return f"{type(self).__name__}({self.name}, {self._made_at}{cache})"
-
-
-# torch.compile cannot trace a memory map
-_outside_graphs = cast(Callable[[Callable[..., Tensor]], Callable[..., Tensor]], torch.compiler.disable)
 
 
 def _name_of(fn: Any) -> str:
