@@ -18,13 +18,13 @@ from kd_lightning.layers import LayerTerm, LayerTerms
 from kd_lightning.losses import CrossEntropyLoss, KDLoss
 from kd_lightning.losses.first_batch import check_first_batch
 from kd_lightning.losses.task import as_targets, check_targets, is_readable, task_term
-from kd_lightning.output import DistillationOutput, as_terms
+from kd_lightning.output import DistillationOutput
 from kd_lightning.schedules import ConstantSchedule, Progress, Schedule, as_schedule, weight_at
 from kd_lightning.teachers import Opinions, Teacher, extract_logits
 from kd_lightning.teachers.calls import HiddenStates, by_name, counting_positions
 from kd_lightning.teachers.frozen import as_teacher
 from kd_lightning.temperature import Signals, TemperaturePolicy, as_policy
-from kd_lightning.temperature.base import Temperatures
+from kd_lightning.temperature.base import Temperatures, as_terms
 
 __all__ = ["DistillationOutput", "Distiller"]
 

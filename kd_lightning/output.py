@@ -10,14 +10,9 @@ from torch import Tensor
 from kd_lightning.functional import Temperature, predictive_entropy
 from kd_lightning.functional.rows import Scale, is_sharded, loss_scale
 from kd_lightning.layers import LayerResult
-from kd_lightning.temperature.base import Temperatures
+from kd_lightning.temperature.base import Temperatures, as_terms, mean_temperature
 
-__all__ = ["DistillationOutput", "as_terms"]
-
-
-def as_terms(temperatures: Temperatures) -> tuple[Temperature, ...]:
-    """Return a policy's temperatures as a tuple, one for each loss term."""
-    return (temperatures,) if isinstance(temperatures, Temperature) else tuple(temperatures)
+__all__ = ["DistillationOutput"]
 
 
 @dataclass(frozen=True)
@@ -79,8 +74,8 @@ class DistillationOutput:
         student_logits = self.student_logits.detach().movedim(self.class_dim, -1)
         teacher_logits = self.teacher_logits.movedim(self.class_dim, -1)
         values = {
-            "temperature_student": torch.stack([t.student.detach().mean() for t in self.temperatures]).mean(),
-            "temperature_teacher": torch.stack([t.teacher.detach().mean() for t in self.temperatures]).mean(),
+            "temperature_student": mean_temperature(self.temperature),
+            "temperature_teacher": mean_temperature(self.temperature, "teacher"),
             "effective_kd_weight": self.effective_kd_weight,
         }
         if len(student_logits) and not is_sharded(student_logits, teacher_logits):
@@ -88,6 +83,6 @@ class DistillationOutput:
         if len(teacher_logits) and not is_sharded(student_logits, teacher_logits):
             values["entropy_teacher"] = predictive_entropy(teacher_logits, first.teacher.detach()).mean()
         for name, result in self.layers.items():
-            if (temperature := result.mean_temperature()) is not None:
-                values[f"temperature_{name}"] = temperature
+            if result.temperature is not None:
+                values[f"temperature_{name}"] = mean_temperature(result.temperature)
         return {name: value.float() for name, value in values.items()}

@@ -20,6 +20,7 @@ from kd_lightning.schedules import Progress, Schedule, as_schedule, weight_at
 from kd_lightning.teachers import extract_logits
 from kd_lightning.teachers.calls import call_model
 from kd_lightning.temperature import TemperaturePolicy, as_policy
+from kd_lightning.temperature.base import mean_temperature
 
 __all__ = ["OutputTerm", "OutputsDistiller", "OutputsKDLoss", "SeveralOutputs"]
 
@@ -89,7 +90,7 @@ class SeveralOutputs(DistillationOutput):
         values = super().readings()
         for name, out in self.outputs.items():
             values[f"kd_loss_{name}"] = out.kd_loss.detach().float()
-            values[f"temperature_{name}"] = torch.stack([t.student.detach().mean() for t in out.temperatures]).mean()
+            values[f"temperature_{name}"] = mean_temperature(out.temperature)
         return values
 
 

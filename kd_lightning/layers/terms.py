@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from kd_lightning.functional import Temperature
 from kd_lightning.functional.feature_losses import without_padded
 from kd_lightning.layers.extractor import FeatureExtractor, find_layers, layer_depths
 from kd_lightning.losses import FeatureLoss, SoftFeatureLoss
@@ -22,7 +21,7 @@ from kd_lightning.schedules import as_schedule, weight_at
 from kd_lightning.teachers import Teacher
 from kd_lightning.teachers.calls import call_model, has_decoder, padding_mask
 from kd_lightning.temperature import Progress, Schedule, Signals, TemperaturePolicy, as_policy
-from kd_lightning.temperature.base import Temperatures
+from kd_lightning.temperature.base import Temperatures, as_terms
 
 __all__ = ["LayerResult", "LayerTerm", "LayerTerms"]
 
@@ -42,13 +41,6 @@ class LayerResult:
     loss: Tensor
     weight: float
     temperature: Temperatures | None
-
-    def mean_temperature(self) -> Tensor | None:
-        """Return the student's temperature, averaged over what it differs by."""
-        if self.temperature is None:
-            return None
-        several = [self.temperature] if isinstance(self.temperature, Temperature) else list(self.temperature)
-        return torch.stack([temperature.student.detach().mean() for temperature in several]).mean()
 
 
 class LayerTerm(nn.Module):
@@ -198,9 +190,8 @@ class LayerTerm(nn.Module):
         assert isinstance(self.loss, SoftFeatureLoss)
         rows = self.loss.logits(*features, **given)
         temperature = policy(Signals(*rows, None, progress, None, self.depth))
-        terms = (temperature,) if isinstance(temperature, Temperature) else temperature
         softened = [policy.transform(logits) for logits in rows]
-        losses = [self.loss.compare(softened[0], softened[1], term) for term in terms]
+        losses = [self.loss.compare(softened[0], softened[1], term) for term in as_terms(temperature)]
         return LayerResult(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), weight, temperature)
 
     def _fitted(self, student: Tensor, teacher: Tensor) -> Tensor:

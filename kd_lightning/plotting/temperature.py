@@ -295,7 +295,7 @@ def _trace(
     policy: TemperaturePolicy, epochs: int, steps_per_epoch: int, num_classes: int, *, seed: int, learns: bool = True
 ) -> tuple[list[float], Sequence[Curve]]:
     """Return times, and mean, smallest and largest temperature at each time for each loss term and side."""
-    from kd_lightning.temperature import Temperature
+    from kd_lightning.temperature.base import as_terms
 
     policy = copy.deepcopy(policy).cpu().train()
     times: list[float] = []
@@ -303,7 +303,7 @@ def _trace(
     for signals in _stand_ins(epochs, steps_per_epoch, num_classes, seed, learns):
         with torch.no_grad():
             computed = policy(signals)
-        terms = [computed] if isinstance(computed, Temperature) else list(computed)
+        terms = as_terms(computed)
         while len(curves) < len(terms):  # because a joined policy may return more terms later
             curves.append(([_ABSENT] * len(times), [_ABSENT] * len(times)))
         for number, curve in enumerate(curves):

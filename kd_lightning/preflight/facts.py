@@ -21,6 +21,7 @@ from kd_lightning.modules import DistillationModule
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.progress import Progress
 from kd_lightning.teachers.indexed import split_index
+from kd_lightning.temperature.base import mean_temperature
 from kd_lightning.temperature.extra import take_extra
 
 __all__ = [
@@ -280,7 +281,7 @@ def steps_of(facts: Facts, batch: Batch, points: list[Progress]) -> None:
             out = facts.attempt("step", call)
             if out is None:
                 return
-            temperature = float(torch.stack([t.teacher.detach().mean() for t in out.temperatures]).mean())
+            temperature = float(mean_temperature(out.temperature, "teacher"))
             numbers = (temperature, out.kd_weight, out.task_weight, float(out.effective_kd_weight), float(out.loss))
             norms = [_norm(out.kd_weight * out.kd_loss, logits), _norm(out.task_weight * out.task_loss, logits)]
             facts.steps.append(Step(*numbers, *norms))

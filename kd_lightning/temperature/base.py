@@ -6,7 +6,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeAlias, TypedDict
+from typing import Any, ClassVar, Literal, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,19 @@ from kd_lightning.functional.temperature import as_temperature, check_number, ch
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.statistics import mean_over_valid
 
-__all__ = ["Bounds", "TemperaturePolicy", "Temperatures"]
+__all__ = ["Bounds", "TemperaturePolicy", "Temperatures", "as_terms", "mean_temperature"]
 
 Temperatures: TypeAlias = Temperature | Sequence[Temperature]
+
+
+def as_terms(temperatures: Temperatures) -> tuple[Temperature, ...]:
+    """Return a policy's temperatures as a tuple, one for each loss term."""
+    return (temperatures,) if isinstance(temperatures, Temperature) else tuple(temperatures)
+
+
+def mean_temperature(temperatures: Temperatures, side: Literal["student", "teacher"] = "student") -> Tensor:
+    """Return the student's or the teacher's temperature, averaged over the batch and then over the loss terms."""
+    return torch.stack([getattr(term, side).detach().mean() for term in as_terms(temperatures)]).mean()
 
 
 class Bounds(TypedDict, total=False):

@@ -10,7 +10,7 @@ from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature
 from kd_lightning.schedules import Progress, Schedule, Unit, check_boundaries, reached
-from kd_lightning.temperature.base import Bounds, TemperaturePolicy, Temperatures
+from kd_lightning.temperature.base import Bounds, TemperaturePolicy, Temperatures, as_terms
 from kd_lightning.temperature.convert import as_policy
 from kd_lightning.temperature.signals import Signals
 
@@ -210,7 +210,7 @@ class MultiTemperature(_CombinedTemperature):
         terms: list[Temperature] = []
         for policy in self.policies:
             computed = policy(signals)
-            terms.extend([computed] if isinstance(computed, Temperature) else computed)
+            terms.extend(as_terms(computed))
         return terms
 
 
