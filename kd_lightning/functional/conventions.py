@@ -7,9 +7,8 @@ Each function takes the arguments of :func:`kd_loss` except ``scale``, which the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
@@ -18,7 +17,7 @@ from kd_lightning.functional.logit_losses import kd_loss, soft_cross_entropy_los
 from kd_lightning.functional.row_loss import CLASS_DIM, IGNORE_INDEX, UnscaledOptions
 from kd_lightning.functional.rows import Scale, check_option
 from kd_lightning.functional.sparse import TeacherTarget
-from kd_lightning.functional.temperature import Temperature, check_weights
+from kd_lightning.functional.temperature import Temperature, check_weights, compute_dtype
 
 __all__ = [
     "CONVENTIONS",
@@ -34,45 +33,25 @@ __all__ = [
 Convention = Literal["hinton", "trl", "modelopt", "torchdistill", "textbrewer"]
 
 
-def hinton_kd_loss(
-    student_logits: Tensor,
-    teacher_logits: TeacherTarget,
-    temperature: float | Tensor | Temperature,
-    **options: Unpack[UnscaledOptions],
-) -> Tensor:
+def hinton_kd_loss(*given: Any, **options: Unpack[UnscaledOptions]) -> Tensor:
     """Return :func:`kd_loss` with T²: mdistiller, timm, DistillKit."""
-    return kd_loss(student_logits, teacher_logits, temperature, scale="student_teacher", **options)
+    return kd_loss(*given, scale="student_teacher", **options)
 
 
-def trl_kd_loss(
-    student_logits: Tensor,
-    teacher_logits: TeacherTarget,
-    temperature: float | Tensor | Temperature,
-    **options: Unpack[UnscaledOptions],
-) -> Tensor:
+def trl_kd_loss(*given: Any, **options: Unpack[UnscaledOptions]) -> Tensor:
     """Return :func:`kd_loss` without T²: TRL."""
-    return kd_loss(student_logits, teacher_logits, temperature, scale="none", **options)
+    return kd_loss(*given, scale="none", **options)
 
 
-def modelopt_kd_loss(
-    student_logits: Tensor,
-    teacher_logits: TeacherTarget,
-    temperature: float | Tensor | Temperature,
-    **options: Unpack[UnscaledOptions],
-) -> Tensor:
+def modelopt_kd_loss(student_logits: Tensor, *given: Any, **options: Unpack[UnscaledOptions]) -> Tensor:
     """Return :func:`kd_loss` with T², averaged over the classes too and so C times smaller: NVIDIA ModelOpt."""
-    loss = kd_loss(student_logits, teacher_logits, temperature, scale="student_teacher", **options)
+    loss = kd_loss(student_logits, *given, scale="student_teacher", **options)
     return loss / student_logits.shape[options.get("class_dim", CLASS_DIM)]
 
 
-def textbrewer_kd_loss(
-    student_logits: Tensor,
-    teacher_logits: TeacherTarget,
-    temperature: float | Tensor | Temperature,
-    **options: Unpack[UnscaledOptions],
-) -> Tensor:
+def textbrewer_kd_loss(*given: Any, **options: Unpack[UnscaledOptions]) -> Tensor:
     r"""Return the soft cross-entropy :math:`-\sum_k p_t \log p_s` without T²: TextBrewer."""
-    return soft_cross_entropy_loss(student_logits, teacher_logits, temperature, scale="none", **options)
+    return soft_cross_entropy_loss(*given, scale="none", **options)
 
 
 def torchdistill_kd_loss(
@@ -86,18 +65,14 @@ def torchdistill_kd_loss(
 ) -> Tensor:
     """Return ``α · CE + β · T² · KL``; without ``alpha`` or targets the KL alone, *without* T²: torchdistill.
 
-    Args:
-        student_logits: As in :func:`kd_loss`, like the other arguments.
-        teacher_logits: In the student's shape.
-        temperature: Divides the logits.
-        alpha: Weight of the cross-entropy with the targets.
-        beta: Weight of the divergence; None: ``1 − α``.
-        **options: Those of :func:`kd_loss` except ``scale``.
+    Its own arguments are ``alpha``, the weight of the cross-entropy with the targets, and ``beta``, the weight of the
+    divergence; None: ``1 − α``.
 
     Raises:
         ValueError: If the cross-entropy is asked for with another reduction than ``"mean"``.
 
     Example:
+        >>> import torch
         >>> student, teacher = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[1.0, 0.0, 5.0]])
         >>> torchdistill_kd_loss(student, teacher, 2.0, targets=torch.tensor([2]), alpha=0.5)
         tensor(0.3068)
@@ -114,19 +89,18 @@ def torchdistill_kd_loss(
 
 def _cross_entropy(logits: Tensor, targets: Tensor, options: UnscaledOptions) -> Tensor:
     class_dim, ignore_index = options.get("class_dim", CLASS_DIM), options.get("ignore_index", IGNORE_INDEX)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).movedim(
-        class_dim, 1 if logits.dim() > 1 else 0
-    )
-    soft = targets.is_floating_point()
-    targets = targets.movedim(class_dim, 1) if soft else targets
-    ignored = IGNORE_INDEX if soft or ignore_index is None else ignore_index
-    total = F.cross_entropy(logits, targets, reduction="sum", ignore_index=ignored)
+    classes = logits.shape[class_dim]
+    rows = logits.to(compute_dtype(logits)).movedim(class_dim, -1).reshape(-1, classes)
+    count: Any = max(len(rows), 1)
+    if targets.is_floating_point():
+        total = F.cross_entropy(rows, targets.movedim(class_dim, -1).reshape(-1, classes), reduction="sum")
+    elif ignore_index is None:
+        total = F.cross_entropy(rows, targets.flatten(), reduction="sum")
+    else:
+        total = F.cross_entropy(rows, targets.flatten(), reduction="sum", ignore_index=ignore_index)
+        count = (targets != ignore_index).sum().clamp(min=1)
     num_items = options.get("num_items")
-    if num_items is not None:
-        return total / num_items
-    if soft or ignore_index is None:
-        return total / max(logits.numel() // logits.shape[1 if logits.dim() > 1 else 0], 1)
-    return total / (targets != ignore_index).sum().clamp(min=1)
+    return total / (count if num_items is None else num_items)
 
 
 CONVENTIONS: Mapping[Convention, Callable[..., Tensor]] = {

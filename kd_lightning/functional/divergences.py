@@ -67,9 +67,8 @@ class Divergence(ABC):
     counts_classes: ClassVar[bool] = False
     tails: ClassVar[tuple[str, ...]] = ()
 
-    @abstractmethod
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
-        """Return the divergence per row, in differentiable torch.
+        """Return the divergence per row, in differentiable torch. Default: the sum of :meth:`per_class`.
 
         Args:
             a: Tempered student logits.
@@ -80,6 +79,7 @@ class Divergence(ABC):
         Returns:
             The shape of the logits, class dimension 1.
         """
+        return self.per_class(a.log_softmax(dim), b.log_softmax(dim)).sum(dim, keepdim=True)
 
     @abstractmethod
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
@@ -210,10 +210,6 @@ class JensenShannon(Divergence):
             )
 
     @override
-    def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
-        return self.per_class(a.log_softmax(dim), b.log_softmax(dim)).sum(dim, keepdim=True)
-
-    @override
     def per_class(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         p, q = log_p.exp(), log_q.exp()
         log_r = torch.where((p > 0) | (q > 0), log_q - log_p, 0.0).clamp(-_FAR, _FAR)
@@ -248,10 +244,6 @@ class TotalVariation(Divergence):
     tails: ClassVar[tuple[str, ...]] = ("bucket", "uniform", "renormalize")
 
     @override
-    def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
-        return (a.softmax(dim) - b.softmax(dim)).abs().sum(dim, keepdim=True) / 2
-
-    @override
     def per_class(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return (log_p.exp() - log_q.exp()).abs() / 2
 
@@ -275,11 +267,6 @@ class SoftCrossEntropy(Divergence):
     r""":math:`-\sum_k q_k \log p_k = \mathrm{KL}(q \| p) + H(q)`, with the gradient of KL, :math:`p - q`."""
 
     tails: ClassVar[tuple[str, ...]] = ("bucket", "uniform", "renormalize")
-
-    @override
-    def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
-        q = b.softmax(dim)
-        return a.logsumexp(dim, keepdim=True) - (q * where_positive(q, a)).sum(dim, keepdim=True)
 
     @override
     def per_class(self, log_p: Tensor, log_q: Tensor) -> Tensor:

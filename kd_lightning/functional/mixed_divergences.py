@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from kd_lightning.functional.divergences import ClosedForm, Divergence, ForwardKL, ReverseKL
+from kd_lightning.functional.divergences import (
+    ClosedForm,
+    Divergence,
+    ForwardKL,
+    ReverseKL,
+    nan_to_zero,
+    where_positive,
+)
 
 __all__ = ["AlphaBeta", "EntropyGatedKL", "SkewKL", "SymmetricKL", "ToDi"]
 
@@ -30,11 +37,6 @@ class SymmetricKL(Divergence):
 
     def __post_init__(self) -> None:
         _check_between_0_and_1("reverse_weight", self.reverse_weight, "kd_loss", "reverse_kd_loss")
-
-    @override
-    def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
-        forward, reverse = ForwardKL().definition(a, b, dim, None), ReverseKL().definition(a, b, dim, None)
-        return (1 - self.reverse_weight) * forward + self.reverse_weight * reverse
 
     @override
     def per_class(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -73,7 +75,7 @@ class EntropyGatedKL(Divergence):
         return _both_ways(a, b, p, q, dim, forward, 1.0, teacher)
 
     def _is_open(self, b: Tensor, q: Tensor, dim: int) -> Tensor:
-        mean = (q * torch.where(q > 0, b, 0.0)).sum(dim, keepdim=True)
+        mean = (q * where_positive(q, b)).sum(dim, keepdim=True)
         return b.logsumexp(dim, keepdim=True) - mean > self.threshold
 
 
@@ -93,8 +95,8 @@ class ToDi(Divergence):
         p, q = log_p.exp(), log_q.exp()
         x = log_p - log_q
         weight = torch.where((p > 0) | (q > 0), x, 0.0).sigmoid().detach()
-        of_p = p * torch.where(p > 0, weight * x, 0.0)
-        return (of_p - q * torch.where(q > 0, (1 - weight) * x, 0.0)).sum(dim, keepdim=True)
+        of_p = p * where_positive(p, weight * x)
+        return (of_p - q * where_positive(q, (1 - weight) * x)).sum(dim, keepdim=True)
 
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
@@ -104,9 +106,9 @@ class ToDi(Divergence):
         value = torch.mul(difference, x, out=b).sum(dim, keepdim=True)
         teacher_gradient = None
         if teacher:
-            of_q = _finite(torch.sigmoid(-x).mul_(x).mul_(q))
+            of_q = nan_to_zero(torch.sigmoid(-x).mul_(x).mul_(q))
             teacher_gradient = of_q.sub_(q * of_q.sum(dim, keepdim=True)).add_(difference).neg_()
-        of_p = _finite(torch.sigmoid(x, out=b).mul_(x).mul_(p))
+        of_p = nan_to_zero(torch.sigmoid(x, out=b).mul_(x).mul_(p))
         gradient = difference.add_(of_p).sub_(p.mul_(of_p.sum(dim, keepdim=True)))
         return ClosedForm(value, gradient, teacher_gradient)
 
@@ -126,10 +128,6 @@ class SkewKL(Divergence):
 
     def __post_init__(self) -> None:
         _check_between_0_and_1("skew", self.skew, "reverse_kd_loss" if self.reverse else "kd_loss", None)
-
-    @override
-    def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
-        return self.per_class(a.log_softmax(dim), b.log_softmax(dim)).sum(dim, keepdim=True)
 
     @override
     def per_class(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -194,9 +192,9 @@ class AlphaBeta(Divergence):
         p_a, q_a = _power(log_p, self.alpha, a), _power(log_q, self.alpha, b)
         p_b, q_b = _power(log_p, self.beta), _power(log_q, self.beta)
         h = p_a.sub_(q_a).div_(self.alpha) if self.alpha else log_p - log_q
-        h = _finite(h.mul_(p_b))
+        h = nan_to_zero(h.mul_(p_b))
         g = p_b.sub_(q_b).div_(self.beta) if self.beta else log_p - log_q
-        g = _finite(g.mul_(q_a))
+        g = nan_to_zero(g.mul_(q_a))
         of_h, of_g = h.sum(dim, keepdim=True), g.sum(dim, keepdim=True)
         gradient = h.sub_(log_p.exp_().mul_(of_h))
         teacher_gradient = log_q.exp_().mul_(of_g).sub_(g) if teacher else None
@@ -220,12 +218,7 @@ def _check_between_0_and_1(name: str, value: float, at_0: str, at_1: str | None)
 def _log_ratio(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """Return ``log p − log q``, 0 where both sides are masked; ``a`` and ``b`` are written over."""
     log_z_ratio = a.logsumexp(dim, keepdim=True).sub_(b.logsumexp(dim, keepdim=True))
-    return a.sub_(b).sub_(log_z_ratio).nan_to_num_(0.0, math.inf, -math.inf)
-
-
-def _finite(product: Tensor) -> Tensor:
-    """Replace the NaN of a probability of 0 and an infinite logarithm by 0 in place, and keep ∞."""
-    return product.nan_to_num_(0.0, math.inf, -math.inf)
+    return nan_to_zero(a.sub_(b).sub_(log_z_ratio))
 
 
 def _both_ways(
@@ -233,11 +226,11 @@ def _both_ways(
 ) -> ClosedForm:
     """Return the weighted sum of both KLs; weights are numbers, or one number per row."""
     x = _log_ratio(a, b, dim)
-    of_q, of_p = _finite(torch.mul(x, q, out=b)), _finite(x.mul_(p))
+    of_q, of_p = nan_to_zero(torch.mul(x, q, out=b)), nan_to_zero(x.mul_(p))
     mean_p, mean_q = of_p.sum(dim, keepdim=True), of_q.sum(dim, keepdim=True)
     difference = p - q
     teacher_gradient = None
     if teacher:
         teacher_gradient = of_q.sub_(q.mul_(mean_q)).mul_(forward).add_(difference, alpha=reverse).neg_()
     gradient = of_p.sub_(p.mul_(mean_p)).mul_(reverse).add_(difference.mul_(forward))
-    return ClosedForm(reverse * mean_p - _finite(forward * mean_q), gradient, teacher_gradient)
+    return ClosedForm(reverse * mean_p - nan_to_zero(forward * mean_q), gradient, teacher_gradient)

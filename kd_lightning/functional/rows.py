@@ -101,28 +101,23 @@ def check_layout(logits: Tensor, class_dim: int, targets: Tensor | None = None) 
         )
 
 
-def check_labels(targets: Tensor | None, logits: Tensor, class_dim: int, ignore_index: int | None) -> bool:
+def check_labels(targets: Tensor | None, logits: Tensor, class_dim: int, ignore_index: int | None) -> None:
     """Raise if targets that are class indices do not fit the logits; values are looked at where that is no host sync.
-
-    Returns:
-        True if every target is known to be a class.
 
     Raises:
         ValueError: If the shapes do not fit, or if a target is outside of the classes; names its value.
     """
     if targets is None or targets.dtype == torch.bool or targets.is_floating_point():
-        return False
+        return
     if targets.dim() != logits.dim() - 1 or torch.compiler.is_compiling() or in_transform():
-        return False
+        return
     _check_positions(targets, logits, class_dim)
-    if not targets.is_cpu or not targets.numel():
-        return False
     classes = logits.shape[class_dim]
+    if not targets.is_cpu or not targets.numel() or classes < 2:
+        return
     low, high = (int(x) for x in targets.aminmax())
     if low >= 0 and high < classes:
-        return True
-    if classes < 2:
-        return False
+        return
     wrong = targets[(targets < 0) | (targets >= classes)]
     wrong = wrong if ignore_index is None else wrong[wrong != ignore_index]
     if len(wrong):
@@ -132,7 +127,6 @@ def check_labels(targets: Tensor | None, logits: Tensor, class_dim: int, ignore_
             + f", got {int(wrong[0])}. Return such targets from unpack_batch(batch), or give the losses the "
             "ignore_index of the data."
         )
-    return False
 
 
 def check_logits(

@@ -2,14 +2,14 @@
 
 One :class:`torch.autograd.Function` walks over the rows in chunks that stay in the cache and writes the gradient
 into the buffer that backward returns. It holds one copy of the logits, where autograd over softmax and log-softmax
-holds five. Half-precision logits are widened one chunk at a time. Small batches with constant temperatures, where
-kernel launches cost more than arithmetic, take a shorter Function that evaluates nothing beside the equation.
+holds five. Half-precision logits are widened one chunk at a time.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,39 +56,9 @@ def _learnt_per_class(t: Any, class_dim: int) -> bool:
 
 def closed_form(divergence: Divergence, class_dim: int, summed: bool, rows: Rows) -> Tensor:
     """Return the loss per position, or its sum, and compute its gradient in the same pass."""
-    numbers = all(type(x) is float for x in (rows.student_temperature, rows.teacher_temperature, rows.factor))
-    if summed and numbers and rows.valid is None and rows.student.numel() <= 2 * _chunk_size(rows.student):
-        return _SmallLoss.apply(divergence, class_dim, rows, rows.student)  # pyright: ignore[reportReturnType]
     enabled = torch.is_grad_enabled()
     wanted = [enabled and isinstance(x, Tensor) and x.requires_grad for x in rows]
     return _ClosedFormLoss.apply(divergence, class_dim, summed, Rows(*wanted), *rows)  # pyright: ignore
-
-
-class _SmallLoss(torch.autograd.Function):
-    """The sum over the rows of one chunk with a gradient for the student alone, by the fewest kernels and checks."""
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, divergence: Divergence, class_dim: int, rows: Rows, student: Tensor
-    ) -> Tensor:
-        _, teacher, t_s, t_t, factor, _, labels = rows
-        form = divergence.closed_form(widened_over(student, t_s), widened_over(teacher, t_t), class_dim, labels, False)
-        ctx.equation, ctx.constants, ctx.d_student = (divergence, class_dim, True), (t_s, t_t, factor), form.student
-        ctx.save_for_backward(student, teacher, labels)
-        return form.value.sum().mul_(factor)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
-        (g,) = upstream
-        student, teacher, labels = ctx.saved_tensors
-        t_s, t_t, factor = ctx.constants
-        d_student, ctx.d_student = ctx.d_student, None
-        if d_student is None or torch.is_grad_enabled():
-            rows = Rows(student, teacher, t_s, t_t, factor, None, labels)
-            d_student, *_ = gradients_of(_definition(*ctx.equation), rows, Rows(True, *[False] * 6), g)
-        else:
-            d_student = d_student.mul_(_plain(g) * (factor / t_s)).to(student.dtype)
-        return None, None, None, d_student
 
 
 class _ClosedFormLoss(torch.autograd.Function):
@@ -143,7 +113,9 @@ class _ClosedFormLoss(torch.autograd.Function):
         if torch.is_grad_enabled() or (ctx.wanted.student and d_student is None):
             pairs = zip(everything, ctx.constants, strict=True)
             rows = Rows(*(constant if x is None else x for x, constant in pairs))
-            return None, None, None, None, *gradients_of(_definition(*ctx.equation), rows, ctx.wanted, g)
+            divergence, class_dim, summed = ctx.equation
+            loss = lambda *given: definition(divergence, class_dim, summed, Rows(*given))  # noqa: E731
+            return None, None, None, None, *gradients_of(loss, rows, ctx.wanted, g)
         if d_student is not None:
             if not known_to_be_one(g):
                 d_student.mul_(g)
@@ -178,10 +150,6 @@ def _joined(logits: Tensor, class_dim: int, parts: list[Any], values: tuple[Any,
 def unbroadcast(g: Tensor, per_position: Tensor | None, to: Any) -> Tensor | None:
     """Return the gradient of an input that was broadcast over the positions."""
     return None if per_position is None else (g * per_position).sum_to_size(to.shape)
-
-
-def _definition(divergence: Divergence, class_dim: int, summed: bool) -> Callable[..., Tensor]:
-    return lambda *rows: definition(divergence, class_dim, summed, Rows(*rows))
 
 
 def gradients_of(
@@ -219,29 +187,17 @@ def _take(x: Any, part: Any) -> Any:
 
 def _chunks(logits: Tensor, class_dim: int) -> list[Any]:
     """Return indices that cut the logits into parts of whole rows, each of about one chunk."""
-    size = _chunk_size(logits)
-    return [...] if logits.numel() <= 2 * size else list(_cuts(logits.shape, class_dim, 0, logits.numel(), size))
-
-
-def _chunk_size(logits: Tensor) -> int:
-    return CHUNK_CPU if logits.is_cpu else CHUNK_ACCELERATOR
-
-
-def _cuts(shape: torch.Size, class_dim: int, dim: int, elements: int, size: int) -> Iterator[tuple[slice, ...]]:
-    """Yield the indices for the dimensions from ``dim`` on, which hold ``elements`` in all."""
-    if dim == len(shape):
-        yield ()
-    elif dim == class_dim:
-        for rest in _cuts(shape, class_dim, dim + 1, elements, size):
-            yield (slice(None), *rest)
-    else:
-        elements //= shape[dim]  # of one index along this dimension
-        if elements > size:
-            for i in range(shape[dim]):
-                for rest in _cuts(shape, class_dim, dim + 1, elements, size):
-                    yield (slice(i, i + 1), *rest)
-        else:
-            whole = (slice(None),) * (len(shape) - dim - 1)
-            count = math.ceil(shape[dim] * elements / size)
-            for i in range(0, shape[dim], step := math.ceil(shape[dim] / count)):
-                yield (slice(i, i + step), *whole)
+    size = CHUNK_CPU if logits.is_cpu else CHUNK_ACCELERATOR
+    elements = logits.numel()
+    if elements <= 2 * size:
+        return [...]
+    cuts = []
+    for dim, length in enumerate(logits.shape):
+        if dim == class_dim or elements <= size:
+            cuts.append([slice(None)])
+            continue
+        elements //= length  # of one index along this dimension
+        count = math.ceil(length * elements / size)
+        step = math.ceil(length / count)
+        cuts.append([slice(i, i + step) for i in range(0, length, step)])
+    return list(itertools.product(*cuts))
