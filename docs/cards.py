@@ -152,13 +152,23 @@ def rows() -> dict[str, list[tuple[str, str]]]:
     return found
 
 
+def in_words(cell: str) -> str:
+    """Return a cell as it reads without the table: the atlas's three counts as a sentence."""
+    counts = re.fullmatch(r"(\d+)/(\d+)/(\d+)", cell)
+    if counts is None:
+        return cell
+    better, alike, worse = counts.groups()
+    page = "[the best constant temperature](atlas.md#policies-against-the-best-constant)"
+    return f"against {page} reliably better in {better} settings, no reliable difference in {alike}, worse in {worse}"
+
+
 def write(folder: Path) -> None:
     """Write the pages and their plots into a folder."""
     folder.mkdir(exist_ok=True)
     run, table = record(), rows()
     for name in EXAMPLES:
         plot_temperature_grid({name: replay(build(name), run)}).savefig(folder / f"{name}.png", dpi=110)
-        facts = "\n".join(f"- **{heading}**: {cell}" for heading, cell in table[name])
+        facts = "\n".join(f"- **{heading}**: {in_words(cell)}" for heading, cell in table[name])
         facts = re.sub(r"\]\((?!http)", "](../", facts)
         example = yaml.safe_dump({"temperature": in_yaml(name)}, sort_keys=False, default_flow_style=None, width=100)
         page = PAGE.format(name=name, facts=facts, python=in_python(in_yaml(name)), yaml=example)
