@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from typing_extensions import override
 
 from kd_lightning.modules import DistillationModule
-from kd_lightning.teachers import IndexedDataset, TeacherCache
-from kd_lightning.teachers.indexed import Rows, split_index
+from kd_lightning.teachers import TeacherCache
+from kd_lightning.teachers.indexed import HasRows, split_index
 
 __all__ = ["check_shard", "fill_caches"]
 
@@ -43,9 +44,18 @@ def fill_caches(
         loaders: Loaders of the data, of which those are cached that read from ``teacher.index(dataset)``.
         num_shards: Number of builds that share the work. With more than one, files are left to be merged.
         shard: Which of them this is, from 0.
+
+    Raises:
+        ValueError: If several processes would share a stream.
     """
     parts = [part for cache in module.teacher.caches for part in cache.parts]
-    indexed = [loader for loader in loaders if isinstance(loader.dataset, IndexedDataset)]
+    indexed = [loader for loader in loaders if isinstance(getattr(loader, "dataset", None), HasRows)]
+    if trainer.world_size > 1 and any(isinstance(loader.dataset, IterableDataset) for loader in indexed):
+        raise ValueError(
+            f"cache-teacher cannot tell which of {trainer.world_size} processes gets which samples of a stream. Give "
+            "--trainer.devices=1, and share the work by --num_shards and --shard: each job reads the whole stream and "
+            "computes its own ids."
+        )
     builder = _CacheBuilder(module, parts, indexed, num_shards, shard or 0)
     if trainer.world_size == 1:
         builder.take_rows()
@@ -62,6 +72,12 @@ def fill_caches(
         part.merge()
         part.verify()
         print(part)
+        if rest := len(part.missing()):
+            warnings.warn(
+                f"{rest} rows of the cache {part.path} are not filled, because their samples did not come: is the "
+                "stream's count larger than the number of its ids, or limit_predict_batches set?",
+                stacklevel=2,
+            )
 
 
 class _CacheBuilder(LightningModule):
@@ -109,18 +125,22 @@ class _CacheBuilder(LightningModule):
 
     def _rest(self, loader: DataLoader[Any]) -> DataLoader[Any] | None:
         dataset = loader.dataset
-        assert isinstance(dataset, IndexedDataset)
+        assert isinstance(dataset, HasRows)
         parts = [part for part in self.parts if part.first == dataset.first]
         missing = np.unique(np.concatenate([part.missing() for part in parts]))
         if not len(missing) and self.trainer.world_size == 1:
             return None
-        rows = Rows(dataset, missing if len(missing) else parts[0].rows[:1])  # because each rank needs a batch
+        rows = dataset.some(missing if len(missing) else np.array(parts[0].rows[:1]))  # because each rank needs a batch
+        sampler = None  # of a stream
+        if not isinstance(rows, IterableDataset):  # else Lightning divides the rows
+            sampler = DistributedSampler(rows, num_replicas=1, rank=0, shuffle=False)
         return DataLoader(
             rows,
             batch_size=loader.batch_size,
-            sampler=DistributedSampler(rows, num_replicas=1, rank=0, shuffle=False),  # else Lightning divides the rows
+            sampler=sampler,
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
+            worker_init_fn=loader.worker_init_fn,  # which may divide a stream among workers
         )
 
     @override

@@ -29,10 +29,9 @@ from kd_lightning.plotting import plot_schedule, plot_softening
 from kd_lightning.preflight import check as preflight
 from kd_lightning.preflight.facts import batches_of
 from kd_lightning.sweep import sweep as run_sweep
-from kd_lightning.teachers import FrozenTeacher, IndexedDataset, TeacherCache
+from kd_lightning.teachers import FrozenTeacher, TeacherCache
 from kd_lightning.teachers.cache_arrow import write_arrow
-from kd_lightning.teachers.indexed import index_training
-from kd_lightning.teachers.streams import IndexedStream
+from kd_lightning.teachers.indexed import HasRows, index_training
 from kd_lightning.teachers.weights import load_weights
 
 __all__ = ["COMMANDS", "cache_teacher", "calibrate", "check", "export", "find_temperature", "plot_temperature", "sweep"]
@@ -244,19 +243,14 @@ def cache_teacher(
     datamodule.prepare_data()
     datamodule.setup("fit")
     index_training(datamodule, teacher.index)
-    loader = datamodule.train_dataloader()
+    loaders = tree_leaves(datamodule.train_dataloader())
     others = datamodule.val_dataloader() if is_overridden("val_dataloader", datamodule, LightningDataModule) else []
-    if isinstance(loader.dataset, IndexedStream):
-        raise ValueError(
-            "cache-teacher takes missing samples by their number, which a stream does not allow. Leave the command "
-            "out, since the first epoch of training fills the cache."
-        )
-    if not isinstance(loader.dataset, IndexedDataset):
+    if not all(isinstance(getattr(loader, "dataset", None), HasRows) for loader in loaders):
         raise ValueError(
             f"{type(datamodule).__name__} does not say which samples its batches have: make its training loader of "
             "teacher.index(dataset)."
         )
-    fill_caches(trainer, model, [loader, *tree_leaves(others)], num_shards, shard)
+    fill_caches(trainer, model, [*loaders, *tree_leaves(others)], num_shards, shard)
     if format is not None and num_shards == 1 and trainer.is_global_zero:
         for cache in teacher.caches:
             print(*map(write_arrow, cache.parts), sep="\n")

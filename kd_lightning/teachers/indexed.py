@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from typing_extensions import override
 
 __all__ = [
+    "HasRows",
     "Indexed",
     "IndexedDataset",
     "IndexesTraining",
@@ -148,6 +149,10 @@ class IndexedDataset(Dataset[Any]):
                 samples += _items(self.dataset, [index])
         return _Samples(samples, rows)
 
+    def some(self, rows: NDArray[np.int64]) -> Rows:
+        """Return the samples of these rows; see :class:`HasRows`."""
+        return Rows(self, rows)
+
     def collate(self, samples: Any) -> Indexed:
         """Collate samples with the dataset's own function, and add their rows."""
         if isinstance(samples, _Samples):
@@ -187,8 +192,19 @@ def index_training(datamodule: object, index: Callable[..., Any] | None) -> None
         datamodule.index_training(index)
 
 
+@runtime_checkable
+class HasRows(Protocol):
+    """Data whose samples carry their row in a cache, from row ``first``."""
+
+    first: int
+
+    def some(self, rows: NDArray[np.int64]) -> Dataset[Any]:
+        """Return the samples of these rows, of any slot, for instance those missing in a cache."""
+        ...
+
+
 class Rows(Dataset[Any]):
-    """A subset of an :class:`IndexedDataset`, given by rows of any slot, for instance those missing in a cache."""
+    """A subset of an :class:`IndexedDataset`, given by rows of any slot."""
 
     def __init__(self, dataset: IndexedDataset, rows: Sequence[int] | NDArray[np.int64]) -> None:
         self.dataset = dataset

@@ -6,7 +6,9 @@ import hashlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, default_collate
 
 from kd_lightning.teachers.indexed import Indexed
@@ -18,8 +20,9 @@ class StreamWithIds:
     """A stream of samples with ids for :meth:`FrozenTeacher.index <kd_lightning.FrozenTeacher.index>`.
 
     The order of the samples does not matter, nor how they are divided among ranks and workers. The first pass fills the
-    cache. A stream has no samples to look at beforehand, so that only the comparison of the first stored batch with the
-    teacher detects random augmentation or another transform.
+    cache, or ``kd-lightning cache-teacher``, which reads the stream to its end. A stream has no samples to look at
+    beforehand, so that only the comparison of the first stored batch with the teacher detects random augmentation or
+    another transform.
 
     Args:
         dataset: An ``IterableDataset``, or any iterable of samples.
@@ -98,6 +101,10 @@ class IndexedStream(IterableDataset[Any]):
         for sample in self.stream.dataset:
             yield Indexed(sample, self.first + self.stream.row(sample))  # pyright: ignore[reportArgumentType]  (one row)
 
+    def some(self, rows: NDArray[np.int64]) -> IterableDataset[Indexed]:
+        """Return the samples of these rows; see :class:`~kd_lightning.teachers.indexed.HasRows`."""
+        return _SomeOfStream(self, rows)
+
     def fingerprint(self) -> str:
         """Return the hash of the name and the number of ids."""
         return hashlib.blake2b(f"{self.stream.count} {self.stream.name}".encode(), digest_size=16).hexdigest()
@@ -112,3 +119,15 @@ class IndexedStream(IterableDataset[Any]):
         """Collate samples with the stream's own function, and add their rows."""
         rows = torch.tensor([sample.rows for sample in samples])
         return Indexed(self._collate_fn([sample.batch for sample in samples]), rows)
+
+
+class _SomeOfStream(IterableDataset[Indexed]):
+    """The samples of a stream whose rows are wanted."""
+
+    def __init__(self, stream: IndexedStream, rows: NDArray[np.int64]) -> None:
+        self.stream = stream
+        self.wanted = np.zeros(stream.stream.count, bool)
+        self.wanted[rows - stream.first] = True
+
+    def __iter__(self) -> Iterator[Indexed]:
+        return (sample for sample in self.stream if self.wanted[sample.rows - self.stream.first])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,21 +98,93 @@ def test_random_samples_are_found_in_the_second_pass(teacher: nn.Module, tmp_pat
         frozen.logits(batch["x"], rows)
 
 
+class Module(DistillationModule):
+    def unpack_batch(self, batch: Any) -> tuple[Any, Tensor | None]:
+        return batch["x"], batch["labels"]
+
+
+class Streams(LightningDataModule):
+    """A stream to train on and one to validate on, with a loader that drops the last batch."""
+
+    def __init__(self, teacher: FrozenTeacher, workers: int = 0, **options: Any) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.workers = workers
+        self.options = options
+
+    def loader(self, part: str) -> DataLoader[Any]:
+        data = self.teacher.index(stream(**self.options), part=part)
+        return DataLoader(data, batch_size=5, num_workers=self.workers, drop_last=part == "train")
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.loader("train")
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        return [self.loader("val"), DataLoader(make_data(4))]
+
+
 @pytest.mark.slow
-def test_no_command_fills_a_stream(teacher: nn.Module, tmp_path: Path, make_trainer: Callable[..., Trainer]) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_command_fills_a_stream(
+    teacher: nn.Module, tmp_path: Path, make_trainer: Callable[..., Trainer], workers: int
+) -> None:
+    frozen, inputs = cached(teacher, tmp_path / "a.cache"), make_data(COUNT).tensors[0]
+    computed: list[int] = []
+    teacher.register_forward_hook(lambda _, given, logits: computed.append(len(logits)))
+    data = Streams(frozen, workers)
+    batch, rows = next(iter(DataLoader(frozen.index(stream()), batch_size=7)))
+    frozen.logits(batch["x"], rows)
+    computed.clear()
+    cache_teacher(make_trainer(), Module(make_network(), frozen), data)
+    assert sum(computed) == COUNT - 7 + COUNT  # what was there is not computed again
+    assert [len(part.missing()) for part in frozen.caches[0].parts] == [0, 0]
+    computed.clear()
+    again = cached(teacher, tmp_path / "a.cache")
+    cache_teacher(make_trainer(), Module(make_network(), again), Streams(again, workers))
+    assert computed == []
+    rows = torch.arange(COUNT)
+    torch.testing.assert_close(frozen.logits(inputs, rows), FrozenTeacher(teacher)(inputs), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_jobs_share_a_stream(teacher: nn.Module, tmp_path: Path, make_trainer: Callable[..., Trainer]) -> None:
+    computed: list[int] = []
+    teacher.register_forward_hook(lambda _, given, logits: computed.append(len(logits)))
+    for shard in (2, 0, 0, None):  # the job of shard 1 never runs, another one twice
+        frozen = cached(teacher, tmp_path / "a.cache")
+        options: Any = {} if shard is None else {"num_shards": 3, "shard": shard}
+        cache_teacher(make_trainer(), Module(make_network(), frozen), Streams(frozen), **options)
+    assert sum(computed) == 2 * COUNT
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.cache", "a.val.cache"]
+    assert [len(part.missing()) for part in frozen.caches[0].parts] == [0, 0]
+
+
+@pytest.mark.slow
+def test_ids_that_do_not_come_are_told(
+    teacher: nn.Module, tmp_path: Path, make_trainer: Callable[..., Trainer]
+) -> None:
     frozen = cached(teacher, tmp_path / "a.cache")
-    data = LightningDataModule.from_datasets()
-    data.train_dataloader = lambda: DataLoader(frozen.index(stream()))
-    with pytest.raises(ValueError, match="since the first epoch of training fills the cache"):
-        cache_teacher(make_trainer(), DistillationModule(make_network(), frozen), data)
+    data = Streams(frozen, count=30)
+    with pytest.warns(
+        UserWarning, match=r"6 rows of the cache .*\.cache are not filled, because their samples did not"
+    ):
+        cache_teacher(make_trainer(), Module(make_network(), frozen), data)
+
+
+@pytest.mark.slow
+def test_ranks_cannot_share_a_stream(teacher: nn.Module, tmp_path: Path, make_trainer: Callable[..., Trainer]) -> None:
+    frozen = cached(teacher, tmp_path / "a.cache")
+    trainer = make_trainer(devices=2, strategy="ddp_fork")
+    message = (
+        "cache-teacher cannot tell which of 2 processes gets which samples of a stream. Give --trainer.devices=1, and "
+        "share the work by --num_shards and --shard: each job reads the whole stream and computes its own ids."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        cache_teacher(trainer, Module(make_network(), frozen), Streams(frozen))
 
 
 @pytest.mark.slow
 def test_a_fit_on_streams(teacher: nn.Module, tmp_path: Path, make_trainer: Callable[..., Trainer]) -> None:
-    class Module(DistillationModule):
-        def unpack_batch(self, batch: Any) -> tuple[Any, Tensor | None]:
-            return batch["x"], batch["labels"]
-
     frozen = cached(teacher, tmp_path / "a.cache")
     training = DataLoader(frozen.index(stream()), batch_size=5)
     validation = DataLoader(frozen.index(stream(), part="val"), batch_size=5)
