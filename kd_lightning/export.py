@@ -140,7 +140,8 @@ def export_student(
     student = getattr(student, "_orig_mod", student)  # what torch.compile wraps
     copied = copy.deepcopy(student).cpu().eval().requires_grad_(False)
     if temperature is not None:
-        copied.register_forward_hook(_Divide(temperature))  # a module around it would change the names of the inputs
+        # a hook, because a module around it would change the names of the inputs
+        copied.register_forward_hook(lambda module, args, output: extract_logits(output) / temperature)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, torch.no_grad():
         draft = Path(folder) / path.name
@@ -158,16 +159,6 @@ def export_student(
         for file in written:
             shutil.move(Path(folder) / file.name, file)
     return ExportReport(path, format, sum(file.stat().st_size for file in written), difference, tolerance)
-
-
-class _Divide:
-    """A forward hook that returns logits / T."""
-
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor:
-        return extract_logits(output) / self.temperature
 
 
 def describe_inputs(inputs: Any) -> Any:
@@ -329,15 +320,14 @@ def _run_onnx(path: Path, batch: Any) -> list[Tensor]:
     if importlib.util.find_spec("onnxruntime") is not None:
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         names = [value.name for value in session.get_inputs()]
-        outputs = session.run(None, dict(zip(names, values, strict=True)))
     else:
         from onnx.reference import ReferenceEvaluator
 
-        evaluator = ReferenceEvaluator(str(path))
-        names = [str(name) for name in evaluator.input_names]
-        outputs = evaluator.run(None, dict(zip(names, values, strict=True)))
+        session = ReferenceEvaluator(str(path))
+        names = session.input_names
+    outputs = session.run(None, dict(zip(map(str, names), values, strict=True)))
     return [torch.as_tensor(output) for output in outputs]
 
 

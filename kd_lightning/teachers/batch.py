@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -14,6 +13,7 @@ from kd_lightning.functional.rows import check_option
 from kd_lightning.functional.sparse import TAILS, Tail
 from kd_lightning.teachers.calls import extract_logits
 from kd_lightning.teachers.made_at import MadeAt, Output
+from kd_lightning.teachers.weights import hashed
 
 __all__ = ["BatchTeacher", "FromBatch"]
 
@@ -147,7 +147,7 @@ class BatchTeacher(FromBatch):
     @override
     def fingerprint(self) -> str:
         """Hash the key, and at which temperature what is given: the logits come with the data."""
-        return hashlib.blake2b(f"batch:{self.key} {self._made_at}{self._few}".encode(), digest_size=16).hexdigest()
+        return hashed(f"batch:{self.key} {self._made_at}{self._few}")
 
     @override
     def __repr__(self) -> str:

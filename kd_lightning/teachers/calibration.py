@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -15,6 +14,7 @@ from torch import Tensor
 from kd_lightning.functional.calibration import scaled_logits
 from kd_lightning.functional.temperature import checked_number, compute_dtype, is_number
 from kd_lightning.teachers.calls import HiddenStates
+from kd_lightning.teachers.weights import hashed
 
 __all__ = ["Calibration"]
 
@@ -126,7 +126,7 @@ class Calibration:
 
     def fingerprint_with(self, teacher: str) -> str:
         """Return the fingerprint of a calibrated teacher."""
-        return hashlib.blake2b(f"{teacher} calibration {self.temperature}".encode(), digest_size=16).hexdigest()
+        return hashed(f"{teacher} calibration {self.temperature}")
 
     def __str__(self) -> str:
         t = self.temperature

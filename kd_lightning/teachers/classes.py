@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from kd_lightning.teachers.frozen import as_teacher
 from kd_lightning.teachers.indexed import IndexedDataset
 from kd_lightning.teachers.opinions import MergedLogits, Opinions
 from kd_lightning.teachers.teacher import Teacher
+from kd_lightning.teachers.weights import hashed
 from kd_lightning.temperature import Signals
 
 __all__ = ["MappedClasses"]
@@ -138,7 +138,7 @@ class MappedClasses(Teacher):
     @override
     def fingerprint(self) -> str:
         """Hash the teacher's fingerprint and the classes."""
-        return hashlib.blake2b(f"{self.teacher.fingerprint()} {self.groups}".encode(), digest_size=16).hexdigest()
+        return hashed(f"{self.teacher.fingerprint()} {self.groups}")
 
     # ---- as the teacher itself ------------------------------------------------------------------------------------
 
@@ -170,7 +170,11 @@ class MappedClasses(Teacher):
 
 def _groups(classes: Any) -> list[list[int]]:
     is_list = isinstance(classes, Sequence) and not isinstance(classes, str)
-    groups: list[Any] = [_group(entry) for entry in classes] if is_list else []
+    groups: list[Any] = []
+    for entry in classes if is_list else ():
+        if entry is None:
+            entry = []
+        groups.append([entry] if isinstance(entry, int) else entry)
     if not groups or not all(isinstance(g, Sequence) and all(isinstance(k, int) for k in g) for g in groups):
         raise TypeError(
             "classes must be the numbers of the teacher's classes, one or several for each of the student's, such as "
@@ -189,10 +193,6 @@ def _groups(classes: Any) -> list[list[int]]:
             f"distillation compares the classes that the teacher knows, at least two of the student's, got {classes!r}."
         )
     return [[*group] for group in groups]
-
-
-def _group(entry: Any) -> Any:
-    return [] if entry is None else [entry] if isinstance(entry, int) else entry
 
 
 def _read(path: Path) -> list[list[int] | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn, cast
 
@@ -16,6 +15,7 @@ from typing_extensions import Self, override
 from kd_lightning.schedules import Progress, Schedule
 from kd_lightning.teachers.calls import HiddenStates, call_model, extract_logits, hidden_states
 from kd_lightning.teachers.teacher import Teacher
+from kd_lightning.teachers.weights import hashed
 from kd_lightning.temperature import TemperaturePolicy, as_policy
 
 __all__ = ["EMATeacher"]
@@ -209,7 +209,7 @@ class EMATeacher(Teacher):
     @override
     def fingerprint(self) -> str:
         """Hash how the average is taken; ranks start from one student, and the average itself is in checkpoints."""
-        return hashlib.blake2b(f"ema {self.decay} {self.warmup}".encode(), digest_size=16).hexdigest()
+        return hashed(f"ema {self.decay} {self.warmup}")
 
     @override
     def network(self) -> nn.Module:

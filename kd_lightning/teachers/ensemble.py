@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any, Literal, TypeAlias, cast, get_args
@@ -13,6 +12,7 @@ from typing_extensions import override
 
 from kd_lightning.functional import Temperature
 from kd_lightning.functional.ensemble import mixed_log_softmax, mixed_logits
+from kd_lightning.functional.rows import check_option
 from kd_lightning.schedules import Progress, Schedule
 from kd_lightning.teachers.calls import extract_logits
 from kd_lightning.teachers.frozen import FrozenTeacher, as_teacher
@@ -21,6 +21,7 @@ from kd_lightning.teachers.member_weights import Confidence, MemberWeights, chec
 from kd_lightning.teachers.opinions import LossTerm, MergedLogits, Opinions
 from kd_lightning.teachers.routing import Route, Routing, check_served
 from kd_lightning.teachers.teacher import Teacher, own_temperature
+from kd_lightning.teachers.weights import hashed
 from kd_lightning.temperature.base import TemperaturePolicy
 from kd_lightning.temperature.convert import as_policy
 from kd_lightning.temperature.signals import Signals
@@ -99,8 +100,7 @@ class TeacherEnsemble(Teacher):
             raise ValueError(f"a TeacherEnsemble needs a list of teachers, one or more, got {teachers!r}.")
         if any(isinstance(teacher, TeacherEnsemble) for teacher in teachers):
             raise TypeError("a TeacherEnsemble within another is not supported: list all teachers in one.")
-        if combine not in get_args(Combine):
-            raise ValueError(f"combine must be one of {', '.join(map(repr, get_args(Combine)))}, got {combine!r}.")
+        check_option("combine", combine, get_args(Combine))
         self.teachers = [as_teacher(t) or FrozenTeacher(cast(Any, t)) for t in teachers]
         if any(member.temperatures for member in self.teachers):
             raise ValueError(
@@ -114,7 +114,6 @@ class TeacherEnsemble(Teacher):
         self.weights = MemberWeights(weights, len(self.teachers))
         self.combine: Combine = combine
         self.routing = routing
-        self._fingerprint: str | None = None
         self._routing = None if routing is None else Routing(routing, len(self.teachers))
         self._check_known_classes()
 
@@ -128,10 +127,7 @@ class TeacherEnsemble(Teacher):
     @override
     def fingerprint(self) -> str:
         """Return a hash of all members' fingerprints, in their order."""
-        if self._fingerprint is None:
-            joined = " ".join(teacher.fingerprint() for teacher in self.teachers)
-            self._fingerprint = hashlib.blake2b(joined.encode(), digest_size=16).hexdigest()
-        return self._fingerprint
+        return hashed(" ".join(teacher.fingerprint() for teacher in self.teachers))
 
     @override
     def logits(
@@ -246,13 +242,7 @@ class TeacherEnsemble(Teacher):
 
     @override
     def weigh(self, logits: Sequence[Tensor | MergedLogits], signals: Signals, inputs: Any = None) -> Opinions:
-        """Return each member's logits and weight, and the consensus at temperature 1.
-
-        Args:
-            logits: One ``(…, C)`` for each member, class dimension last.
-            signals: Of the batch, for its targets and progress; ``teacher_logits`` is not read.
-            inputs: Of the batch, for ``routing``.
-        """
+        """Return each member's logits and weight, and the consensus at temperature 1; see :meth:`Teacher.weigh`."""
         given = Opinions(logits, None, signals.student_logits)
         logits = [given.at(member) for member in range(len(logits))]
         self._check_logits(logits)
@@ -285,15 +275,6 @@ class TeacherEnsemble(Teacher):
         policy: TemperaturePolicy,
         temperatures: Sequence[TemperaturePolicy],
     ) -> tuple[list[LossTerm], list[Temperature]]:
-        """Return the terms of the loss, and for each of the policy's temperatures the one that stands for all members.
-
-        Args:
-            opinions: What :meth:`weigh` gave.
-            signals: Of the batch.
-            terms: The temperatures of the distiller's policy.
-            policy: That policy.
-            temperatures: The members' own policies, or none.
-        """
         weights = opinions.consensus.new_ones(1, 1) if opinions.weights is None else opinions.weights
         own: list[Tensor] = []
         if temperatures:
@@ -317,7 +298,8 @@ class TeacherEnsemble(Teacher):
         if self.combine == "losses":
             each = zip(logits, own, weights, (teacher.known for teacher in self.teachers), strict=True)
             return [LossTerm(z, term._replace(teacher=t), weight, known) for z, t, weight, known in each]
-        mixed = (mixed_log_softmax if self.combine == "probs" else mixed_logits)(logits, own, [*weights])
+        mix = mixed_log_softmax if self.combine == "probs" else mixed_logits
+        mixed = mix(logits, own, [*weights])
         masked = mixed == -torch.inf  # −inf · 0 in the temperature's gradient would be NaN
         return [LossTerm((mixed.masked_fill(masked, 0.0) * term.teacher).masked_fill(masked, -torch.inf), term)]
 

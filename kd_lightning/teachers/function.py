@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calls import by_name, call_model, extract_logits
 from kd_lightning.teachers.made_at import MadeAt, Output, device_of
 from kd_lightning.teachers.transforms import Renormalize, apply_transform, check_transform, with_transform
+from kd_lightning.teachers.weights import hashed
 
 __all__ = ["FunctionTeacher"]
 
@@ -113,8 +113,7 @@ class FunctionTeacher(MadeAt):
     @override
     def fingerprint(self) -> str:
         """Hash the name, and at which temperature what is given."""
-        own = hashlib.blake2b(f"{self.name} {self._made_at}".encode(), digest_size=16).hexdigest()
-        return with_transform(own, self.transform)
+        return with_transform(hashed(f"{self.name} {self._made_at}"), self.transform)
 
     @override
     def __repr__(self) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from kd_lightning.functional import Sparse
+from kd_lightning.functional.rows import check_option
 from kd_lightning.functional.temperature import check_values, compute_dtype
 from kd_lightning.teachers.teacher import Teacher
 
@@ -37,8 +38,7 @@ class MadeAt(Teacher):
     """
 
     def __init__(self, output: Output = "logits", temperature: float = 1.0) -> None:
-        if output not in get_args(Output):
-            raise ValueError(f"output must be one of {', '.join(map(repr, get_args(Output)))}, got {output!r}.")
+        check_option("output", output, get_args(Output))
         if not 0 < temperature < float("inf"):
             raise ValueError(
                 "temperature is the one at which the teacher's outputs were made: it must be positive and finite, got "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +17,7 @@ from kd_lightning.functional.sparse import TAILS, Tail
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.completions import APIS, Api, Rows, ask
 from kd_lightning.teachers.function import FunctionTeacher
+from kd_lightning.teachers.weights import hashed
 
 __all__ = ["ServedTeacher"]
 
@@ -133,7 +133,7 @@ class ServedTeacher(FunctionTeacher):
     @override
     def fingerprint(self) -> str:
         """Hash the model's name, and which of its probabilities at which temperature are asked for."""
-        return hashlib.blake2b(f"served:{self.model} {self._asked}".encode(), digest_size=16).hexdigest()
+        return hashed(f"served:{self.model} {self._asked}")
 
     @torch.compiler.disable
     def _ask(self, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Sparse:

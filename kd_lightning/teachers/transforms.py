@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_lightning.teachers.made_at import device_of
-from kd_lightning.teachers.weights import fingerprint
+from kd_lightning.teachers.weights import fingerprint, hashed
 
 __all__ = ["Renormalize", "apply_transform", "check_transform", "with_transform"]
 
@@ -140,7 +139,7 @@ def with_transform(teacher: str, transform: Callable[[Any], Any] | None) -> str:
     if transform is None:
         return teacher
     weights = fingerprint(transform) if isinstance(transform, nn.Module) else ""
-    return hashlib.blake2b(f"{teacher} {_text(transform)} {weights}".encode(), digest_size=16).hexdigest()
+    return hashed(f"{teacher} {_text(transform)} {weights}")
 
 
 def _text(transform: Callable[[Any], Any]) -> str:

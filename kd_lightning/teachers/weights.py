@@ -21,6 +21,7 @@ __all__ = [
     "check_buffers",
     "check_finite",
     "fingerprint",
+    "hashed",
     "is_without_values",
     "load_weights",
     "looks_untrained",
@@ -61,6 +62,11 @@ def fingerprint(module: nn.Module) -> str:
             else:
                 digest.update(f"{name} {part!r} ".encode())
     return digest.hexdigest()
+
+
+def hashed(text: str) -> str:
+    """Return a short hash of a text."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _plain_parts(name: str, value: Any) -> Iterator[Tensor | _Primitive]:
