@@ -195,28 +195,13 @@ class Distiller(DistillerParts):
         )
 
     def run_student(self, logits: Callable[[Any], Tensor], network: nn.Module, inputs: Any) -> Any:
-        """Return what the call takes of the student: its logits.
-
-        Args:
-            logits: A function from inputs to the student's logits.
-            network: The student, for a Distiller that takes something else of it.
-            inputs: Of the batch.
-        """
+        """Return what the call takes of the student: its ``logits``, or what another Distiller takes of the network."""
         return logits(inputs)
 
     def teacher_logits(
         self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
     ) -> Any:
-        """Return the teacher's logits for these inputs, without gradient; of an ensemble one for each member.
-
-        Args:
-            inputs: What the teacher is called with.
-            index: The samples' rows in its cache, which is read if there is one.
-            extract: Finds the logits in a network's output.
-
-        Raises:
-            ValueError: If there is no teacher.
-        """
+        """Return what :meth:`Teacher.logits` gives: logits without gradient, of an ensemble one for each member."""
         return self._teaching.logits(inputs, index, extract)
 
     def consensus(
@@ -226,13 +211,9 @@ class Distiller(DistillerParts):
         targets: Tensor | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
-        """Return the logits of a single teacher, or an ensemble's consensus.
+        """Return the logits of a single teacher, or an ensemble's consensus, from what :meth:`teacher_logits` returned.
 
-        Args:
-            inputs: What the teacher was called with.
-            teacher_logits: What :meth:`teacher_logits` returned.
-            targets: Of the batch, for weights and routing by label.
-            progress: Where training stands; at its start by default.
+        The targets are for weights and routing by label; the progress is the start of a training by default.
         """
         member = self._teaching.in_classes(teacher_logits, self.class_dim)[0]
         progress = progress or Progress(max_steps=1, max_epochs=1)
@@ -270,11 +251,7 @@ class Distiller(DistillerParts):
     # ---- layers ---------------------------------------------------------------------------------------------------
 
     def attach(self, student: nn.Module) -> ExitStack:
-        """Put hooks on the layers of student and teacher; the ``with`` statement, or :meth:`detach`, takes them off.
-
-        Raises:
-            ValueError: If there is no teacher, or no layer of that name.
-        """
+        """Put hooks on the layers of student and teacher; the ``with`` statement, or :meth:`detach`, takes them off."""
         self.layers.attach(student, self._teaching)
         stack = ExitStack()
         stack.callback(self.detach)
@@ -289,12 +266,6 @@ class Distiller(DistillerParts):
 
         Call it before the optimiser is made, which is to train ``distiller.parameters()`` too. One forward of each
         network, in eval mode and without gradient; weights, buffers and random numbers are afterwards as they were.
-
-        Args:
-            student: The student.
-            inputs: Inputs of a batch; two samples will do.
-
-        Raises:
-            ValueError: If there is no teacher, no layer of that name, or no projector that joins the features.
+        Two samples will do as ``inputs``.
         """
         self.layers.build(student, self._teaching, inputs)

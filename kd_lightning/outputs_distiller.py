@@ -311,11 +311,7 @@ class OutputsKDLoss(nn.Module):
         targets: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """Return the first output's loss, unweighted.
-
-        Raises:
-            ValueError: If no :class:`OutputsDistiller` has the loss, so that the other outputs would be left out.
-        """
+        """Return the first output's loss, unweighted; raise where the other outputs would be left out."""
         if not self.served:
             raise ValueError(
                 "OutputsKDLoss is the loss of several outputs, which an OutputsDistiller gives it one by one. Take "
@@ -324,19 +320,11 @@ class OutputsKDLoss(nn.Module):
         return self.main(student_logits, teacher_logits, temperature, targets=targets, **options)
 
     def select(self, output: Any) -> dict[str, Tensor]:
-        """Return the student's outputs by their names.
-
-        Raises:
-            ValueError: If the network does not return one of them.
-        """
+        """Return the student's outputs by their names."""
         return {name: _needed(output, name, "student") for name in self.terms}
 
     def select_taught(self, output: Any) -> Tensor | dict[str, Tensor]:
-        """Return the teacher's outputs by the student's names; its one tensor for all.
-
-        Raises:
-            ValueError: If the network does not return an output that a term names.
-        """
+        """Return the teacher's outputs by the student's names; its one tensor for all."""
         if isinstance(output, Tensor):
             return output
         taught: dict[str, Tensor] = {}
@@ -349,11 +337,7 @@ class OutputsKDLoss(nn.Module):
         return taught
 
     def prediction(self, output: Any) -> Tensor:
-        """Return the logits that a network with this output predicts.
-
-        Raises:
-            TypeError: If the output has neither logits nor the first output.
-        """
+        """Return the logits that a network with this output predicts."""
         if isinstance(output, Tensor):
             return output
         parts = [part for name in self.terms if (part := _part(output, name)) is not None]
@@ -366,11 +350,7 @@ class OutputsKDLoss(nn.Module):
     def targets_of(
         self, name: str, parts: Mapping[str, Tensor], targets: Tensor | None, extra: Mapping[Any, Any]
     ) -> Tensor | None:
-        """Return the targets of an output after the first.
-
-        Raises:
-            ValueError: If the batch lacks them.
-        """
+        """Return the targets of an output after the first."""
         key = self.terms[name].targets
         if key is None:
             classes = [parts[o].shape[getattr(self.terms[o].kd_loss, "class_dim", -1)] for o in (name, self.first)]

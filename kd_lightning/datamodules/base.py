@@ -65,9 +65,7 @@ class LoadersDataModule(LightningDataModule, ABC):
         """
 
     def index_training(self, index: Callable[..., Any] | None) -> None:
-        """Have training and validation batches name their samples, as a teacher's cache needs.
-
-        A DistillationModule calls it.
+        """Have training and validation batches name their samples, as a teacher's cache needs; called by the module.
 
         Args:
             index: ``teacher.index``: a function of a dataset, its collate function and its part. None: plain batches.

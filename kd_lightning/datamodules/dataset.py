@@ -16,11 +16,7 @@ from kd_lightning.datamodules.transforms import Transform, replaying
 
 
 class ImageFiles:
-    """Image files as a sequence of uint8 tensors ``(3, H, W)``, decoded on access.
-
-    Args:
-        paths: The files.
-    """
+    """Image files as a sequence of uint8 tensors ``(3, H, W)``, decoded on access."""
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
@@ -71,13 +67,6 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         images: The uint8 images ``(C, H, W)``: a tensor ``(N, C, H, W)``, a list of tensors, or files.
         targets: Their classes ``(N,)``, int64.
         transform: Function from a uint8 image to the network's input.
-
-    Example:
-        >>> images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
-        >>> dataset = ImageDataset(images, torch.arange(4), lambda image: image.float())
-        >>> image, target = dataset[3]
-        >>> image.shape, target
-        (torch.Size([1, 8, 8]), tensor(3))
     """
 
     def __init__(self, images: Images, targets: Tensor, transform: Transform) -> None:
@@ -109,23 +98,14 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
 
 
 class BatchedImageDataset(ImageDataset):
-    """Images in RAM, transformed a batch at a time.
-
-    Args:
-        images: The uint8 images ``(N, C, H, W)``.
-        targets: Their classes ``(N,)``, int64.
-        transform: Function from uint8 images ``(B, C, H, W)`` to inputs, with random numbers for each image.
-    """
+    """Images in RAM, a tensor, which ``transform`` takes a batch at a time, with random numbers for each image."""
 
     def __init__(self, images: Tensor, targets: Tensor, transform: Transform) -> None:
         super().__init__(images, targets, transform)
         self._tensor = images
 
     def replay(self, indices: list[int], seeds: list[int]) -> _Samples | None:
-        """Return the samples with the random numbers of these seeds, the same in any batch.
-
-        Returns None if the transform uses the global generators too: such samples must be fetched one by one.
-        """
+        """Return the samples with the random numbers of these seeds; None if the transform uses the global ones too."""
         before = torch.get_rng_state(), random.getstate()
         with replaying(seeds):
             samples = self.__getitems__(indices)

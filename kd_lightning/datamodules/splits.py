@@ -7,12 +7,7 @@ from torch import Tensor
 
 
 def shuffle_by_class(targets: Tensor, num_classes: int, seed: int) -> list[Tensor]:
-    """Return the indices of each class in a random order that depends on ``seed`` alone, not on the global one.
-
-    Example:
-        >>> [sorted(c.tolist()) for c in shuffle_by_class(torch.tensor([0, 1, 0]), num_classes=2, seed=0)]
-        [[0, 2], [1]]
-    """
+    """Return the indices of each class in a random order that depends on ``seed`` alone, not on the global one."""
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
     return [order[targets[order] == label] for label in range(num_classes)]
 
@@ -24,9 +19,6 @@ def share(count: int, fraction: float) -> int:
 
 def held_out_counts(counts: Sequence[int], fraction: float, names: Sequence[str], argument: str) -> list[int]:
     """Return how many images of each class to hold out: ``fraction`` of them, at least one, but not the only one.
-
-    Raises:
-        ValueError: If no image of a class would be left; the message names the class and ``argument``.
 
     Example:
         >>> held_out_counts([50, 20, 3, 1], 0.1, "abcd", "val_fraction")
@@ -47,10 +39,6 @@ def long_tailed_counts(counts: Sequence[int], imbalance_factor: float) -> list[i
     """Return the images per class on the exponential profile ``n_c = n_max · factor^(c / (C − 1))`` (Cui et al. 2019).
 
     ``n_max`` is the largest count, and fractions are cut off. Each class keeps at least one image.
-
-    Args:
-        counts: Images of each class.
-        imbalance_factor: Ratio of the smallest to the largest class; 1.0 changes nothing.
 
     Example:
         >>> long_tailed_counts([5000] * 10, 0.01)

@@ -57,14 +57,6 @@ class BatchRandomCrop(nn.Module):
 
     Shapes: ``(N, C, H, W)`` → ``(N, C, size, size)``, of any dtype. The random numbers are torch's global ones, unless
     :func:`replaying`.
-
-    Args:
-        size: Height and width of the crops.
-        padding: Pixels of zeros added on every side beforehand.
-
-    Example:
-        >>> BatchRandomCrop(32, padding=4)(torch.zeros(8, 3, 32, 32, dtype=torch.uint8)).shape
-        torch.Size([8, 3, 32, 32])
     """
 
     def __init__(self, size: int, padding: int) -> None:
@@ -82,15 +74,7 @@ class BatchRandomCrop(nn.Module):
 class BatchRandomHorizontalFlip(nn.Module):
     """``torchvision.transforms.v2.RandomHorizontalFlip`` that decides for every image of a batch by itself.
 
-    Shapes: ``(N, C, H, W)`` → the same. The random numbers are torch's global ones, unless
-    :func:`replaying`.
-
-    Args:
-        p: Probability of a flip.
-
-    Example:
-        >>> BatchRandomHorizontalFlip(p=1.0)(torch.tensor([[[[1, 2, 3]]]]))
-        tensor([[[[3, 2, 1]]]])
+    Shapes: ``(N, C, H, W)`` → the same. The random numbers are torch's global ones, unless :func:`replaying`.
     """
 
     def __init__(self, p: float = 0.5) -> None:

@@ -108,8 +108,7 @@ class FeatureExtractor:
         """Return the features of the last forward by name, in the network's order, and keep them no longer.
 
         Raises:
-            RuntimeError: If the hooks are off, no forward ran since the last call, or a layer gave no tensor, several,
-                or one that has been changed since.
+            RuntimeError: If there are none, or a layer was called twice or its output changed in place.
         """
         features, calls, versions = self._features, self._calls, self._versions
         self.clear()
@@ -193,16 +192,7 @@ class _Record:
 
 
 def find_layers(module: nn.Module, layers: Sequence[str] | str) -> dict[str, nn.Module]:
-    """Return the layers of these names, or that these globs match, in the order of the network's modules.
-
-    Raises:
-        ValueError: If a name is unknown, or a glob matches nothing.
-
-    Example:
-        >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-        >>> list(find_layers(network, ["2", "[01]"]))
-        ['0', '1', '2']
-    """
+    """Return the layers of these names, or that these globs match, in the order of the network's modules."""
     named = _named_layers(module)
     wanted: set[str] = set()
     for pattern in [layers] if isinstance(layers, str) else layers:

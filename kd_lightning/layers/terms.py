@@ -121,16 +121,7 @@ class LayerTerm(nn.Module):
         return self._channels
 
     def build(self, dims: int, student_channels: int, teacher_channels: int) -> None:
-        """Make the projector, if these channels need one.
-
-        Args:
-            dims: Dimensions of the features, with the batch's: 2, 3, 4 or 5.
-            student_channels: Channels of the student's features.
-            teacher_channels: Channels of the teacher's features.
-
-        Raises:
-            ValueError: If the projector was built for other shapes.
-        """
+        """Make the projector, if these channels of features with so many dimensions (2 to 5) need one."""
         channels = (dims, student_channels, teacher_channels)
         if self._channels not in (None, channels):
             raise ValueError(
@@ -148,7 +139,7 @@ class LayerTerm(nn.Module):
         if self.built:
             return
         self._check_alike(student_features, teacher_features)
-        channel_dim = _channel_dim(student_features)
+        channel_dim = 1 if student_features.dim() > 3 else -1
         channels = (features.shape[channel_dim] for features in (student_features, teacher_features))
         self.build(student_features.dim(), *channels)
         if self.projector is not None:
@@ -164,15 +155,7 @@ class LayerTerm(nn.Module):
         enabled: bool = True,
         mask: Tensor | None = None,
     ) -> LayerResult:
-        """Return the term for one batch; with weight 0 where it is not enabled.
-
-        Args:
-            student_features: Of the student's layer.
-            teacher_features: Of the teacher's.
-            progress: Where training stands.
-            enabled: Whether the term counts.
-            mask: ``(N, L)``, True at tokens that count; None: all do.
-        """
+        """Return the term for one batch, with weight 0 unless enabled; ``mask (N, L)`` is True at tokens that count."""
         weight = weight_at(self.weight, progress, f"the weight of {self!r}") if enabled else 0.0
         features = self._fitted(student_features, teacher_features), teacher_features
         given: dict[str, Tensor] = {}
@@ -303,7 +286,7 @@ class LayerTerms(nn.ModuleList):
         try:
             with torch.no_grad(), _in_eval(student), _random_state_kept(student):
                 call_model(student, inputs)
-                teacher.logits(inputs, extract=_anything)
+                teacher.logits(inputs, extract=lambda output: output)
                 for term, features in zip(self, self._features(), strict=True):
                     term.build_for(*features)
         finally:
@@ -311,14 +294,7 @@ class LayerTerms(nn.ModuleList):
                 self.detach()
 
     def rebuild(self, shapes: Sequence[tuple[int, int, int] | None]) -> None:
-        """Make the projectors that a checkpoint has.
-
-        Args:
-            shapes: :attr:`LayerTerm.shapes` of each term.
-
-        Raises:
-            ValueError: If the number of terms differs, or a projector was built for other shapes.
-        """
+        """Make the projectors that a checkpoint has, given :attr:`LayerTerm.shapes` of each term."""
         if len(shapes) != len(self):
             raise ValueError(
                 f"the checkpoint was trained with {len(shapes)} layer terms, but here are {len(self)}. Give the same "
@@ -337,10 +313,8 @@ class LayerTerms(nn.ModuleList):
     ) -> dict[str, LayerResult]:
         """Return all terms, from the last forward of each network; none in eval mode.
 
-        Args:
-            signals: Of the logits: where training stands, and the positions that count of a decoder without a mask.
-            enabled: Whether the terms count.
-            inputs: Of the batch by name, for the mask of its padding.
+        The positions that count are those of the padding mask in the ``inputs`` by name, or of a decoder without one
+        those of the ``signals``.
         """
         if not (self.training and len(self)):
             self.clear()
@@ -368,10 +342,6 @@ class LayerTerms(nn.ModuleList):
         return {**vars(self), "_extractors": None}  # a copy has no hooks
 
 
-def _anything(output: Any) -> Any:
-    return output
-
-
 def _one_layer(module: nn.Module, pattern: str) -> str:
     found = list(find_layers(module, pattern))
     if len(found) != 1:
@@ -387,10 +357,6 @@ def _is_in_encoder(network: nn.Module, layer: str) -> bool:
         if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and get_encoder is not None:
             return any(part is network.get_submodule(layer) for part in get_encoder().modules())
     return False
-
-
-def _channel_dim(features: Tensor) -> int:
-    return 1 if features.dim() > 3 else -1
 
 
 @contextmanager

@@ -10,15 +10,6 @@ class BasicBlock(nn.Module):
     """A residual block of two 3×3 convolutions with batch norm; the shortcut is a 1×1 projection if the shape changes.
 
     Shapes: ``(N, in_channels, H, W)`` → ``(N, out_channels, H / stride, W / stride)``.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the first convolution and of the projection.
-
-    Example:
-        >>> BasicBlock(16, 32, stride=2)(torch.zeros(1, 16, 8, 8)).shape
-        torch.Size([1, 32, 4, 4])
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:

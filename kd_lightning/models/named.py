@@ -23,10 +23,6 @@ def locate(path: str) -> Any:
         ImportError: If the path leads nowhere; the message names close matches.
         TypeError: If the path leads into the standard library.
         ValueError: If ``path`` is not a dotted path.
-
-    Example:
-        >>> locate("torch.nn.Linear")
-        <class 'torch.nn.modules.linear.Linear'>
     """
     names = path.split(".")
     if len(names) < 2 or not all(name.isidentifier() for name in names):

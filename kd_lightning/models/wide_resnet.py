@@ -12,16 +12,6 @@ class PreActivationBlock(nn.Module):
     Where the channels change, the shortcut is a 1×1 convolution of the activated input.
 
     Shapes: ``(N, in_channels, H, W)`` → ``(N, out_channels, H / stride, W / stride)``.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the first convolution and of the projection; other than 1 only where channels change.
-        dropout: Probability of dropping an activation between the two convolutions.
-
-    Example:
-        >>> PreActivationBlock(16, 32, stride=2)(torch.zeros(1, 16, 8, 8)).shape
-        torch.Size([1, 32, 4, 4])
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, dropout: float = 0.0) -> None:

@@ -55,11 +55,7 @@ class FromBatch(MadeAt):
         raise ValueError(f"{type(self).__name__} has its logits already and takes no cache: leave the cache out.")
 
     def part(self, batch: Any, key: str | int | None = None) -> Any:
-        """Return the teacher's part of the batch, by default that of its ``key``.
-
-        Raises:
-            ValueError: If the batch has no such part.
-        """
+        """Return the teacher's part of the batch, by default that of its ``key``, or raise if the batch lacks one."""
         if not self.serves(batch):
             has = f"the keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
             size = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
@@ -159,11 +155,7 @@ class BatchTeacher(FromBatch):
 
     @classmethod
     def of_text(cls, text: str) -> BatchTeacher:
-        """Return the teacher that ``"batch:<key>"`` names.
-
-        Raises:
-            ValueError: If the text has another form.
-        """
+        """Return the teacher that ``"batch:<key>"`` names."""
         kind, _, key = text.partition(":")
         if kind != "batch" or not key:
             raise ValueError(

@@ -44,13 +44,7 @@ class Calibration:
 
     @classmethod
     def of(cls, given: Calibration | float | str | Path) -> Calibration:
-        """Return the calibration of a number or a file; one as it is.
-
-        Raises:
-            TypeError: If the argument is no calibration, number or path.
-            ValueError: If the number is not positive and finite, or the file holds no calibration.
-            FileNotFoundError: If there is no such file.
-        """
+        """Return the calibration of a number or a file; one as it is."""
         if isinstance(given, Calibration):
             return given
         if is_number(given):
@@ -77,11 +71,7 @@ class Calibration:
         Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     def check(self, fingerprint: str) -> None:
-        """Raise if the calibration was fitted for another teacher.
-
-        Raises:
-            ValueError: If the teacher has another fingerprint.
-        """
+        """Raise if the calibration was fitted for a teacher with another fingerprint."""
         if self.fingerprint not in (None, fingerprint):
             raise ValueError(
                 f"the calibration is of the teacher with fingerprint {str(self.fingerprint)[:8]}, but this teacher's "
@@ -89,11 +79,7 @@ class Calibration:
             )
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Return the logits divided by the temperature, in float32; ``(…, C)`` where each class has one.
-
-        Raises:
-            ValueError: If there are several outputs, or other classes than the calibration has.
-        """
+        """Return the logits divided by the temperature, in float32; ``(…, C)`` where each class has one."""
         if not isinstance(logits, Tensor):
             raise ValueError(
                 "a calibration is of one tensor of logits, but OutputsKDLoss takes several outputs of this teacher, "
@@ -110,11 +96,7 @@ class Calibration:
         return scaled_logits(logits, _on_device(self.temperature, logits.device))
 
     def apply_hidden(self, states: HiddenStates) -> HiddenStates:
-        """Return hidden states whose output layer gives calibrated logits.
-
-        Raises:
-            ValueError: If each class has a temperature.
-        """
+        """Return hidden states whose output layer gives calibrated logits; raise if each class has a temperature."""
         t, *others = self.temperature
         if others:
             raise ValueError(

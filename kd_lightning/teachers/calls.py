@@ -39,12 +39,7 @@ class Call(NamedTuple):
 
 
 def positional_names(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the arguments that a network takes by position.
-
-    Example:
-        >>> positional_names(nn.Bilinear(2, 3, 1))
-        ('input1', 'input2')
-    """
+    """Return the names of the arguments that a network takes by position."""
     parameters = inspect.signature(module.forward).parameters.values()
     return tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
 
@@ -70,15 +65,8 @@ def has_decoder(inputs: Mapping[str, Any]) -> bool:
 def padding_mask(inputs: Mapping[str, Any], of_encoder: bool = False) -> Tensor | None:
     """Return where the positions of the logits, or of an encoder's features, are no padding; None without a mask.
 
-    The mask is the input ``attention_mask``, or ``decoder_attention_mask`` where a decoder has inputs of its own.
-
-    Args:
-        inputs: By name.
-        of_encoder: Whether the mask is for an encoder beside a decoder.
-
-    Example:
-        >>> padding_mask({"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])})
-        tensor([[ True,  True, False]])
+    The mask is the input ``attention_mask``, or ``decoder_attention_mask`` where a decoder has inputs of its own and
+    the mask is not ``of_encoder``.
     """
     mask = inputs.get("decoder_attention_mask" if has_decoder(inputs) and not of_encoder else "attention_mask")
     return mask != 0 if isinstance(mask, Tensor) else None
@@ -93,18 +81,10 @@ def counting_positions(targets: Tensor | None, inputs: Mapping[str, Any], positi
 
 
 def call_model(module: Callable[..., Any], inputs: Any) -> Any:
-    """Call a network with its inputs unpacked.
-
-    A mapping is passed by keyword, a tuple or list by position, a :class:`Call` by both, and other inputs as one
-    argument.
+    """Call a network: with a mapping by keyword, a tuple or list by position, a :class:`Call` by both, or one argument.
 
     Raises:
         TypeError: If the network does not take these arguments.
-
-    Example:
-        >>> from torch import nn
-        >>> call_model(nn.Bilinear(2, 3, 1), (torch.ones(5, 2), torch.ones(5, 3))).shape
-        torch.Size([5, 1])
     """
     if isinstance(inputs, Call):
         args, kwargs = inputs
@@ -138,16 +118,7 @@ def _check_arguments(module: Callable[..., Any], args: tuple[Any, ...], kwargs: 
 
 
 def naming_inputs(call: Callable[[Any], Any], module: nn.Module, inputs: Any) -> Any:
-    """Return the result of a teacher's call.
-
-    Args:
-        call: A function of the inputs that calls the network.
-        module: The network, for the message.
-        inputs: Inputs as for :func:`call_model`.
-
-    Raises:
-        ValueError: If the network cannot take inputs of this shape.
-    """
+    """Return ``call(inputs)``, which calls the teacher's network, or raise an error that names the inputs' shapes."""
     if torch.compiler.is_compiling():
         return call(inputs)
     try:
@@ -198,11 +169,6 @@ def in_micro_batches(module: Callable[..., Any], inputs: Any, size: int) -> Any:
     The first tensor's first dimension is the batch size. Tensors of that size are split; every micro-batch gets all
     other inputs whole. Output tensors, nested in any way, are joined along their first dimension; a tensor that
     every micro-batch returned, such as an output layer's weight, stays as it is.
-
-    Args:
-        module: The network.
-        inputs: Inputs as for :func:`call_model`.
-        size: Samples per micro-batch.
 
     Raises:
         TypeError: If the inputs hold no tensor, or if an output cannot be joined.
@@ -266,11 +232,6 @@ def hidden_states(module: nn.Module, inputs: Any) -> HiddenStates:
     Raises:
         TypeError: If the module lacks either, or if its base model returns no hidden states.
         ValueError: If FSDP2 shards the output layer of a student apart from the module.
-
-    Example:
-        >>> from kd_lightning.models import CausalTransformer
-        >>> hidden_states(CausalTransformer(dim=32, depth=1), torch.zeros(2, 5, dtype=torch.long)).hidden.shape
-        torch.Size([2, 5, 32])
     """
     body, head = _body_and_head(module)
     if not _is_sharded(module):
@@ -290,15 +251,7 @@ def hidden_states(module: nn.Module, inputs: Any) -> HiddenStates:
 
 
 def check_hidden_states(module: nn.Module, inputs: Any) -> None:
-    """Raise if a network's logits differ from its output layer applied to its hidden states.
-
-    Soft caps, scales and adapters cause such a difference. The check runs the network on the first sample, once before
-    a training on :func:`hidden_states`.
-
-    Raises:
-        TypeError: If :func:`hidden_states` raises it.
-        ValueError: If the logits differ.
-    """
+    """Raise if a network's logits differ from its output layer applied to its hidden states, on the first sample."""
     body, head = _body_and_head(module)
     seen: dict[str, Any] = {}
     hooks = [

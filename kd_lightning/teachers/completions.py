@@ -113,16 +113,8 @@ def ask(
 ) -> list[Rows]:
     """Ask a server for the largest log-probabilities of each token of each prompt but the first.
 
-    Args:
-        api: The kind of server.
-        url: Of the server.
-        body: Model, prompts, number of classes and temperature.
-        key: See :func:`post`.
-        timeout: See :func:`post`.
-        retries: See :func:`post`.
-
-    Raises:
-        ValueError: If the answer has another form, or is of other tokens; and as :func:`post`.
+    ``body`` holds model, prompts, number of classes and temperature; the last three arguments are those of
+    :func:`post`.
     """
     protocol = APIS[api]
     answer = post(url + protocol.path, protocol.body(*body), key, timeout, retries)
@@ -138,15 +130,8 @@ def ask(
 def post(url: str, body: dict[str, Any], key: str | None, timeout: float, retries: int) -> Any:
     """Send a request, and return the decoded JSON of the answer.
 
-    A connection that fails, a server that is too slow and a status of 408, 425, 429 or 5xx are tried again after 0.5,
-    1, 2, … seconds, 30 at most.
-
-    Args:
-        url: Of the endpoint.
-        body: The request.
-        key: For the header ``Authorization: Bearer``; None: no such header.
-        timeout: Seconds without an answer that fail an attempt.
-        retries: Attempts after the first.
+    A connection that fails, a server that gives no answer within ``timeout`` seconds and a status of 408, 425, 429 or
+    5xx are tried again after 0.5, 1, 2, … seconds, 30 at most.
 
     Raises:
         TimeoutError: If the last attempt had no answer in time.

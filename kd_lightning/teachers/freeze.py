@@ -14,16 +14,10 @@ _MODES = {torch.ops.aten.dropout.default: 2, torch.ops.aten.batch_norm.default: 
 
 
 def freeze(module: nn.Module) -> bool:
-    """Take the gradient from all parameters and put a network in eval mode, as far as the network has modes.
-
-    Args:
-        module: A network; changed in place.
+    """Take the gradient from all parameters and put a network in eval mode; raise if it is a program in training mode.
 
     Returns:
         False for an exported program, whose mode is that of its export.
-
-    Raises:
-        ValueError: If a program was exported in training mode.
     """
     for parameter in module.parameters():  # because a ScriptModule refuses requires_grad_
         if parameter.is_floating_point() or parameter.is_complex():

@@ -31,10 +31,6 @@ class MadeAt(Teacher):
             every temperature, so log-probabilities are the better choice.
         temperature: :math:`T_0`, positive and finite; 1 for logits and a plain softmax. With ``"logits"`` they are
             taken as divided by it.
-
-    Raises:
-        ValueError: If an argument is outside its range; on the call, if probabilities ``(N, C)`` do not sum to 1, or if
-            any is negative.
     """
 
     def __init__(self, output: Output = "logits", temperature: float = 1.0) -> None:

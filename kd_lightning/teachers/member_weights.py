@@ -29,9 +29,6 @@ class MemberWeights:
     Attributes:
         rule: The rule of weights by row; None for schedules.
 
-    Raises:
-        ValueError: If the rule is unknown, if there is not one weight for each teacher, or if constant weights are
-            negative, not finite or all 0.
     """
 
     def __init__(
@@ -47,11 +44,7 @@ class MemberWeights:
             self.at(Progress())
 
     def at(self, progress: Progress) -> list[float]:
-        """Return each teacher's weight at this progress, 1 in sum; equal weights for a rule by row.
-
-        Raises:
-            ValueError: If a weight is negative or not finite, or all are 0.
-        """
+        """Return each teacher's weight at this progress, 1 in sum; equal weights for a rule by row."""
         if not self.schedules:
             return [1 / self.count] * self.count
         weights = [weight(progress) for weight in self.schedules]
@@ -71,9 +64,6 @@ class MemberWeights:
             weights: The result of :meth:`at`.
             known: ``(K, …, 1)``, True where a teacher knows the row; None: everywhere.
             signals: Of the batch, for its targets.
-
-        Raises:
-            ValueError: If the rule is ``"confidence"`` and the batch has no class indices.
         """
         if self.rule is not None and (valid := signals.valid) is not None:  # because a masked row may hold NaN
             logits = [z.masked_fill(~valid.unsqueeze(-1), 0.0) for z in logits]

@@ -22,10 +22,6 @@ class Routing:
     Args:
         by: The argument ``routing`` of :class:`~kd_lightning.TeacherEnsemble`.
         count: Number of teachers.
-
-    Raises:
-        TypeError: If ``by`` is none of these.
-        ValueError: If there are not class indices for each teacher.
     """
 
     def __init__(self, by: Sequence[Sequence[int]] | str | Route, count: int) -> None:
@@ -46,13 +42,7 @@ class Routing:
             self._classes[list(classes), teacher] = True
 
     def known(self, shape: torch.Size, signals: Signals, inputs: Any) -> Tensor:
-        """Return a mask ``(K, …, 1)``, True where a teacher knows the row.
-
-        Args:
-            shape: Of the logits, class dimension last.
-            signals: Of the batch, for its targets.
-            inputs: Of the batch.
-        """
+        """Return a mask ``(K, …, 1)``, True where a teacher knows the row, for logits of this shape, classes last."""
         positions, by = shape[:-1], self.by
         if self._classes is not None:
             route = self._by_class(signals.class_targets, positions, shape[-1])
@@ -94,11 +84,7 @@ class Routing:
 
 
 def check_served(known: Tensor, signals: Signals) -> Tensor:
-    """Return the mask, True for all teachers in rows that none knows, which the loss leaves out.
-
-    Raises:
-        ValueError: If a row that counts is known to no teacher.
-    """
+    """Return the mask, True for all teachers in rows that none knows; raise if the loss does not leave them out."""
     anybody = known.any(0)
     valid = signals.valid
     served = anybody if valid is None else anybody | ~valid.unsqueeze(-1)

@@ -222,19 +222,11 @@ class Teacher(ABC):
         return own + tuple(cache for teacher in self.teachers for cache in teacher.caches)
 
     def network(self) -> nn.Module:
-        """Return the network whose one forward gives the features of a batch, for layers.
-
-        Raises:
-            ValueError: If there is no such network.
-        """
+        """Return the network whose one forward gives the features of a batch, for layers, or raise if there is none."""
         raise ValueError(f"layers need the features of a network, and {type(self).__name__} has none: leave them out.")
 
     def hidden_states(self, inputs: Any, check: bool = False) -> HiddenStates:
-        """Run the teacher up to its output layer; see :func:`hidden_states`.
-
-        Raises:
-            TypeError: If the teacher has no hidden states.
-        """
+        """Run the teacher up to its output layer, or raise if there is none; see :func:`hidden_states`."""
         raise TypeError(f"{type(self).__name__} has no hidden states. Take KDLoss.")
 
     def index(
@@ -324,11 +316,7 @@ class GivenLogits(Teacher):
 
 
 def _transformed(logits: TeacherTarget, policy: TemperaturePolicy) -> TeacherTarget:
-    """Return the logits as the loss sees them under this policy.
-
-    Raises:
-        ValueError: If the policy needs logits and there are none.
-    """
+    """Return the logits as the loss sees them under this policy, or raise if it needs logits and there are none."""
     if isinstance(logits, Tensor):
         return policy.transform(logits)
     if policy.needs_logits:
@@ -340,11 +328,7 @@ def _transformed(logits: TeacherTarget, policy: TemperaturePolicy) -> TeacherTar
 
 
 def own_temperature(own: TemperaturePolicy, policy: TemperaturePolicy, signals: Signals) -> Tensor:
-    """Return the temperature of a teacher's own policy, with the multiplier and bounds of the Distiller's.
-
-    Raises:
-        ValueError: If the teacher's policy gives several temperatures.
-    """
+    """Return the temperature of a teacher's own policy, with the multiplier and bounds of the Distiller's."""
     temperature = own(signals)
     if not isinstance(temperature, Temperature):
         raise ValueError(

@@ -117,12 +117,7 @@ def apply_transform(transform: Callable[[Any], Any] | None, inputs: Any) -> Any:
 
 
 def check_transform(transform: Callable[[Any], Any] | None) -> None:
-    """Raise if the transform cannot be called, or cannot be told from another.
-
-    Raises:
-        TypeError: If the transform is not a callable.
-        ValueError: If the transform's text is an address, which changes from run to run.
-    """
+    """Raise if the transform cannot be called, or its text is an address, which changes from run to run."""
     if transform is not None and (not callable(transform) or isinstance(transform, type)):
         got = transform.__name__ if isinstance(transform, type) else type(transform).__name__
         raise TypeError(f"transform must be a function from inputs to inputs, or an object with a call, got {got}.")

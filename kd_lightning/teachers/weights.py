@@ -138,12 +138,7 @@ def load_weights(module: nn.Module, checkpoint: str | Path, prefix: str | None =
 
 @contextmanager
 def open_safetensors(module: nn.Module, checkpoint: str, prefix: str | None) -> Iterator[dict[str, Any]]:
-    """Open a file of safetensors to read parts of a module's weights: by the module's names, ``weights[name][a:b]``.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If the file is no safetensors, or does not fit the module.
-    """
+    """Open a file of safetensors to read parts of a module's weights: by the module's names, ``weights[name][a:b]``."""
     from safetensors import SafetensorError, safe_open
 
     _check_exists(Path(checkpoint))
@@ -194,10 +189,6 @@ def no_torch_file(path: Path) -> str:
 
 def misfit(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Return in what saved weights differ from a module's, by names and shapes, in sentences; empty if they fit.
-
-    Args:
-        saved: The weights of a file, by the module's names.
-        wanted: The module's state dict.
 
     Example:
         >>> misfit({"weight": torch.ones(3, 2)}, nn.Linear(2, 3).state_dict())
@@ -318,15 +309,7 @@ def is_without_values(module: nn.Module) -> bool:
 
 
 def check_finite(module: nn.Module, source: str) -> None:
-    """Raise if a weight of a teacher is NaN or infinite.
-
-    Args:
-        module: The teacher's network.
-        source: Where its weights come from, for the message.
-
-    Raises:
-        ValueError: If a parameter is not finite, or a buffer NaN.
-    """
+    """Raise if a parameter of a teacher is not finite, or a buffer NaN; the message names where they come from."""
     named = [(name, p, True) for name, p in module.named_parameters() if _is_plain(p, sharded=True)]
     named += [(name, b, False) for name, b in module.named_buffers() if _is_plain(b)]
     bad = [name for name, x, finite in named if (~torch.isfinite(x.detach()) if finite else torch.isnan(x)).any()]
