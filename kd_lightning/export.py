@@ -78,8 +78,7 @@ def export_student(
     ``"onnx"``          .onnx         ``onnxruntime.InferenceSession(path)``
     ==================  ============  ================================================================
 
-    A copy on the CPU in evaluation mode is exported (batch norm uses its running statistics, dropout is off); the
-    network itself stays as it is. The file appears when what was read back agrees, and not before.
+    A copy on the CPU in evaluation mode is exported. The file appears when what was read back agrees, and not before.
 
     Safetensors hold the ``state_dict`` under its own names. Every name is there, so tied weights are stored once for
     each name and are tied again by the class that reads them. The metadata tell what to build: ``class_path``, and

@@ -90,17 +90,8 @@ class CIFAR10DataModule(ImageDataModule):
 class CIFAR100DataModule(CIFAR10DataModule):
     """CIFAR-100: 50,000 training and 10,000 test images of 32×32 pixels in 100 classes (Krizhevsky 2009).
 
-    Inputs are ``(B, 3, 32, 32)``: pixels in [0, 1] minus the channel means of the training images (0.5071, 0.4865,
-    0.4409), over their standard deviations (0.2673, 0.2564, 0.2762). Training images are random 32×32 crops out of the
-    image with 4 pixels of zeros around it, half of them mirrored (He et al. 2016).
-
-    Args:
-        root: Folder that holds ``cifar-100-python``, or to which it is downloaded.
-        download: Whether to download missing data.
-        **kwargs: The arguments of :class:`ImageDataModule`.
-
-    Raises:
-        ValueError: If an argument lies outside its range.
+    All but the classes and the statistics of the channels, and the folder ``cifar-100-python`` that ``root`` holds, is
+    as in :class:`CIFAR10DataModule`.
 
     Example:
         >>> data = CIFAR100DataModule(root="data", batch_size=64)

@@ -1,4 +1,7 @@
-"""The outputs of named layers, by forward hooks that are attached and detached in one place."""
+"""The outputs of named layers, by forward hooks that are attached and detached in one place.
+
+torchvision's ``create_feature_extractor`` traces the network by fx, which fails where control flow depends on data.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +33,13 @@ class FeatureExtractor:
     Hooks are on the layers from :meth:`attach` to :meth:`detach`, which the ``with`` statement calls. It is no
     ``nn.Module``: nothing of it is in a state dict, and a copy of a network with hooks on it records nothing.
 
-    - What counts is the last forward of the network that was begun; what runs outside of one, such as the
-      recomputation of checkpointed blocks in backward, is not recorded.
+    - Recorded is the last forward of the network that was begun, without the recomputation of checkpointed blocks.
     - A tuple or list gives its first tensor, a mapping its first value that is one, such as the hidden states of a
       transformer's block.
-    - A layer that is called more than once in a forward (a shared ``ReLU``) is an error: which call is meant?
-    - So is an output that is changed in place afterwards, by ``ReLU(inplace=True)`` or ``out += shortcut``.
+    - A layer that is called more than once in a forward (a shared ``ReLU``), and an output that is changed in place
+      afterwards (``ReLU(inplace=True)``, ``out += shortcut``), are errors.
     - The names are those of the network within ``DistributedDataParallel``, ``torch.compile``, FSDP's and activation
       checkpoints' wrappers. A network that is compiled must be attached to before its first call.
-
-    torchvision's ``create_feature_extractor`` is better where only features are wanted, as it leaves out what comes
-    after the last of them; but it traces the network by fx, and so fails where control flow depends on data.
 
     Args:
         module: The network.
@@ -254,8 +253,11 @@ def _named_layers(module: nn.Module) -> dict[str, nn.Module]:
 def _first_tensor(output: Any) -> Tensor | None:
     if isinstance(output, Tensor):
         return output
-    values = output.values() if hasattr(output, "values") else output if isinstance(output, (tuple, list)) else ()
-    return next((value for value in values if isinstance(value, Tensor)), None)
+    if hasattr(output, "values"):
+        output = output.values()
+    elif not isinstance(output, (tuple, list)):
+        return None
+    return next((value for value in output if isinstance(value, Tensor)), None)
 
 
 def _version(tensor: Tensor) -> int:

@@ -15,11 +15,6 @@ class DigitsCNN(nn.Module):
 
     Shapes: images ``(N, 1, 8, 8)`` → logits ``(N, num_classes)``; ``features`` gives ``(N, channels[-1], 4, 4)``.
 
-    | channels | hidden | parameters (10 classes) |
-    |----------|--------|-------------------------|
-    | 16, 32   | 64     | 38,330                  |
-    | 8, 16    | 32     | 9,826                   |
-
     Args:
         channels: Channels of the convolutions.
         num_classes: Number of logits.
@@ -58,12 +53,6 @@ class DigitsMLP(nn.Module):
     """A multilayer perceptron for 1×8×8 images: the student of the digits experiments.
 
     Shapes: images ``(N, 1, 8, 8)`` → logits ``(N, num_classes)``.
-
-    | hidden | parameters (10 classes) |
-    |--------|-------------------------|
-    | 64     | 4,810                   |
-    | 8      | 610                     |
-    | none   | 650 (logistic regression) |
 
     Args:
         hidden: Units of the hidden layers, each followed by ReLU; empty for a linear classifier.

@@ -36,9 +36,7 @@ class MappedClasses(Teacher):
     A class that the teacher does not know carries no distillation: both softmaxes are over the classes that it knows,
     and the student's logits of the others have no gradient from the distillation loss. The task loss sees all.
 
-    Policies and metrics see the merged logits at T = 1. Losses that look at the teacher at other temperatures than the
-    given one (:class:`~kd_lightning.losses.NKDLoss`) see the merged logits sharpened or softened as a whole. A cache
-    keeps the logits of all of the teacher's classes.
+    Policies and metrics see the merged logits at T = 1. A cache keeps the logits of all of the teacher's classes.
 
     In a :class:`~kd_lightning.TeacherEnsemble` each member may have classes of its own, merged at its own temperature;
     where the members know different classes of the student's, ``combine="losses"`` lets each teach those that it knows.

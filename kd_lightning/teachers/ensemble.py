@@ -39,16 +39,13 @@ class TeacherEnsemble(Teacher):
 
     - ``combine="probs"``: the mixture :math:`\bar p = \sum_k w_k \, \mathrm{softmax}(t_k / T_k)`, in log-space;
     - ``combine="logits"``: :math:`\mathrm{softmax}\bigl(\sum_k w_k \, t_k / T_k\bigr)`, the geometric mean of the same
-      distributions. Whoever has the larger logits decides: for logits (9, 0, 0) and (0, 1, 0) at T = 1 the mixture is
-      (.61, .29, .11), the mean of the logits gives (.97, .02, .01);
+      distributions, in which the larger logits decide;
     - ``combine="losses"``: each, :math:`\sum_k w_k \, \mathrm{kd\_loss}(s, t_k)`. Under KL that has the gradient of the
       mixture if all :math:`T_k` are equal; otherwise each term has its own factor :math:`T_s T_k`.
 
     In the first two the loss sees one teacher of temperature :math:`T_t = \sum_k w_k T_k`, which the factor of the loss
-    goes by (T² where all are equal). Losses that look at the teacher at other temperatures than the given one
-    (:class:`~kd_lightning.losses.NKDLoss`, :class:`~kd_lightning.losses.MultiTemperatureKDLoss`) see the mixture
-    sharpened or softened as a whole; ``"losses"`` gives them each teacher as it is. Losses without a softmax need
-    ``"logits"`` or ``"losses"``.
+    goes by; one that looks at other temperatures (:class:`~kd_lightning.losses.NKDLoss`) sees the mixture sharpened or
+    softened as a whole. Losses without a softmax need ``"logits"`` or ``"losses"``.
 
     Policies and metrics see the consensus at temperature 1: :math:`\log \sum_k w_k \mathrm{softmax}(t_k)`, shifted by
     the mean of the members' log-sum-exp, so that teachers who agree give their own logits (``"logits"``: the mean of

@@ -54,13 +54,13 @@ class FrozenTeacher(Teacher):
     Args:
         module: The network. **It is frozen in place.**
         checkpoint: File with its weights, read when the teacher is first needed and not before (validating a student
-            needs no teacher file): safetensors, a state dict in ``.pt``, or a Lightning ``.ckpt``, such as that of a
-            distilled student that now teaches. Tensors and primitives only: read with ``weights_only=True``.
+            needs no teacher file): safetensors, a state dict in ``.pt``, or a Lightning ``.ckpt``. Tensors and
+            primitives only: read with ``weights_only=True``.
         prefix: What stands before the module's parameter names in the file, such as ``"student."``. None: found by
             itself.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``: what weights and floating-point inputs are cast to, whatever
-            the trainer's precision and autocast are; casts of the module around do not undo it. The logits come as the
-            network gives them: policies and losses widen them to float32, which is exact. None: as the module around.
+            the trainer's precision and autocast are; casts of the module around do not undo it. None: as the module
+            around.
         channels_last: Weights and images in the memory format that convolutions are often faster in.
         compile: ``torch.compile`` the network at its first call; a mapping: with these options, such as
             ``{"mode": "max-autotune"}``.
@@ -73,12 +73,10 @@ class FrozenTeacher(Teacher):
             batch, a transform of torchvision, or :class:`Renormalize`. Runs on the device, before casts. Part of the
             fingerprint, and so of the cache's, by its ``repr`` or a function's name.
         placement: Where the weights are. None: with the module around, whose moves they follow. A device, such as
-            ``"cpu"`` or ``"cuda:1"``: there; inputs are copied to it and outputs to where the inputs were. Layer terms
-            need features beside the student's and cannot have them. ``"offload"``: on the host, and those of a layer
-            on the inputs' device while that layer runs, for a teacher that the device has no room for.
-            ``"offload_whole"``: on the host, and all on the inputs' device during a forward, for one that it has no
-            room for beside the student's backward. Both copy all weights in each forward. Or a
-            :class:`~kd_lightning.teachers.Placement`.
+            ``"cpu"`` or ``"cuda:1"``: there; inputs are copied to it and outputs to where the inputs were, and there
+            are no layer terms. ``"offload"``: on the host, and those of a layer on the inputs' device while that layer
+            runs. ``"offload_whole"``: on the host, and all on the inputs' device during a forward. Both copy all
+            weights in each forward. Or a :class:`~kd_lightning.teachers.Placement`.
         calibration: The teacher's own temperature, by which its logits are divided before any policy sees them, so that
             it multiplies T_t: a number, a file of ``kd-lightning calibrate``, or a
             :class:`~kd_lightning.teachers.Calibration`. Part of the fingerprint, and so of the cache's.

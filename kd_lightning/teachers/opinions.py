@@ -138,9 +138,10 @@ class LossTerm(NamedTuple):
         reduction = getattr(kd_loss, "reduction", "mean")
         if reduction == "none":
             return rows
+        if reduction == "sum":
+            return rows.sum()
         valid = valid_positions(targets, student, class_dim, ignore_index)
-        count = 1 if reduction == "sum" else rows.numel() if valid is None else valid.sum().clamp(min=1)
-        return rows.sum() / count
+        return rows.sum() / (rows.numel() if valid is None else valid.sum().clamp(min=1))
 
 
 def _to_layout(temperature: Temperature, class_dim: int, rank: int) -> Temperature:

@@ -38,12 +38,11 @@ class ServedTeacher(FunctionTeacher):
 
     vLLM and SGLang compute the log-probabilities of prompts at temperature 1, whatever temperature a request has; some
     patched servers follow the request. Before its first batch the teacher asks for one prompt at two temperatures, and
-    so knows which: a server that does not follow is one of ``temperature=1``, another declaration an error. A server
-    that divides by a fixed temperature of its own cannot be recognised, and must not be used.
+    raises if ``temperature`` declares something else. A server that divides by a fixed temperature of its own cannot be
+    recognised, and must not be used.
 
-    Each batch is spread over ``concurrency`` requests. A connection that fails, a status of 408, 425, 429 or 5xx and a
-    timeout are tried again after 0.5, 1, 2, … seconds. With a ``cache`` the server is asked once for
-    each sample, and in each process for one stored batch to compare:
+    Each batch is spread over ``concurrency`` requests. With a ``cache`` the server is asked once for each sample, and
+    in each process for one stored batch to compare:
 
     .. code-block:: python
 
@@ -63,7 +62,8 @@ class ServedTeacher(FunctionTeacher):
             ``"bucket"`` and ``"drop"`` the teacher's temperature in the loss must be :math:`T_0`.
         cache: Where the targets are kept, by sample: a :class:`TeacherCache` of the same ``top_k``.
         timeout: Seconds without an answer that fail an attempt.
-        retries: Attempts after the first.
+        retries: Attempts after the first, 0.5, 1, 2, … seconds later, where the connection fails, the server is too
+            slow or its status is 408, 425, 429 or 5xx.
         concurrency: Requests at once.
         api_key_env: Name of the environment variable that holds the API key. The key is read for each batch and is in
             no hyper-parameter, checkpoint or message. None: no key is sent.

@@ -81,16 +81,13 @@ def _plain_parts(name: str, value: Any) -> Iterator[Tensor | _Primitive]:
             "or, of a module that accelerate offloads, name the weights: FrozenTeacher(module, fingerprint='model v3')."
         )
     elif isinstance(value, Tensor) and value.is_quantized:
-        channels = value.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
         yield value.int_repr()
-        yield from (
-            (value.q_per_channel_scales(), value.q_per_channel_zero_points())
-            if channels
-            else (
-                value.q_scale(),
-                value.q_zero_point(),
-            )
-        )
+        if value.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams):
+            yield value.q_per_channel_scales()
+            yield value.q_per_channel_zero_points()
+        else:
+            yield value.q_scale()
+            yield value.q_zero_point()
     elif is_sharded(value):
         yield gathered(value).detach()
     elif isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
@@ -201,14 +198,14 @@ def misfit(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     parts = [f"missing in the file: {_listing(missing, most=4)}"] if missing else []
     parts += [f"not in the module: {_listing(unexpected, most=4)}"] if unexpected else []
     parts += [f"other shapes: {_listing(shapes, '; ', most=4)}"] if shapes else []
-    counts = {(_shape(saved[name])[:1], _shape(wanted[name])[:1]) for name in reshaped if _shape(wanted[name])}
     if not parts:
         return ""
+    advice = "Is it another architecture? An argument prefix names the part of the file."
+    both = [(_shape(saved[name]), _shape(wanted[name])) for name in reshaped]
+    counts = {(have[0], want[0]) for have, want in both if have and want}
     if not missing and not unexpected and len(counts) == 1 and len(reshaped) <= 2:
-        ((have, *_), (want, *_)), *_ = counts
+        have, want = counts.pop()
         advice = f"Most likely the class counts differ: {have} in the file, {want} in the module."
-    else:
-        advice = "Is it another architecture? An argument prefix names the part of the file."
     return f"{'; '.join(parts)}. {advice}"
 
 
@@ -310,9 +307,13 @@ def is_without_values(module: nn.Module) -> bool:
 
 def check_finite(module: nn.Module, source: str) -> None:
     """Raise if a parameter of a teacher is not finite, or a buffer NaN; the message names where they come from."""
-    named = [(name, p, True) for name, p in module.named_parameters() if _is_plain(p, sharded=True)]
-    named += [(name, b, False) for name, b in module.named_buffers() if _is_plain(b)]
-    bad = [name for name, x, finite in named if (~torch.isfinite(x.detach()) if finite else torch.isnan(x)).any()]
+    bad: list[str] = []
+    for name, parameter in module.named_parameters():
+        if _is_plain(parameter, sharded=True) and (~torch.isfinite(parameter.detach())).any():
+            bad.append(name)
+    for name, buffer in module.named_buffers():
+        if _is_plain(buffer) and torch.isnan(buffer).any():
+            bad.append(name)
     if bad:
         raise ValueError(
             f"the teacher {type(module).__name__} has weights that are NaN or infinite ({source}): {_listing(bad)}. "
@@ -341,9 +342,9 @@ def looks_untrained(module: nn.Module) -> bool:
     if marks:
         return all(bool((tensor == value).all()) for tensor, value in marks)
     layers = [part for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
-    return bool(layers) and all(
-        _is_plain(part.weight)  # because nobody quantizes a network before its training
-        and bool((part.weight.abs() <= part.weight[0].numel() ** -0.5).all())
-        for part in layers
-        if part.weight.numel()
-    )
+    for weight in (part.weight for part in layers if part.weight.numel()):
+        if not _is_plain(weight):
+            return False  # because nobody quantizes a network before its training
+        if (weight.abs() > weight[0].numel() ** -0.5).any():
+            return False
+    return bool(layers)
