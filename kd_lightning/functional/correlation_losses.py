@@ -5,17 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kd_lightning.functional.across_ranks import gather_over_ranks
 from kd_lightning.functional.masks import masked_on_both_sides
 from kd_lightning.functional.row_loss import CLASS_DIM, IGNORE_INDEX
 from kd_lightning.functional.rows import (
-    REDUCTIONS,
-    SCALES,
     Reduction,
     Scale,
     check_labels,
     check_logits,
-    check_num_items,
-    check_option,
+    check_options,
     check_whole,
     in_compute_dtype,
     loss_factor,
@@ -34,6 +32,7 @@ def dist_loss(
     *,
     beta: float = 1.0,
     gamma: float = 1.0,
+    sync: bool = False,
     targets: Tensor | None = None,
     scale: Scale = "none",
     class_dim: int = CLASS_DIM,
@@ -56,6 +55,9 @@ def dist_loss(
 
     - ``beta``: Weight of the correlation between classes, within a row.
     - ``gamma``: Weight of the correlation within a class, over the batch; it needs two valid positions or more.
+    - ``sync``: Whether that correlation is over the batches of all ranks, as in one process. A step costs a small
+      all-reduce and an all-gather of the probabilities of both networks. The ranks need equally many positions, and the
+      gradients are those to be averaged over ranks, as DDP does.
 
     Raises:
         ValueError: If there are fewer than three classes, because the correlation of two is always ±1, or if a weight
@@ -70,9 +72,7 @@ def dist_loss(
         tensor(0.0042)
     """
     check_weights(beta=beta, gamma=gamma)
-    check_option("scale", scale, SCALES)
-    check_option("reduction", reduction, REDUCTIONS)
-    check_num_items(num_items, reduction)
+    check_options(scale, reduction, num_items)
     check_whole("dist_loss", student_logits, teacher_logits)
     teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
     check_logits(student_logits, teacher_logits, class_dim, min_classes=3, targets=targets)
@@ -90,9 +90,9 @@ def dist_loss(
     p_t = widened_over(teacher_logits, temp.teacher).softmax(class_dim).movedim(class_dim, -1)
     weight = torch.ones_like(p_s[..., :1]) if valid is None else valid.unsqueeze(-1).to(p_s.dtype)
     between_classes = _correlation(p_s, p_t, -1, known.to(p_s.dtype))
-    columns_s, columns_t, seen = (
-        x.reshape(-1, p_s.shape[-1]) for x in (p_s, p_t, (known & (weight > 0)).to(p_s.dtype))
-    )
+    seen = (known & (weight > 0)).to(p_s.dtype)
+    columns = torch.cat([p_s, p_t, seen], -1).flatten(0, -2)
+    columns_s, columns_t, seen = (gather_over_ranks(columns) if sync else columns).chunk(3, -1)
     within_classes = _correlation(columns_s, columns_t, 0, seen)
     classes = (seen.sum(0) > 0).to(p_s.dtype)  # without those that both sides mask everywhere
     distance = ((1 - within_classes) * classes).sum() / classes.sum().clamp(min=1)

@@ -16,12 +16,13 @@ from typing_extensions import TypedDict, Unpack
 
 from kd_lightning.functional.divergences import Divergence, ForwardKL, check_fusible
 from kd_lightning.functional.rows import (
-    SCALES,
     Reduction,
+    Rows,
     Scale,
-    check_num_items,
     check_option,
+    check_options,
     check_whole,
+    definition,
     in_compute_dtype,
     labels_of,
     loss_factor,
@@ -153,9 +154,8 @@ def fused_linear_kd_terms(
         >>> fused_linear_kd_terms(hidden, weight, hidden, weight, 2.0, targets=targets, task_weight=0.5)
         FusedTerms(loss=tensor(0.1100), kd_loss=tensor(0.), task_loss=tensor(0.2201))
     """
-    check_option("scale", scale, SCALES)
     check_option("reduction", reduction, ("mean", "sum"))
-    check_num_items(num_items, reduction)
+    check_options(scale, reduction, num_items)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     check_fusible(divergence)
@@ -249,6 +249,16 @@ class _Heads(NamedTuple):
         dtype = torch.get_autocast_dtype(device)
         return _Heads(*(None if x is None else x.to(dtype) for x in self))  # pyright: ignore[reportArgumentType]
 
+    def logits(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Return both sides' logits of some rows, as fresh tensors in the dtype to compute in."""
+        dtype = compute_dtype(self.hidden)
+        student = F.linear(self.hidden[part], self.weight, self.bias).to(dtype)
+        if self.teacher_logits is not None:
+            return student, self.teacher_logits[part].to(dtype, copy=True)
+        assert self.teacher_hidden is not None
+        assert self.teacher_weight is not None
+        return student, F.linear(self.teacher_hidden[part], self.teacher_weight, self.teacher_bias).to(dtype)
+
     def flattened(self) -> _Heads:
         """Return the heads with one row per position."""
         return _Heads(
@@ -283,20 +293,14 @@ def _flat(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
 def _definition(divergence: Divergence, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss and its two terms as constants, from the whole logits in differentiable torch."""
     heads, rows = _Heads(*tensors[:7]), _Flat(*tensors[7:])
-    s = F.linear(heads.hidden, heads.weight, heads.bias)
-    t = heads.teacher_logits
-    if heads.teacher_hidden is not None and heads.teacher_weight is not None:
-        t = F.linear(heads.teacher_hidden, heads.teacher_weight, heads.teacher_bias)
-    assert t is not None
-    s, t = s.to(compute_dtype(s)), t.to(compute_dtype(t))
-    if rows.valid is not None:
-        s, t = s.masked_fill(~rows.valid, 0.0), t.masked_fill(~rows.valid, 0.0)
-    a, b = s / rows.student_temperature, t / rows.teacher_temperature
-    kd = divergence.definition(a, b, -1, None) * rows.factor
+    s, t = heads.logits(slice(None))
+    kd_rows = Rows(s, t, rows.student_temperature, rows.teacher_temperature, rows.factor, rows.valid, None)
+    kd = definition(divergence, -1, True, kd_rows)
     task = torch.zeros_like(kd)
     if rows.labels is not None:
-        task = (s.logsumexp(-1, keepdim=True) - s.gather(-1, rows.labels)) * rows.task_factor
-    kd, task = _counted(kd, rows.valid).sum(), _counted(task, rows.valid).sum()
+        s = s if rows.valid is None else s.masked_fill(~rows.valid, 0.0)
+        cross_entropy = s.logsumexp(-1, keepdim=True) - s.gather(-1, rows.labels)
+        task = _counted(cross_entropy * rows.task_factor, rows.valid).sum()
     return kd + task, kd.detach(), task.detach()
 
 
@@ -322,8 +326,7 @@ class _FusedLinear(torch.autograd.Function):
             for start in range(0, hidden.shape[0], chunk_size):
                 part = slice(start, start + chunk_size)
                 t_s, t_t, c, task_c, ok, labels = rows.of(part)
-                s = F.linear(hidden[part], weight, heads.bias).to(dtype)
-                t = _teacher_logits(heads, part, dtype)
+                s, t = heads.logits(part)
                 task_value, task_gradient = _cross_entropy(s, labels, task_c)
                 s, t = s.div_(t_s), t.div_(t_t)
                 kept_s = s.clone() if want_row.student_temperature else None
@@ -380,15 +383,6 @@ class _FusedLinear(torch.autograd.Function):
 
 def _counted(values: Tensor, valid: Tensor | None) -> Tensor:
     return values if valid is None else torch.where(valid, values, 0.0)
-
-
-def _teacher_logits(heads: _Heads, part: slice, dtype: torch.dtype) -> Tensor:
-    """Return the teacher's logits of a chunk as a fresh tensor in the dtype to compute in."""
-    if heads.teacher_logits is not None:
-        return heads.teacher_logits[part].to(dtype, copy=True)
-    assert heads.teacher_hidden is not None
-    assert heads.teacher_weight is not None
-    return F.linear(heads.teacher_hidden[part], heads.teacher_weight, heads.teacher_bias).to(dtype)
 
 
 def _cross_entropy(s: Tensor, labels: Tensor | None, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:

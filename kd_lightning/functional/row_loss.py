@@ -11,16 +11,13 @@ from torch import Tensor
 from kd_lightning.functional.divergences import Divergence
 from kd_lightning.functional.masks import masked_on_both_sides
 from kd_lightning.functional.rows import (
-    REDUCTIONS,
-    SCALES,
     Reduction,
     Rows,
     Scale,
     check_labels,
     check_layout,
     check_logits,
-    check_num_items,
-    check_option,
+    check_options,
     definition,
     in_compute_dtype,
     is_sharded,
@@ -95,9 +92,7 @@ def row_loss(
             f"{', '.join(sorted(LossOptions.__optional_keys__))}. A mask of the positions that count goes to targets, "
             "as a boolean tensor."
         )
-    check_option("scale", scale, SCALES)
-    check_option("reduction", reduction, REDUCTIONS)
-    check_num_items(num_items, reduction)
+    check_options(scale, reduction, num_items)
     traced = torch.compiler.is_compiling() or in_transform()
     shards = None
     student_logits, teacher_logits = plain(student_logits), plain(teacher_logits)

@@ -21,8 +21,8 @@ __all__ = [
     "check_labels",
     "check_layout",
     "check_logits",
-    "check_num_items",
     "check_option",
+    "check_options",
     "check_whole",
     "definition",
     "gathered",
@@ -152,8 +152,9 @@ def check_logits(
             )
         )
     if student.shape[class_dim] < min_classes:
+        fewest = {1: "one", 2: "two", 3: "three"}[min_classes]
         raise ValueError(
-            f"this loss needs at least {_count_word(min_classes)} classes, got logits of shape {tuple(student.shape)} "
+            f"this loss needs at least {fewest} classes, got logits of shape {tuple(student.shape)} "
             f"with class_dim={class_dim}"
             + (
                 ": a softmax over one class is always 1. For one binary logit z use the two logits (0, z)."
@@ -169,25 +170,9 @@ def check_logits(
 def without_padding(student: Tensor, teacher: Target, class_dim: int = -1) -> Target:
     """Cut the classes by which a token model's teacher exceeds the student, and warn.
 
-    Vocabularies are padded to different multiples, so that the surplus classes are padding.
-
-    The softmax over the classes left is the teacher's distribution renormalised. Only logits of three or more
-    dimensions, ``(B, L, V)``, are cut. In ``(N, C)`` a wider teacher is most likely a mistake, which
-    :func:`check_logits` reports.
-
-    Args:
-        student: Student logits.
-        teacher: Teacher logits, of the same shape or with more classes.
-        class_dim: The dimension of the classes.
-
-    Returns:
-        The teacher's logits, with as many classes as the student has; what is no tensor as it is.
-
-    Example:
-        >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("ignore")
-        ...     without_padding(torch.zeros(1, 2, 5), torch.zeros(1, 2, 8)).shape
-        torch.Size([1, 2, 5])
+    Vocabularies are padded to different multiples, so that the surplus classes are padding. The softmax over the rest
+    is the teacher's distribution renormalised. Only logits ``(B, L, V)`` are cut: in ``(N, C)`` a wider teacher is most
+    likely a mistake, which :func:`check_logits` reports.
     """
     if not isinstance(teacher, Tensor) or teacher.shape == student.shape:
         return teacher
@@ -209,8 +194,10 @@ def without_padding(student: Tensor, teacher: Target, class_dim: int = -1) -> Ta
     return cut
 
 
-def check_num_items(num_items: float | Tensor | None, reduction: Reduction) -> None:
-    """Raise if ``num_items`` is not one positive number, or if the reduction divides by no count."""
+def check_options(scale: Scale, reduction: Reduction, num_items: float | Tensor | None) -> None:
+    """Raise if an option is unknown, or if ``num_items`` is not one positive number to divide a mean by."""
+    check_option("scale", scale, SCALES)
+    check_option("reduction", reduction, REDUCTIONS)
     if num_items is None:
         return
     if reduction != "mean":
@@ -241,19 +228,12 @@ def _check_positions(targets: Tensor, logits: Tensor, class_dim: int) -> None:
     class_dim %= logits.dim()
     positions = logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
     if targets.shape != positions:
+        without_dim_1 = logits.shape[:1] + logits.shape[2:]
         raise ValueError(
             f"targets must have the logits' shape without the class dimension, {tuple(positions)}, got "
             f"{tuple(targets.shape)} for logits of shape {tuple(logits.shape)} with class_dim={class_dim}."
-            + (" Give the loss class_dim=1." if logits.dim() > 2 and targets.shape == _without_dim_1(logits) else "")
+            + (" Give the loss class_dim=1." if logits.dim() > 2 and targets.shape == without_dim_1 else "")
         )
-
-
-def _without_dim_1(logits: Tensor) -> torch.Size:
-    return logits.shape[:1] + logits.shape[2:]
-
-
-def _count_word(number: int) -> str:
-    return {1: "one", 2: "two", 3: "three"}[number]
 
 
 def labels_of(targets: Tensor | None, valid: Tensor | None, class_dim: int) -> Tensor:
@@ -284,13 +264,7 @@ def in_compute_dtype(temperature: Temperature, logits: Tensor) -> Temperature:
 def loss_scale(temperature: Temperature, rule: Scale, class_dim: int = -1) -> Tensor:
     """Return the factor of the loss per position; see ``scale`` in :func:`kd_loss`.
 
-    Args:
-        temperature: Student and teacher temperature in one layout.
-        rule: The scale unless ``temperature.scale`` is set.
-        class_dim: The dimension of the classes, over which a class-wise factor is averaged.
-
-    Returns:
-        A tensor with one element, or in the shape of the temperatures with one class.
+    A class-wise factor is averaged over the classes.
 
     Example:
         >>> loss_scale(Temperature(torch.tensor(2.0), torch.tensor(4.0)), "student_teacher")

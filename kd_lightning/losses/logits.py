@@ -374,6 +374,8 @@ class DISTLoss(LogitLoss):
     Args:
         beta: Weight of the correlation within a row.
         gamma: Weight of the correlation within a class, over the batch.
+        sync: Whether that batch is the one of all ranks in training; :func:`~kd_lightning.functional.dist_loss` has the
+            costs.
         **options: Those of :class:`LogitLoss`.
     """
 
@@ -381,11 +383,23 @@ class DISTLoss(LogitLoss):
     options = ("beta", "gamma")
     own_scale = "none"
 
-    def __init__(self, beta: float = 1.0, gamma: float = 1.0, **options: Unpack[LossModuleOptions]) -> None:
+    def __init__(
+        self, beta: float = 1.0, gamma: float = 1.0, sync: bool = False, **options: Unpack[LossModuleOptions]
+    ) -> None:
         super().__init__(**options)
         check_weights(beta=beta, gamma=gamma)
         self.beta = beta
         self.gamma = gamma
+        self.sync = bool(sync)
+
+    @override
+    def _loss(self, *given: Any, **options: Any) -> Tensor:
+        return super()._loss(*given, **options, sync=self.sync and self.training)
+
+    @override
+    def extra_repr(self) -> str:
+        """Return the options, and ``sync`` where it is on, as older checkpoints do not have it."""
+        return super().extra_repr() + (", sync=True" if self.sync else "")
 
 
 class MultiTemperatureKDLoss(LogitLoss):

@@ -17,7 +17,15 @@ from torch.multiprocessing.spawn import start_processes
 from kd_lightning import DistillationModule
 from kd_lightning.functional.across_ranks import gather_over_ranks, smallest_over_ranks
 from kd_lightning.layers import LayerTerm
-from kd_lightning.losses.features import InfoNCELoss, RelationalLoss, SimilarityKDLoss, SimilarityPreservingLoss
+from kd_lightning.losses import (
+    DISTLoss,
+    InfoNCELoss,
+    LogitLoss,
+    RelationalLoss,
+    SimilarityKDLoss,
+    SimilarityPreservingLoss,
+    SoftFeatureLoss,
+)
 from kd_lightning.temperature import (
     DisagreementTemperature,
     EnergyTemperature,
@@ -39,6 +47,7 @@ LOSSES: dict[str, Callable[[bool], Any]] = {
     "similarity": lambda sync: SimilarityKDLoss(sync=sync),
     "views": lambda sync: SimilarityKDLoss(views=2, sync=sync),
     "contrast": lambda sync: InfoNCELoss(sync=sync),
+    "correlation": lambda sync: DISTLoss(beta=0.0, sync=sync),
 }
 
 
@@ -68,6 +77,11 @@ def own(part: slice, name: str) -> Tensor:
     return rows.view(2, 4)[:, part].flatten() if name == "views" else rows.view(4, 2).flatten()[part]
 
 
+def loss_of(loss: Any, student: Tensor, teacher: Tensor) -> Tensor:
+    softens = isinstance(loss, (SoftFeatureLoss, LogitLoss))
+    return loss(student, teacher, 0.5) if softens else loss(student, teacher)
+
+
 def compute(part: dict[str, Any], ranks: int) -> dict[str, Tensor]:
     """Temperatures of each policy; value and gradient of each loss."""
     sync, found = ranks > 1, {}
@@ -83,8 +97,7 @@ def compute(part: dict[str, Any], ranks: int) -> dict[str, Tensor]:
         weight = torch.eye(3, dtype=torch.float64, requires_grad=True)
         chosen = own(part["samples"][name], name)
         one, two = (x[chosen] for x in features())
-        loss = make(sync)
-        value = loss(one @ weight, two, 0.5) if hasattr(loss, "logits") else loss(one @ weight, two)
+        value = loss_of(make(sync), one @ weight, two)
         (gradient,) = torch.autograd.grad(value, weight)
         if sync:
             dist.all_reduce(gradient)
@@ -132,8 +145,7 @@ def test_alone_it_changes_nothing() -> None:
         torch.testing.assert_close(with_sync, without, rtol=1e-12, atol=0)
     one, two = features()
     for make in LOSSES.values():
-        given = (one, two, 0.5) if hasattr(make(True), "logits") else (one, two)
-        assert torch.equal(make(True)(*given), make(False)(*given))
+        assert torch.equal(loss_of(make(True), one, two), loss_of(make(False), one, two))
 
 
 def test_it_is_in_the_text_that_checkpoints_compare_where_it_is_on() -> None:
@@ -154,13 +166,15 @@ class Weights(Callback):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["policy", "layers"])
+@pytest.mark.parametrize("kind", ["policy", "layers", "logits"])
 def test_a_run_on_two_processes_trains_as_one(
     make_trainer: MakeTrainer, teacher: nn.Module, tmp_path: Path, kind: str
 ) -> None:
     for devices in (2, 1):
         torch.manual_seed(7)
         options: dict[str, Any] = {"temperature": DisagreementTemperature(sync=True)}
+        if kind == "logits":
+            options = {"kd_loss": DISTLoss(sync=True)}
         if kind == "layers":
             options = {"layers": [LayerTerm("1", "2", SimilarityKDLoss(sync=True), temperature=0.3, weight=5.0)]}
         module = DistillationModule(
