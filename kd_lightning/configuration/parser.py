@@ -32,7 +32,12 @@ import kd_lightning.modules
 import kd_lightning.temperature  # noqa: F401
 from kd_lightning._lightning import CommandLine
 from kd_lightning.configuration.diagnosis import diagnose, first_error, in_helps
-from kd_lightning.configuration.resume import check_one_start, checkpoint_to_measure, checkpoint_to_resume
+from kd_lightning.configuration.resume import (
+    check_one_start,
+    checkpoint_to_measure,
+    checkpoint_to_resume,
+    warn_of_restarts,
+)
 from kd_lightning.configuration.written import CommandLineError, Written, dotted, guess, setting_at
 from kd_lightning.modules.checkpoint_settings import check_settings, read_checkpoint
 
@@ -233,6 +238,7 @@ class KDLightningCLI(CommandLine):
 
     def before_fit(self) -> None:
         """Find the checkpoint that ``--resume auto`` and ``--ckpt_path last`` mean."""
+        warn_of_restarts()
         settings = self.config_init["fit"]
         settings["ckpt_path"] = checkpoint_to_resume(self.trainer, settings["resume"], settings["ckpt_path"])
         self.config["fit"]["resume"] = None  # so that the saved configuration repeats the run

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from kd_lightning.configuration.written import CommandLineError
 from kd_lightning.modules.checkpoint_settings import read_checkpoint
 
-__all__ = ["check_one_start", "checkpoint_to_measure", "checkpoint_to_resume", "newest_checkpoint"]
+__all__ = ["check_one_start", "checkpoint_to_measure", "checkpoint_to_resume", "newest_checkpoint", "warn_of_restarts"]
 
 
 def check_one_start(resume: str | None, ckpt_path: str | None) -> None:
@@ -72,6 +73,21 @@ def checkpoint_to_measure(trainer: Trainer, which: str) -> str:
         raise _nothing_found(which, trainer, "train first, with a ModelCheckpoint")
     rank_zero_info(f"Measuring {found}.")
     return str(found)
+
+
+def warn_of_restarts() -> None:
+    """Warn if torchrun is to restart workers that would find the addresses of dead ones.
+
+    torch, up to 2.15 at least, starts them with the store of the former workers (pytorch issue 135712). A worker that
+    reads an address before its owner has written it anew connects to a dead process: an error, or a wait without end.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        rank_zero_warn(
+            f"torchrun may fail to restart this run after a failure: with --max-restarts {restarts}, new workers look "
+            "for the dead ones' addresses, and fail or hang. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's "
+            "environment, and start it with --rdzv-backend c10d or --standalone."
+        )
 
 
 def _nothing_found(which: str, trainer: Trainer, way_out: str) -> CommandLineError:

@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from kd_lightning.cli import main
+from kd_lightning.configuration.resume import warn_of_restarts
 
 ROOT = Path(__file__).parents[2]
 STEPS = 9  # three epochs of three steps
@@ -86,6 +87,14 @@ def weights(version: int, folder: Path = Path()) -> dict[str, torch.Tensor]:
     return state["state_dict"]
 
 
+def assert_continued(uninterrupted: Path) -> None:
+    """Require that the second run went on from the end of the first epoch, and has the bits of an uninterrupted one."""
+    (whole,), (_, resumed) = trace(uninterrupted), trace()
+    assert resumed == {step: value for step, value in whole.items() if step >= 3}
+    for name, weight in weights(0, uninterrupted).items():
+        assert torch.equal(weights(1)[name], weight), name
+
+
 def fork(arguments: list[str], environment: dict[str, str]) -> int:
     """Run the command in a fork with further variables of the environment, and return its process."""
     if child := os.fork():
@@ -132,18 +141,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two agents of torchrun that nothing interrupts."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    (folder / "configs").symlink_to(ROOT / "configs")
+def torchrun(folder: Path, *more: str, restarts: int = 0) -> None:
+    """Run the command under two agents of torchrun, and require that both succeed."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend",
         "c10d", "--rdzv-id", "kd", "--rdzv-endpoint", f"127.0.0.1:{a_port()}", "--local-addr", "127.0.0.1",
-        "-m", "kd_lightning", *RUN, *TWO_NODES,
+        "--max-restarts", str(restarts), "-m", "kd_lightning", *RUN, *TWO_NODES, *more,
     ]  # fmt: skip
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    agents = [subprocess.Popen(command, cwd=folder, **pipes) for _ in (0, 1)]
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    agents = [subprocess.Popen(command, cwd=folder, env=environment, **pipes) for _ in (0, 1)]
     try:
         told = "".join(agent.communicate(timeout=120)[0][-3000:] for agent in agents)
     finally:
@@ -151,6 +158,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
             with suppress(ProcessLookupError):
                 os.killpg(agent.pid, signal.SIGKILL)  # with its workers, which a timeout would leave behind
     assert [agent.returncode for agent in agents] == [0, 0], told
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two agents of torchrun that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    torchrun(folder)
     return folder
 
 
@@ -165,10 +180,12 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_continues_it(uninterrup
     killed = sending(signal.SIGKILL, step=4, ranks=[1])
     assert srun(*killed) == [1, -signal.SIGKILL]
     assert srun(*killed) == [0, 0]
-    (whole,), (_, resumed) = trace(uninterrupted), trace()
-    assert resumed == {step: value for step, value in whole.items() if step >= 3}  # from the end of the first epoch
-    for name, weight in weights(0, uninterrupted).items():
-        assert torch.equal(weights(1)[name], weight), name
+    assert_continued(uninterrupted)
+
+
+def test_torchrun_restarts_a_killed_rank(uninterrupted: Path, folder: Path) -> None:
+    torchrun(folder, *sending(signal.SIGKILL, step=4, ranks=[1]), restarts=1)
+    assert_continued(uninterrupted)
 
 
 @pytest.mark.usefixtures("folder")
@@ -207,3 +224,18 @@ def test_jobs_for_slurm_have_a_command_that_is_understood(job: Path, capfd: pyte
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--print_config"])
     assert not stop.value.code
+
+
+@pytest.mark.parametrize(("restarts", "shared"), [("0", "True"), ("3", "False")])
+def test_restarts_that_work_are_not_warned_of(restarts: str, shared: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+    warn_of_restarts()
+
+
+@pytest.mark.usefixtures("folder")
+def test_restarts_with_the_store_of_the_dead_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.warns(UserWarning, match=r"with --max-restarts 3, .* Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in"):
+        main([*RUN, "--trainer.fast_dev_run", "true"])
