@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -66,26 +68,34 @@ def average_gradients(trainer: Trainer, distiller: nn.Module) -> None:
                 parameter.grad /= dist.get_world_size()
 
 
-def clip_gradients(optimizer: Optimizer, most: float, by_norm: bool) -> None:
-    """Clip gradients of which some are sharded over the ranks and some whole, which torch's functions do not combine.
+def clip_gradients(trainer: Trainer, optimizer: Optimizer, most: float | None, by_norm: bool) -> bool:
+    """Clip gradients that are sharded over the ranks, and return False where Lightning clips them.
 
     Args:
+        trainer: The trainer of the run.
         optimizer: The optimiser of the parameters.
-        most: The greatest norm of all gradients together, or the greatest value.
+        most: The greatest norm of all gradients together, or the greatest value; None or 0 for no clipping.
         by_norm: Whether the norm is clipped.
     """
+    if most and by_norm and isinstance(trainer.model, FullyShardedDataParallel):
+        trainer.model.clip_grad_norm_(most)
+        return True
+    if not (most and isinstance(trainer.strategy, ModelParallelStrategy)):
+        return False
+    # some are DTensors and some whole, which torch's functions do not combine
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     kinds = [[p for p in with_gradient if isinstance(p, DTensor) == sharded] for sharded in (True, False)]
     if not by_norm:
         for kind in kinds:
             nn.utils.clip_grad_value_(kind, most)
-        return
+        return True
     norms = [gathered(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds if kind]
     total = torch.stack([norm.double() for norm in norms]).square().sum().sqrt()
     for parameter in with_gradient:
         if parameter.grad is not None:
             parameter.grad.mul_((most / (total + 1e-6)).clamp(max=1.0).to(parameter.dtype))
+    return True
 
 
 def _is_whole(tensor: Tensor) -> bool:

@@ -309,9 +309,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        if self._syncs_the_distiller and gradient_clip_val:
-            clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm in (None, "norm"))
-        else:
+        if not clip_gradients(self.trainer, optimizer, gradient_clip_val, gradient_clip_algorithm in (None, "norm")):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     @override

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from kd_lightning.distiller import Distiller
@@ -74,9 +75,14 @@ def _checksum(tensor: Tensor) -> Tensor:
 def check_replicas(trainer: Trainer, state: dict[str, Any]) -> None:
     """Compare a state between the ranks by its hash. A collective: every rank must call it.
 
+    Parameters of which FSDPStrategy keeps a part on each rank are left out.
+
     Raises:
         RuntimeError: If the ranks differ; names the values and the ranks.
     """
+    model = trainer.model
+    parts = {id(p) for p in model.parameters()} if isinstance(model, FullyShardedDataParallel) else set()
+    state = {name: value for name, value in state.items() if id(value) not in parts}
     digests = {name: _digest(value) for name, value in state.items()}
     if len(set(gather(trainer, _digest(repr(digests))))) == 1:
         return

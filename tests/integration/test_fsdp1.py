@@ -1,0 +1,103 @@
+"""FSDP1 (Lightning's FSDPStrategy) on two CPU processes, which the strategy itself refuses."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+from typing_extensions import override
+
+from kd_lightning import DistillationModule, FrozenTeacher, LayerTerm
+from kd_lightning.losses import HintLoss
+from kd_lightning.teachers import Sharded
+from kd_lightning.temperature import CosineSchedule, EntropyTemperature
+from tests.helpers import InOrder, LearnedTemperature, make_network, on_ranks
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # what Lightning calls of FSDP1 is deprecated
+
+
+class OnCPU(FSDPStrategy):
+    """Lightning refuses ``FSDPStrategy`` itself on a CPU, and gives FSDP the index of a GPU."""
+
+    @override
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(
+            model, sharding_strategy=self.sharding_strategy, device_id=torch.device("cpu"), **self.kwargs
+        )
+
+
+def make(temperature: Any = 4.0, **options: Any) -> DistillationModule:
+    torch.manual_seed(5)
+    student, teacher = make_network(10, norm=False), make_network(norm=False)
+    for parameter in teacher.parameters():
+        parameter.data += 0.5 * torch.randn_like(parameter)
+    return DistillationModule(
+        student=student,
+        teacher=FrozenTeacher(teacher, placement=Sharded(["0", "2"])),
+        temperature=copy.deepcopy(temperature),
+        optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+        **options,
+    )
+
+
+MODULES: dict[str, Callable[[], DistillationModule]] = {
+    "constant": make,
+    "scheduled": partial(make, CosineSchedule(8, 2)),
+    "per sample": partial(make, EntropyTemperature()),
+    "learned": partial(make, LearnedTemperature()),
+    "layers": lambda: make(layers=[LayerTerm("0", "0", HintLoss())]),
+    "clipped": partial(make, LearnedTemperature()),
+    "resumed": partial(make, LearnedTemperature()),
+}
+OPTIONS: dict[str, dict[str, Any]] = {"clipped": {"gradient_clip_val": 0.05}, "resumed": {"max_epochs": 2}}
+
+
+def fit(
+    module: DistillationModule, folder: Path, strategy: Any = "auto", ckpt_path: Path | None = None, **options: Any
+) -> Trainer:
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    settings: dict[str, Any] = {"max_epochs": 1, "limit_val_batches": 2, **quiet, **options}
+    devices = 1 if strategy == "auto" else 2
+    trainer = Trainer(
+        accelerator="cpu", devices=devices, strategy=strategy, use_distributed_sampler=False,
+        default_root_dir=folder, **settings,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=InOrder(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def check(trainer: Trainer, file: Path) -> None:
+    assert isinstance(trainer.model, FullyShardedDataParallel)
+    with FullyShardedDataParallel.state_dict_type(trainer.model, StateDictType.FULL_STATE_DICT):
+        have, want = trainer.model.state_dict(), torch.load(file, weights_only=True)
+    assert have.keys() == want.keys()
+    for name, value in want.items():
+        torch.testing.assert_close(have[name], value, rtol=1e-5, atol=1e-6, msg=f"{file.stem}: {name}")
+
+
+def check_ranks(folder: Path) -> None:
+    for name, make_module in MODULES.items():
+        wrap: set[type[nn.Module]] | None = {nn.Linear} if name in ("constant", "layers") else None
+        check(fit(make_module(), folder, OnCPU(auto_wrap_policy=wrap), **OPTIONS.get(name, {})), folder / f"{name}.pt")
+    for kind in ("full", "sharded"):
+        trainer = fit(MODULES["resumed"](), folder, OnCPU(state_dict_type=kind))
+        trainer.save_checkpoint(folder / f"{kind}.ckpt")
+        trainer = fit(MODULES["resumed"](), folder, OnCPU(state_dict_type=kind), folder / f"{kind}.ckpt", max_epochs=2)
+        check(trainer, folder / "resumed.pt")
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    for name, make_module in MODULES.items():
+        module = make_module()
+        fit(module, tmp_path, **OPTIONS.get(name, {}))
+        torch.save(module.state_dict(), tmp_path / f"{name}.pt")
+    on_ranks(2, lambda _: check_ranks(tmp_path))
