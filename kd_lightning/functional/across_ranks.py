@@ -10,8 +10,6 @@ from torch import Tensor
 
 from kd_lightning.functional.temperature import check_values
 
-__all__ = ["gather_over_ranks", "several_ranks", "smallest_over_ranks", "sum_over_ranks"]
-
 
 def several_ranks() -> bool:
     """Return True in a run of several processes."""

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from kd_lightning.functional.temperature import tempered_log_softmax
 
-__all__ = ["fit_temperature", "scaled_logits"]
-
 _LOWEST, _HIGHEST = 0.05, 100.0
 
 

@@ -25,8 +25,6 @@ from kd_lightning.functional.divergences import (
     where_positive,
 )
 
-__all__ = ["DecoupledKL", "NonTargetCrossEntropy", "TargetCrossEntropy", "log_sum", "softmax_and_log_z"]
-
 
 @dataclass(frozen=True)
 class DecoupledKL(Divergence):

@@ -18,8 +18,6 @@ from kd_lightning.functional.rows import check_layout, check_whole, without_padd
 from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.functional.temperature import Temperature, as_temperature, check_values, check_weights
 
-__all__ = ["dkd_loss", "hard_label_loss", "nkd_loss"]
-
 
 def hard_label_loss(
     student_logits: Tensor,

@@ -19,17 +19,6 @@ from kd_lightning.functional.rows import Scale, check_option
 from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.functional.temperature import Temperature, check_weights, compute_dtype
 
-__all__ = [
-    "CONVENTIONS",
-    "Convention",
-    "check_convention",
-    "hinton_kd_loss",
-    "modelopt_kd_loss",
-    "textbrewer_kd_loss",
-    "torchdistill_kd_loss",
-    "trl_kd_loss",
-]
-
 Convention = Literal["hinton", "trl", "modelopt", "torchdistill", "textbrewer"]
 
 

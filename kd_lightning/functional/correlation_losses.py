@@ -22,8 +22,6 @@ from kd_lightning.functional.rows import (
 )
 from kd_lightning.functional.temperature import Temperature, as_temperature, check_weights, widened_over
 
-__all__ = ["dist_loss"]
-
 
 def dist_loss(
     student_logits: Tensor,

@@ -22,21 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-__all__ = [
-    "BernoulliKL",
-    "ClosedForm",
-    "Divergence",
-    "ForwardKL",
-    "JensenShannon",
-    "ReverseKL",
-    "SoftCrossEntropy",
-    "SquaredError",
-    "TotalVariation",
-    "check_fusible",
-    "nan_to_zero",
-    "where_positive",
-]
-
 
 class ClosedForm(NamedTuple):
     """A divergence with its gradient.

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from kd_lightning.functional.temperature import predictive_entropy, tempered_log_softmax, widened_over
 
-__all__ = ["confidence_weights", "entropy_weights", "mixed_log_softmax", "mixed_logits"]
-
 
 def mixed_log_softmax(
     logits: Sequence[Tensor], temperatures: Sequence[float | Tensor], weights: Sequence[Tensor]

@@ -19,20 +19,6 @@ from kd_lightning.functional.logit_losses import kd_loss
 from kd_lightning.functional.rows import Scale
 from kd_lightning.functional.temperature import Temperature, compute_dtype
 
-__all__ = [
-    "attention_kd_loss",
-    "attention_logits",
-    "attention_transfer_loss",
-    "channel_logits",
-    "channel_wise_kd_loss",
-    "check_power",
-    "check_same_shape",
-    "hint_loss",
-    "unit",
-    "widened",
-    "without_padded",
-]
-
 
 def hint_loss(student_features: Tensor, teacher_features: Tensor, *, mask: Tensor | None = None) -> Tensor:
     r"""Mean squared difference of the features, :math:`L = \frac{1}{n} \sum_k (s_k - t_k)^2` over the n that count.

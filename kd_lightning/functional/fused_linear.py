@@ -32,8 +32,6 @@ from kd_lightning.functional.rows_fast import buffer_dtype, gradients_of, known_
 from kd_lightning.functional.sparse import Sparse
 from kd_lightning.functional.temperature import Temperature, as_temperature, compute_dtype, in_transform
 
-__all__ = ["FusedTerms", "fused_linear_kd_loss", "fused_linear_kd_terms"]
-
 _FORWARD_KL = ForwardKL()
 
 

@@ -19,17 +19,6 @@ from kd_lightning.functional.rows import without_padding
 from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.functional.temperature import Temperature, as_temperature
 
-__all__ = [
-    "bernoulli_kd_loss",
-    "jsd_loss",
-    "kd_loss",
-    "mse_logits_loss",
-    "multi_temperature_kd_loss",
-    "reverse_kd_loss",
-    "soft_cross_entropy_loss",
-    "total_variation_loss",
-]
-
 _FORWARD_KL = divergences.ForwardKL()
 
 

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from kd_lightning.functional.temperature import compute_dtype, in_transform
 
-__all__ = ["masked_classes", "masked_on_both_sides"]
-
 _SENTINEL = -9e3
 """A class with a logit below may be masked: −1e4 is the smallest number that is used, in float16."""
 

@@ -25,8 +25,6 @@ from kd_lightning.functional.divergences import (
     where_positive,
 )
 
-__all__ = ["AlphaBeta", "EntropyGatedKL", "SkewKL", "SymmetricKL", "ToDi"]
-
 
 @dataclass(frozen=True)
 class SymmetricKL(Divergence):

@@ -17,8 +17,6 @@ from kd_lightning.functional.row_loss import LossOptions, row_loss
 from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.functional.temperature import Temperature
 
-__all__ = ["alpha_beta_kd_loss", "entropy_gated_kd_loss", "skew_kd_loss", "symmetric_kd_loss", "todi_loss"]
-
 
 def alpha_beta_kd_loss(
     student_logits: Tensor,

@@ -38,8 +38,6 @@ from kd_lightning.functional.temperature import (
     is_number,
 )
 
-__all__ = ["CLASS_DIM", "IGNORE_INDEX", "LayoutOptions", "LossOptions", "UnscaledOptions", "row_loss"]
-
 CLASS_DIM = -1
 """The dimension of the classes unless the caller names another."""
 IGNORE_INDEX = -100

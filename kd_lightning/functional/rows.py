@@ -12,30 +12,6 @@ from torch import Tensor
 from kd_lightning.functional.divergences import Divergence
 from kd_lightning.functional.temperature import Temperature, compute_dtype, in_transform, widened_over
 
-__all__ = [
-    "REDUCTIONS",
-    "SCALES",
-    "Reduction",
-    "Rows",
-    "Scale",
-    "check_labels",
-    "check_layout",
-    "check_logits",
-    "check_option",
-    "check_options",
-    "check_whole",
-    "definition",
-    "gathered",
-    "in_compute_dtype",
-    "is_sharded",
-    "labels_of",
-    "loss_factor",
-    "loss_scale",
-    "plain",
-    "valid_positions",
-    "without_padding",
-]
-
 Scale = Literal["student_teacher", "student", "teacher", "none"]
 Reduction = Literal["mean", "sum", "none"]
 SCALES: tuple[Scale, ...] = get_args(Scale)

@@ -19,17 +19,6 @@ from kd_lightning.functional.divergences import Divergence
 from kd_lightning.functional.rows import Rows, definition
 from kd_lightning.functional.temperature import widened_over
 
-__all__ = [
-    "CHUNK_ACCELERATOR",
-    "CHUNK_CPU",
-    "buffer_dtype",
-    "closed_form",
-    "closed_form_applies",
-    "gradients_of",
-    "known_to_be_one",
-    "unbroadcast",
-]
-
 CHUNK_CPU = 2**17
 """Elements of logits per chunk; up to twice as many stay whole. The three to six chunks in use (1.5 to 3 MB in float32)
 fit in the cache of a core. ``benchmarks/loss.py --chunks`` compares other sizes."""

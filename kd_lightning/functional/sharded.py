@@ -20,8 +20,6 @@ from typing_extensions import override
 from kd_lightning.functional.divergences import ClosedForm, Divergence, SoftCrossEntropy
 from kd_lightning.functional.rows import Rows
 
-__all__ = ["Shards", "as_shards", "one_hot_logits"]
-
 
 @dataclass(frozen=True)
 class Shards(Divergence):

@@ -15,17 +15,6 @@ from kd_lightning.functional.logit_losses import kd_loss
 from kd_lightning.functional.rows import Scale
 from kd_lightning.functional.temperature import Temperature, as_temperature, check_weights, tempered_log_softmax
 
-__all__ = [
-    "check_views",
-    "contrast",
-    "info_nce_logits",
-    "info_nce_loss",
-    "relational_loss",
-    "similarity_kd_loss",
-    "similarity_logits",
-    "similarity_preserving_loss",
-]
-
 
 def similarity_preserving_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     r"""Squared difference of the batch's similarity matrices.

@@ -19,8 +19,6 @@ from kd_lightning.functional.divergences import ClosedForm, Divergence
 from kd_lightning.functional.rows import check_option
 from kd_lightning.functional.temperature import Temperature, check_values, compute_dtype
 
-__all__ = ["TAILS", "Sparse", "Tail", "TeacherTarget", "check_tail", "sparse_rows"]
-
 Tail = Literal["bucket", "uniform", "renormalize", "drop"]
 TAILS: tuple[Tail, ...] = get_args(Tail)
 _TOLERANCE = 0.01  # of the sum of the probabilities, because bfloat16 rounds each of them by up to 0.004

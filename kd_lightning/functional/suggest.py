@@ -10,8 +10,6 @@ from torch import Tensor
 
 from kd_lightning.functional.temperature import check_number
 
-__all__ = ["suggest_temperature"]
-
 _LOWEST, _HIGHEST = 0.05, 100.0  # a policy's bounds by default
 _HALVINGS = 40  # of log T: to 1e-11
 

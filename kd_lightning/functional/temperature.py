@@ -10,23 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = [
-    "Temperature",
-    "as_temperature",
-    "check_number",
-    "check_values",
-    "check_weights",
-    "checked_number",
-    "class_last",
-    "compute_dtype",
-    "in_transform",
-    "is_number",
-    "predictive_entropy",
-    "tempered_log_softmax",
-    "tempered_softmax",
-    "widened_over",
-]
-
 
 class Temperature(NamedTuple):
     """The temperatures of one loss term.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["next_token_targets"]
-
 
 def next_token_targets(labels: Tensor, attention_mask: Tensor | None = None, ignore_index: int = -100) -> Tensor:
     r"""Return the target of each position of a causal language model, the next label :math:`y_i = l_{i+1}`.

@@ -20,19 +20,6 @@ from kd_lightning.functional.rows import Scale
 from kd_lightning.functional.similarity_losses import check_views, contrast
 from kd_lightning.functional.temperature import check_weights
 
-__all__ = [
-    "AttentionKDLoss",
-    "AttentionTransferLoss",
-    "ChannelWiseKDLoss",
-    "FeatureLoss",
-    "HintLoss",
-    "InfoNCELoss",
-    "RelationalLoss",
-    "SimilarityKDLoss",
-    "SimilarityPreservingLoss",
-    "SoftFeatureLoss",
-]
-
 
 class FeatureLoss(nn.Module):
     """Base of the losses between features. For a loss of your own without a temperature define ``forward``.

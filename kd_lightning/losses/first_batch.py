@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from kd_lightning.losses.task import check_soft_targets
 
-__all__ = ["are_probabilities", "check_first_batch"]
-
 
 def check_first_batch(
     student: Tensor,

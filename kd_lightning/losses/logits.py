@@ -21,23 +21,6 @@ from kd_lightning.functional.rows import REDUCTIONS, SCALES, Reduction, Scale, c
 from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.functional.temperature import check_weights
 
-__all__ = [
-    "BernoulliKDLoss",
-    "DISTLoss",
-    "DKDLoss",
-    "FusedLinearKDLoss",
-    "HardLabelLoss",
-    "JSDLoss",
-    "KDLoss",
-    "LogitLoss",
-    "MSELogitsLoss",
-    "MultiTemperatureKDLoss",
-    "NKDLoss",
-    "ReverseKDLoss",
-    "SoftCrossEntropyLoss",
-    "TotalVariationLoss",
-]
-
 
 class LossModuleOptions(LayoutOptions, total=False):
     """Keywords of every loss module between logits; :class:`LogitLoss` explains them and has the defaults."""

@@ -8,8 +8,6 @@ from kd_lightning import functional
 from kd_lightning.functional.mixed_divergences import AlphaBeta, EntropyGatedKL, SkewKL, SymmetricKL
 from kd_lightning.losses.logits import LogitLoss, LossModuleOptions
 
-__all__ = ["AlphaBetaKDLoss", "EntropyGatedKLLoss", "SkewKLLoss", "SymmetricKLLoss", "ToDiLoss"]
-
 
 class AlphaBetaKDLoss(LogitLoss):
     """α-β-divergence, ABKD: :func:`~kd_lightning.functional.alpha_beta_kd_loss`.

@@ -14,18 +14,6 @@ from kd_lightning.functional.logit_losses import soft_cross_entropy_loss
 from kd_lightning.functional.rows import is_sharded
 from kd_lightning.functional.temperature import in_transform
 
-__all__ = [
-    "CrossEntropyLoss",
-    "as_loss",
-    "as_targets",
-    "check_ignore_index",
-    "check_scalar",
-    "check_soft_targets",
-    "check_targets",
-    "is_readable",
-    "task_term",
-]
-
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """``torch.nn.CrossEntropyLoss``, except that a batch without a labelled position gives 0 where torch gives NaN.

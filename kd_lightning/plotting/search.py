@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_sweep", "plot_temperature_finder"]
-
 _Trials: TypeAlias = "Sequence[tuple[float, float | None, Sequence[float]]]"  # temperature, weight, scores
 _ROUND = (0.1, 0.2, 0.5, 1, 2, 4, 8, 16, 32, 64)  # ticks where the temperatures are too many to name
 _MAX_TICKS = 10

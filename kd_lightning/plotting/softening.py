@@ -15,8 +15,6 @@ from kd_lightning.ranking import check_counts, checked_temperatures
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_softening"]
-
 
 def plot_softening(
     teacher_logits: Tensor | Sequence[float],

@@ -9,20 +9,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "STUDENT",
-    "TEACHER",
-    "Curve",
-    "Spread",
-    "draw_curve",
-    "draw_terms",
-    "log_axis",
-    "mark",
-    "pyplot",
-    "subplots",
-    "tidy",
-]
-
 STUDENT, TEACHER = "#1f6fb4", "#d9541e"
 Spread: TypeAlias = tuple[float, float, float]  # mean, smallest, largest
 Curve: TypeAlias = tuple[Sequence[Spread], Sequence[Spread]]  # student, teacher

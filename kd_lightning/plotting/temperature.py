@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from kd_lightning.temperature import Progress, Signals, TemperaturePolicy
 
-__all__ = ["plot_schedule", "plot_temperature_grid", "plot_temperature_history"]
-
 _MAX_POINTS = 400
 _MAX_REASONS = 12
 _ABSENT = (math.nan, math.inf, -math.inf)  # stands for a term that the policy does not return at this time

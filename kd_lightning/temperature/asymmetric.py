@@ -14,8 +14,6 @@ from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.convert import as_policy
 from kd_lightning.temperature.signals import Signals
 
-__all__ = ["AsymmetricTemperature", "TransformedTeacherTemperature"]
-
 
 class AsymmetricTemperature(TemperaturePolicy):
     """One policy for the student, another for the teacher: ``T_s`` of the first, ``T_t`` of the second.

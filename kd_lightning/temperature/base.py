@@ -17,8 +17,6 @@ from kd_lightning.functional.temperature import as_temperature, check_number, ch
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.statistics import mean_over_valid
 
-__all__ = ["Bounds", "TemperaturePolicy", "Temperatures", "as_terms", "mean_temperature"]
-
 Temperatures: TypeAlias = Temperature | Sequence[Temperature]
 
 

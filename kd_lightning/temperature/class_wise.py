@@ -19,8 +19,6 @@ from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.statistics import centre, class_targets
 
-__all__ = ["ClassFrequencyTemperature", "CorrectWrongTemperature"]
-
 
 class ClassFrequencyTemperature(TemperaturePolicy):
     r"""Long-tailed data: each class's temperature follows from how often it occurs.

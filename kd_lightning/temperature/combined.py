@@ -14,8 +14,6 @@ from kd_lightning.temperature.base import Bounds, TemperaturePolicy, Temperature
 from kd_lightning.temperature.convert import as_policy
 from kd_lightning.temperature.signals import Signals
 
-__all__ = ["JoinedTemperature", "MultiTemperature", "ProductTemperature"]
-
 
 class _CombinedTemperature(TemperaturePolicy):
     """Base of combinations: their parts, and the parts' centring one after the other."""

@@ -12,8 +12,6 @@ from kd_lightning.schedules import Progress, Schedule
 from kd_lightning.temperature.base import TemperaturePolicy
 from kd_lightning.temperature.scheduled import ConstantTemperature, ScheduledTemperature
 
-__all__ = ["TemperatureLike", "as_policy"]
-
 TemperatureLike: TypeAlias = float | Schedule | TemperaturePolicy
 
 

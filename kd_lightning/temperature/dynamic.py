@@ -15,8 +15,6 @@ from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.statistics import class_targets, sum_and_count
 
-__all__ = ["CapacityTemperature", "LossGapTemperature"]
-
 
 class LossGapTemperature(TemperaturePolicy):
     r"""DTS: a cosine decay, lifted while the student's cross-entropy is far above the teacher's.

@@ -13,8 +13,6 @@ from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.statistics import centre, smallest_valid
 
-__all__ = ["EnergyTemperature"]
-
 
 class EnergyTemperature(TemperaturePolicy):
     r"""Energy KD: a high temperature where the teacher's energy is low (certain), a low one where it is high.

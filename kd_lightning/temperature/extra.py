@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["take_extra"]
-
 
 def take_extra(batch: Any, keys: Sequence[str | int]) -> tuple[Any, dict[Any, Any]]:
     """Split off the parts of a batch that a temperature reads.

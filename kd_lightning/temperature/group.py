@@ -16,8 +16,6 @@ from kd_lightning.schedules import Progress, Schedule, as_schedule, value_at
 from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 
-__all__ = ["GroupTemperature"]
-
 
 class GroupTemperature(TemperaturePolicy):
     """One temperature for each group of samples: by source, language, difficulty or whatever the batch says of them.

@@ -8,8 +8,6 @@ from kd_lightning.functional import Temperature
 from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 
-__all__ = ["DepthTemperature"]
-
 
 class DepthTemperature(TemperaturePolicy):
     r"""One temperature for shallow layers, another for deep ones: :math:`T = T_0 + (T_1 - T_0) \, d`.

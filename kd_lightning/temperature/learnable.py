@@ -14,8 +14,6 @@ from kd_lightning.schedules import Progress
 from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 
-__all__ = ["InstanceTemperature", "LearnableTemperature"]
-
 
 class _ReverseGradient(torch.autograd.Function):
     """Identity whose gradient is multiplied by −λ."""

@@ -12,8 +12,6 @@ from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.statistics import centre, check_class_count, standard_deviation
 
-__all__ = ["LogitStandardization", "LogitStdTemperature", "SharpnessTemperature"]
-
 
 class LogitStdTemperature(TemperaturePolicy):
     r"""NormKD: each distribution's temperature is a multiple of its own logits' standard deviation.

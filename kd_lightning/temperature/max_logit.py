@@ -11,8 +11,6 @@ from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.statistics import centre
 
-__all__ = ["MaxLogitTemperature"]
-
 
 class MaxLogitTemperature(TemperaturePolicy):
     r"""CIST's rule: each distribution's temperature is its own largest logit over a constant ratio.

@@ -15,13 +15,6 @@ from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.statistics import centre, class_targets, mean_over_valid
 
-__all__ = [
-    "ConfidenceTemperature",
-    "DisagreementTemperature",
-    "EntropyTemperature",
-    "TargetConfidenceTemperature",
-]
-
 
 class ConfidenceTemperature(TemperaturePolicy):
     r"""One temperature where the teacher is confident, another where it is not.

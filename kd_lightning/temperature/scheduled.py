@@ -13,8 +13,6 @@ from kd_lightning.schedules import Progress, Schedule, value_at
 from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 
-__all__ = ["ConstantTemperature", "ScheduledTemperature"]
-
 
 class ConstantTemperature(TemperaturePolicy):
     """The same temperature for teacher and student throughout, :math:`T_s = T_t = T`.

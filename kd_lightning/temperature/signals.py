@@ -12,8 +12,6 @@ from torch import Tensor
 
 from kd_lightning.schedules import Progress
 
-__all__ = ["Signals"]
-
 
 @dataclass(frozen=True)
 class Signals:

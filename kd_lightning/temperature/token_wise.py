@@ -12,8 +12,6 @@ from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.statistics import median_over_valid
 
-__all__ = ["TokenDifficultyTemperature"]
-
 
 class TokenDifficultyTemperature(TemperaturePolicy):
     r"""AdaKD: tokens on which student and teacher differ most get a lower temperature, easy ones a higher.
