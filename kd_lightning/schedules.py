@@ -78,7 +78,8 @@ class _Ramp(Schedule):
 
     def __post_init__(self) -> None:
         _check_values(self, "init_value", "end_value")
-        _check_until(self.until)
+        if not 0 < self.until <= 1:
+            raise ValueError(f"until must be a share of the run in (0, 1], got {self.until!r}.")
 
     def _share(self, progress: Progress) -> float:
         return min(progress.fraction / self.until, 1.0)
@@ -208,7 +209,7 @@ class StepSchedule(Schedule):
 
     @override
     def __call__(self, progress: Progress) -> float:
-        return self.init_value * self.factor ** reached(self.milestones, progress.count(self.unit))
+        return self.init_value * self.factor ** _reached(self.milestones, progress.count(self.unit))
 
 
 @dataclass(frozen=True)
@@ -284,13 +285,19 @@ class JoinedSchedule(Schedule):
 
     @override
     def __call__(self, progress: Progress) -> float:
-        part = reached(self.boundaries, progress.count(self.unit))
-        begin = self.boundaries[part - 1] if part else 0
-        end = self.boundaries[part] if part < len(self.boundaries) else None
-        return self.schedules[part](progress.segment(begin, end, self.unit))
+        part, within = part_at(self.boundaries, progress, self.unit)
+        return self.schedules[part](within)
 
 
-def reached(milestones: Sequence[int], count: int) -> int:
+def part_at(boundaries: Sequence[int], progress: Progress, unit: Unit) -> tuple[int, Progress]:
+    """Return which part of a run is on, and the progress within it as if it were a whole run."""
+    part = _reached(boundaries, progress.count(unit))
+    begin = boundaries[part - 1] if part else 0
+    end = boundaries[part] if part < len(boundaries) else None
+    return part, progress.segment(begin, end, unit)
+
+
+def _reached(milestones: Sequence[int], count: int) -> int:
     """Return the number of milestones reached (torch.compile cannot trace bisect)."""
     return sum(count >= milestone for milestone in milestones)
 
@@ -371,11 +378,6 @@ def _check_values(schedule: object, *names: str, positive: bool = False) -> None
         if not number or value < 0 or (positive and value == 0):
             rule = "positive" if positive else "not negative"
             raise ValueError(f"{type(schedule).__name__}: {name} must be a finite number, {rule}, got {value!r}.")
-
-
-def _check_until(until: float) -> None:
-    if not 0 < until <= 1:
-        raise ValueError(f"until must be a share of the run in (0, 1], got {until!r}.")
 
 
 def _check_unit(unit: str) -> None:

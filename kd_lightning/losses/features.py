@@ -6,8 +6,9 @@ Equations, shapes and sources are those of the functions of the same name in :mo
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -16,7 +17,7 @@ from kd_lightning import functional
 from kd_lightning.functional import Temperature
 from kd_lightning.functional.across_ranks import gather_over_ranks
 from kd_lightning.functional.feature_losses import check_power, check_same_shape
-from kd_lightning.functional.rows import Scale
+from kd_lightning.functional.rows import SCALES, Scale, check_option
 from kd_lightning.functional.similarity_losses import check_views, contrast
 from kd_lightning.functional.temperature import check_weights
 
@@ -42,6 +43,18 @@ class FeatureLoss(nn.Module):
     """
 
     compares: ClassVar[Literal["all", "positions", "samples"]] = "all"
+
+    @override
+    def extra_repr(self) -> str:
+        names = inspect.signature(type(self).__init__).parameters
+        values = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        if "scale" in values and values["scale"] == getattr(self, "own_scale", None):
+            del values["scale"]
+        if values.get("sync") is False:  # as older checkpoints, which compare this text, do not have it
+            del values["sync"]
+        return ", ".join(
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value!r}" for name, value in values.items()
+        )
 
 
 class SoftFeatureLoss(FeatureLoss):
@@ -70,8 +83,7 @@ class SoftFeatureLoss(FeatureLoss):
     def __init__(self, scale: Scale | None = None) -> None:
         super().__init__()
         scale = self.own_scale if scale is None else scale
-        if scale not in get_args(Scale):
-            raise ValueError(f"scale must be one of {', '.join(map(repr, get_args(Scale)))}, got {scale!r}.")
+        check_option("scale", scale, SCALES)
         self.scale: Scale = scale
 
     @abstractmethod
@@ -98,10 +110,6 @@ class SoftFeatureLoss(FeatureLoss):
         """Return the loss; the temperature is in the layout of the rows, the mask without the channels."""
         given = {} if mask is None else {"mask": mask}
         return self.compare(*self.logits(student_features, teacher_features, **given), temperature)
-
-    @override
-    def extra_repr(self) -> str:
-        return "" if self.scale == self.own_scale else f"scale={self.scale!r}"
 
 
 class HintLoss(FeatureLoss):
@@ -136,10 +144,6 @@ class AttentionTransferLoss(FeatureLoss):
     def forward(self, student_features: Tensor, teacher_features: Tensor, mask: Tensor | None = None) -> Tensor:
         return functional.attention_transfer_loss(student_features, teacher_features, power=self.power, mask=mask)
 
-    @override
-    def extra_repr(self) -> str:
-        return f"power={self.power:g}"
-
 
 class _BetweenSamples(nn.Module):
     """A loss between the samples of a batch, or of the batches of all ranks."""
@@ -151,10 +155,6 @@ class _BetweenSamples(nn.Module):
         if not (self.sync and self.training):
             return student_features, teacher_features
         return _of_all_ranks(student_features, views), _of_all_ranks(teacher_features.detach(), views)
-
-    @override
-    def extra_repr(self) -> str:
-        return ", ".join(filter(None, (super().extra_repr(), "sync=True" if self.sync else "")))
 
 
 def _of_all_ranks(features: Tensor, views: int) -> Tensor:
@@ -211,11 +211,6 @@ class RelationalLoss(_BetweenSamples, FeatureLoss):
             student_features, teacher_features, distance_weight=self.distance_weight, angle_weight=self.angle_weight
         )
 
-    @override
-    def extra_repr(self) -> str:
-        weights = f"distance_weight={self.distance_weight:g}, angle_weight={self.angle_weight:g}"
-        return ", ".join(filter(None, (weights, super().extra_repr())))
-
 
 class ChannelWiseKDLoss(SoftFeatureLoss):
     """Positions of each channel as a distribution (CWD): :func:`~kd_lightning.functional.channel_wise_kd_loss`."""
@@ -253,10 +248,6 @@ class AttentionKDLoss(SoftFeatureLoss):
         check_same_shape(student, teacher, "attention maps")
         return student, teacher
 
-    @override
-    def extra_repr(self) -> str:
-        return ", ".join(filter(None, (f"power={self.power:g}", super().extra_repr())))
-
 
 class SimilarityKDLoss(_BetweenSamples, SoftFeatureLoss):
     """Similarity to the other samples as a distribution: :func:`~kd_lightning.functional.similarity_kd_loss`.
@@ -283,10 +274,6 @@ class SimilarityKDLoss(_BetweenSamples, SoftFeatureLoss):
         student_features, teacher_features = self.samples(student_features, teacher_features, self.views)
         student = functional.similarity_logits(student_features, views=self.views)
         return student, functional.similarity_logits(teacher_features, views=self.views)
-
-    @override
-    def extra_repr(self) -> str:
-        return ", ".join(filter(None, (f"views={self.views}", super().extra_repr())))
 
 
 class InfoNCELoss(_BetweenSamples, SoftFeatureLoss):

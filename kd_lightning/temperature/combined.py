@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature
-from kd_lightning.schedules import Progress, Schedule, Unit, check_boundaries, reached
+from kd_lightning.schedules import Progress, Schedule, Unit, check_boundaries, part_at
 from kd_lightning.temperature.base import Bounds, TemperaturePolicy, Temperatures, as_terms
 from kd_lightning.temperature.convert import as_policy
 from kd_lightning.temperature.signals import Signals
@@ -92,7 +92,8 @@ class ProductTemperature(_CombinedTemperature):
                 scale = scale * (part.student * part.teacher if part.scale is None else part.scale)
         for part in parts[1:]:
             student, teacher = student * part.student, teacher * part.teacher
-        return Temperature(student, student if _shared(parts) else teacher, scale)
+        shared = all(part.student is part.teacher for part in parts)
+        return Temperature(student, student if shared else teacher, scale)
 
 
 class JoinedTemperature(_CombinedTemperature):
@@ -143,10 +144,7 @@ class JoinedTemperature(_CombinedTemperature):
 
     @override
     def compute(self, signals: Signals) -> Temperatures:
-        part = reached(self.boundaries, signals.progress.count(self.unit))
-        begin = self.boundaries[part - 1] if part else 0
-        end = self.boundaries[part] if part < len(self.boundaries) else None
-        progress = signals.progress.segment(begin, end, self.unit)
+        part, progress = part_at(self.boundaries, signals.progress, self.unit)
         computed = self.policies[part](signals.replace(progress=progress))
         if isinstance(computed, Temperature):
             return self._touch_parameters(computed)
@@ -210,7 +208,3 @@ class MultiTemperature(_CombinedTemperature):
             computed = policy(signals)
             terms.extend(as_terms(computed))
         return terms
-
-
-def _shared(parts: Sequence[Temperature]) -> bool:
-    return all(part.student is part.teacher for part in parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
@@ -10,13 +11,45 @@ from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature, kd_loss, predictive_entropy, tempered_log_softmax
 from kd_lightning.functional.across_ranks import sum_over_ranks
+from kd_lightning.functional.temperature import check_number
 from kd_lightning.schedules import Progress
 from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.statistics import class_targets, sum_and_count
 
 
-class LossGapTemperature(TemperaturePolicy):
+class _MovingTemperature(TemperaturePolicy):
+    """Base of policies whose temperature is a buffer that each training step moves."""
+
+    value: Tensor
+
+    def __init__(
+        self, init_value: float, min_value: float, max_value: float, momentum: float, **bounds: Unpack[Bounds]
+    ) -> None:
+        super().__init__(**bounds)
+        self._check_range(min_value, max_value)
+        check_number(f"{type(self).__name__}: init_value", init_value)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {momentum}: at 1 nothing would ever be learned.")
+        self.init_value = float(init_value)
+        self.min_value = float(min_value)
+        self.max_value = float(max_value)
+        self.momentum = float(momentum)
+        self.register_buffer("value", torch.full((1,), float(init_value), dtype=torch.float32))
+
+    @abstractmethod
+    def _update(self, signals: Signals) -> None:
+        """Move the temperature by one training step."""
+
+    @override
+    def compute(self, signals: Signals) -> Temperature:
+        if self.training:
+            self._update(signals)
+        value = self.value.clone()
+        return Temperature(student=value, teacher=value)
+
+
+class LossGapTemperature(_MovingTemperature):
     r"""DTS: a cosine decay, lifted while the student's cross-entropy is far above the teacher's.
 
     .. math::
@@ -73,8 +106,6 @@ class LossGapTemperature(TemperaturePolicy):
         tensor([3.8000])
     """
 
-    value: Tensor
-
     def __init__(
         self,
         init_value: float = 4.0,
@@ -84,26 +115,13 @@ class LossGapTemperature(TemperaturePolicy):
         momentum: float = 0.9,
         **bounds: Unpack[Bounds],
     ) -> None:
-        super().__init__(**bounds)
-        self._check_range(min_value, max_value)
+        super().__init__(init_value, min_value, max_value, momentum, **bounds)
         self._check_within_bounds(init_value=init_value)
-        _check_momentum(momentum)
         if not 0 <= curve < math.inf:
             raise ValueError(f"curve must be a finite number, 0 (no decay) or above, got {curve}.")
-        self.init_value = float(init_value)
-        self.min_value = float(min_value)
-        self.max_value = float(max_value)
         self.curve = float(curve)
-        self.momentum = float(momentum)
-        self.register_buffer("value", torch.full((1,), float(init_value), dtype=torch.float32))
 
     @override
-    def compute(self, signals: Signals) -> Temperature:
-        if self.training:
-            self._update(signals)
-        value = self.value.clone()
-        return Temperature(student=value, teacher=value)
-
     @torch.no_grad()
     def _update(self, signals: Signals) -> None:
         targets = class_targets(signals, type(self).__name__)
@@ -125,7 +143,7 @@ class LossGapTemperature(TemperaturePolicy):
         self.value.copy_(torch.where(usable, updated, self.value))
 
 
-class CapacityTemperature(TemperaturePolicy):
+class CapacityTemperature(_MovingTemperature):
     r"""For a student too small for its teacher: T follows the share of the teacher's message that does not arrive.
 
     .. math:: r = \frac{\mathrm{KL}(p_t^T \,\|\, p_s^T)}{H(p_t^T)}
@@ -195,7 +213,6 @@ class CapacityTemperature(TemperaturePolicy):
         [4.0, 2.0, 2.0, 1.0]
     """
 
-    value: Tensor
     ratio: Tensor
     calls: Tensor
 
@@ -211,8 +228,7 @@ class CapacityTemperature(TemperaturePolicy):
         max_value: float = 10.0,
         **bounds: Unpack[Bounds],
     ) -> None:
-        super().__init__(**bounds)
-        self._check_range(min_value, max_value)
+        super().__init__(init_value, min_value, max_value, momentum, **bounds)
         if not min_value <= init_value <= max_value:
             raise ValueError(
                 f"init_value must lie between min_value={min_value:g} and max_value={max_value:g}, got {init_value}."
@@ -226,26 +242,14 @@ class CapacityTemperature(TemperaturePolicy):
             raise ValueError(f"factor must lie between 0 and 1, got {factor}: T is multiplied or divided by it.")
         if interval < 1:
             raise ValueError(f"interval must be 1 step or more, got {interval}.")
-        _check_momentum(momentum)
-        self.init_value = float(init_value)
         self.overload = float(overload)
         self.underload = float(underload)
         self.factor = float(factor)
         self.interval = interval
-        self.momentum = float(momentum)
-        self.min_value = float(min_value)
-        self.max_value = float(max_value)
-        self.register_buffer("value", torch.full((1,), float(init_value), dtype=torch.float32))
         self.register_buffer("ratio", torch.full((1,), -1.0, dtype=torch.float32))
         self.register_buffer("calls", torch.zeros(1, dtype=torch.float32))
 
     @override
-    def compute(self, signals: Signals) -> Temperature:
-        if self.training:
-            self._update(signals)
-        value = self.value.clone()
-        return Temperature(student=value, teacher=value)
-
     @torch.no_grad()
     def _update(self, signals: Signals) -> None:
         temperature = self._bound(self.value)  # what the loss used: callbacks may have moved it
@@ -275,8 +279,3 @@ def _epoch_fraction(progress: Progress) -> float:
     if progress.max_epochs is not None and progress.max_epochs > 0:
         return min(progress.epoch / progress.max_epochs, 1.0)
     return progress.fraction
-
-
-def _check_momentum(momentum: float) -> None:
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must lie in [0, 1), got {momentum}: at 1 nothing would ever be learned.")

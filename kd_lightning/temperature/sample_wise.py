@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack, override
 
-from kd_lightning.functional import Temperature, tempered_log_softmax
+from kd_lightning.functional import Temperature, predictive_entropy
 from kd_lightning.functional.masks import masked_classes
 from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
@@ -141,9 +141,7 @@ class EntropyTemperature(TemperaturePolicy):
     @override
     def compute(self, signals: Signals) -> Temperature:
         logits = signals.teacher_logits
-        log_p = tempered_log_softmax(logits, 1.0)
-        p = log_p.exp()
-        entropy = -(p * torch.where(p > 0, log_p, 0.0)).sum(-1, keepdim=True)
+        entropy = predictive_entropy(logits).unsqueeze(-1)
         num_classes = (~masked_classes(logits)).sum(-1, keepdim=True).clamp(min=2)
         share = (entropy / num_classes.to(entropy.dtype).log()).clamp(0.0, 1.0)
         temperature = self.min_value + (self.max_value - self.min_value) * share

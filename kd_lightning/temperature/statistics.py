@@ -37,16 +37,19 @@ def standard_deviation(logits: Tensor) -> Tensor:
     return torch.where(spread, variance, 1.0).sqrt() * spread
 
 
+def sum_and_count(values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum of ``(…,)`` values over the valid positions, and their number, both ``(1,)`` in float32 (float64 stays)."""
+    mask = torch.ones_like(values, dtype=torch.bool) if valid is None else valid
+    dtype = torch.promote_types(values.dtype, torch.float32)  # which holds the count
+    return torch.where(mask, values, 0.0).sum().reshape(1).to(dtype), mask.sum().reshape(1).to(dtype)
+
+
 def mean_over_valid(values: Tensor, valid: Tensor | None, sync: bool = False) -> Tensor:
     """Mean of ``(…, 1)`` values over the valid positions, of all ranks if ``sync``; ``(1,)``, 0 where none is valid."""
-    if valid is None and not sync:
-        return values.mean().reshape(1)
-    mask = torch.ones_like(values, dtype=torch.bool) if valid is None else valid.unsqueeze(-1)
-    total, count = torch.where(mask, values, 0.0).sum(), mask.sum()
-    if sync:  # both in one all-reduce, in a type that holds the count
-        wide = torch.promote_types(values.dtype, torch.float32)
-        total, count = sum_over_ranks(torch.stack([total.to(wide), count.to(wide)]))
-    return (total / count.clamp(min=1)).to(values.dtype).reshape(1)
+    total, count = sum_and_count(values.squeeze(-1), valid)
+    if sync:
+        total, count = sum_over_ranks(torch.cat([total, count])).split(1)
+    return (total / count.clamp(min=1)).to(values.dtype)
 
 
 def smallest_valid(values: Tensor, valid: Tensor | None, place: Callable[[Tensor], Tensor], sync: bool) -> Tensor:
@@ -78,14 +81,6 @@ def median_over_valid(values: Tensor, valid: Tensor | None, sync: bool = False) 
     if valid is None and not sync:
         return values.flatten().median().reshape(1)
     return smallest_valid(values, valid, lambda count: (count - 1).clamp(min=0) // 2, sync)
-
-
-def sum_and_count(values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum of ``(…,)`` values over the valid positions, and their number, both ``(1,)`` in float32."""
-    if valid is None:
-        count = torch.full((1,), values.numel(), dtype=torch.float32, device=values.device)
-        return values.sum().reshape(1).float(), count
-    return torch.where(valid, values, 0.0).sum().reshape(1).float(), valid.sum().reshape(1).float()
 
 
 def class_targets(signals: Signals, policy: str) -> Tensor:
