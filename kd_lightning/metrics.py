@@ -114,11 +114,15 @@ def agreement(
     same = (student > 0) == (teacher > 0) if labels else student.argmax(-1) == teacher.argmax(-1)
     if mask is not None:
         valid = mask.unsqueeze(-1).expand_as(same) if labels else mask
-    elif targets is None or ignore_index is None or targets.numel() != same.numel():
+    elif targets is None or targets.numel() != same.numel():
         valid = torch.ones_like(same)
     else:
-        valid = targets.reshape(same.shape) != ignore_index
+        valid = _counted(targets.reshape(same.shape), ignore_index)
     return (same & valid).sum(), valid.sum()
+
+
+def _counted(targets: Tensor, ignore_index: int | None) -> Tensor:
+    return torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
 
 
 class TopKAccuracy(Metric):
@@ -158,7 +162,7 @@ class TopKAccuracy(Metric):
     def update(self, logits: Tensor, targets: Tensor) -> None:
         best = logits.argmax(-1, keepdim=True) if self.top_k == 1 else logits.topk(self.top_k, dim=-1).indices
         hit = (best == targets.unsqueeze(-1)).any(-1)
-        valid = torch.ones_like(hit) if self.ignore_index is None else targets != self.ignore_index
+        valid = _counted(targets, self.ignore_index)
         # not in place: after a `validate` these are inference tensors, which a `fit` must not write to
         self.correct = self.correct + (hit & valid).sum()
         self.total = self.total + valid.sum()
@@ -205,9 +209,7 @@ class CalibrationError(Metric):
     def update(self, logits: Tensor, targets: Tensor) -> None:
         best = logits.float().softmax(-1).flatten(0, -2).max(-1)
         confidence, targets = best.values, targets.flatten()
-        valid = (
-            torch.ones_like(targets, dtype=torch.bool) if self.ignore_index is None else targets != self.ignore_index
-        )
+        valid = _counted(targets, self.ignore_index)
         bins = torch.linspace(0, 1, self.bins + 1, device=confidence.device)
         index = (torch.bucketize(confidence, bins, right=True) - 1).clamp(0, self.bins - 1)
         for name, values in (
@@ -259,7 +261,7 @@ class Perplexity(Metric):
     def update(self, logits: Tensor, targets: Tensor) -> None:
         rows = max(_CHUNK // logits.shape[-1], 1)
         for s, y in zip(logits.flatten(0, -2).split(rows), targets.flatten().split(rows), strict=True):
-            valid = torch.ones_like(y, dtype=torch.bool) if self.ignore_index is None else y != self.ignore_index
+            valid = _counted(y, self.ignore_index)
             s = s.float()
             surprise = s.logsumexp(-1) - s.gather(-1, torch.where(valid, y, 0).unsqueeze(-1)).squeeze(-1)
             term = torch.where(valid, surprise, 0.0).sum() + self.rest

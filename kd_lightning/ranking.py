@@ -62,12 +62,7 @@ RankedT = TypeVar("RankedT", bound=_Ranked)
 
 
 def rank(candidates: Iterable[RankedT], mode: Mode) -> list[RankedT]:
-    """Sort candidates by their mean score, the best first, and drop those whose mean is not finite.
-
-    Args:
-        candidates: The candidates; equal means keep their order.
-        mode: ``"max"`` if larger is better, ``"min"`` if smaller.
-    """
+    """Sort candidates by their mean score, the best first, and drop those whose mean is not finite."""
     sign = -1.0 if mode == "max" else 1.0
     return sorted((c for c in candidates if math.isfinite(c.mean)), key=lambda candidate: sign * candidate.mean)
 
@@ -130,12 +125,7 @@ class Lead:
         return "more than two standard errors" if abs(self.amount) > 2 * self.error else "within the noise"
 
     def describe(self, other: str, more_seeds: str = "seeds=3") -> str:
-        """Return a clause with the amount, its standard error and its worth.
-
-        Args:
-            other: Name of the other candidate.
-            more_seeds: What to write to train more seeds.
-        """
+        """Return a clause with the amount, its standard error and its worth; ``more_seeds`` is what trains more."""
         lead = f"it {'trails' if self.amount < 0 else 'leads'} {other} by {abs(self.amount):.4f}"
         if self.seeds == 1:
             return f"{lead} on one seed: {more_seeds} shows how noisy that is"
@@ -143,12 +133,7 @@ class Lead:
 
 
 def candidate_name(value: float, kd_weight: float | None, unit: str = "temperature") -> str:
-    """Return the name of a candidate.
-
-    Args:
-        value: The temperature, or what else the candidates are.
-        kd_weight: Its weight of the distillation term; None where all candidates have the same.
-        unit: What the candidates are.
+    """Return the name of a candidate, whose weight is None where all candidates have the same.
 
     Example:
         >>> candidate_name(4.0, 0.9), candidate_name(0.5, None, "multiplier")
@@ -169,17 +154,9 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def check_monitor(monitor: str, mode: Mode, chooser: str) -> None:
-    """Refuse a metric that cannot choose a temperature, and a mode that is neither ``"min"`` nor ``"max"``.
+    """Raise if a metric cannot choose a temperature: one of the test set, or a loss with the distillation term.
 
-    Args:
-        monitor: Name of the metric.
-        mode: Whether larger or smaller is better.
-        chooser: Subject of the error message.
-
-    Raises:
-        TypeError: If ``monitor`` is no name.
-        ValueError: If the mode is unknown, or if the metric is of the test set or a loss that contains the
-            distillation term.
+    ``chooser`` is the subject of the message.
     """
     check_name(monitor, mode)
     if re.search(r"(\b|_)test", monitor):
@@ -195,12 +172,7 @@ def check_monitor(monitor: str, mode: Mode, chooser: str) -> None:
 
 
 def check_name(monitor: str, mode: Mode) -> None:
-    """Raise if a metric has no name, or a mode is neither ``"min"`` nor ``"max"``.
-
-    Raises:
-        TypeError: If ``monitor`` is no name.
-        ValueError: If the mode is unknown.
-    """
+    """Raise if a metric has no name, or a mode is neither ``"min"`` nor ``"max"``."""
     if not isinstance(monitor, str) or not monitor:
         raise TypeError(f"monitor must be the name of a logged metric, such as 'val_acc', got {monitor!r}.")
     if mode not in ("min", "max"):
@@ -208,11 +180,7 @@ def check_name(monitor: str, mode: Mode) -> None:
 
 
 def check_mode(monitor: str, mode: Mode) -> None:
-    """Raise if a metric that is better the smaller it is, by its name, is maximised.
-
-    Raises:
-        ValueError: If the metric is a loss, an error or a perplexity and the mode ``"max"``.
-    """
+    """Raise if a metric that is better the smaller it is, by its name, is maximised."""
     if mode == "max" and smaller_is_better(monitor):
         raise ValueError(
             f"a smaller {monitor} is better, but mode='max' takes its worst value for the best. Set mode='min'."
@@ -245,22 +213,12 @@ def steady_metrics(monitor: str) -> str:
 
 
 def checked_temperatures(name: str, values: Iterable[float]) -> list[float]:
-    """Return the values as floats.
-
-    Raises:
-        TypeError: If ``values`` is no sequence of numbers.
-        ValueError: If ``values`` is empty, or a value is repeated, or not positive and finite.
-    """
+    """Return the values as floats, or raise if one is not positive and finite, or stands twice."""
     return _checked(name, values, "positive, finite numbers", lambda value: 0 < value < math.inf)
 
 
 def checked_weights(name: str, values: Iterable[float]) -> list[float]:
-    """Return the values as floats.
-
-    Raises:
-        TypeError: If ``values`` is no sequence of numbers.
-        ValueError: If ``values`` is empty, or a value is repeated, negative or not finite.
-    """
+    """Return the values as floats, or raise if one is negative or not finite, or stands twice."""
     return _checked(name, values, "finite numbers from 0 up", lambda value: 0 <= value < math.inf)
 
 
@@ -277,12 +235,7 @@ def _checked(name: str, values: Iterable[float], kind: str, allowed: Callable[[f
 
 
 def check_counts(*, least: int = 1, **counts: int) -> None:
-    """Refuse counts that are no whole numbers, or are below the least.
-
-    Raises:
-        TypeError: If a count is no whole number; the message has the argument's name.
-        ValueError: If a count is below ``least``.
-    """
+    """Refuse counts that are no whole numbers, or are below the least."""
     for name, count in counts.items():
         if not isinstance(count, Integral) or isinstance(count, bool):
             raise TypeError(f"{name} must be a whole number, {least} or more, got {count!r}.")

@@ -1,24 +1,7 @@
 """Every equation of the library, in plain torch: no state, no Lightning.
 
-- :mod:`~kd_lightning.functional.temperature`: the :class:`Temperature` of a loss term; tempered distributions.
-- :mod:`~kd_lightning.functional.logit_losses`: the losses between logits, :func:`kd_loss` first.
-- :mod:`~kd_lightning.functional.class_losses`: those that single out one class.
-- :mod:`~kd_lightning.functional.mixed_losses`: those between forward and reverse KL.
-- :mod:`~kd_lightning.functional.correlation_losses`: the one between logits that is no sum over rows.
-- :mod:`~kd_lightning.functional.conventions`: what other libraries compute under the name of :func:`kd_loss`.
-- :mod:`~kd_lightning.functional.divergences`: the equation of each loss on one row, with its gradient in closed form;
-  :mod:`~kd_lightning.functional.mixed_divergences`: those between forward and reverse KL.
-- :mod:`~kd_lightning.functional.row_loss`: the options of the losses between logits, and the call behind them.
-- :mod:`~kd_lightning.functional.rows`: layout, masks, scale and reduction of rows.
-- :mod:`~kd_lightning.functional.rows_fast`: value and gradient of a loss on rows in one pass.
-- :mod:`~kd_lightning.functional.sparse`: targets of a few classes in place of the teacher's logits.
-- :mod:`~kd_lightning.functional.feature_losses`: the losses between features, position by position.
-- :mod:`~kd_lightning.functional.similarity_losses`: the losses between features that compare samples of the batch.
-- :mod:`~kd_lightning.functional.ensemble`: the mixture and the weights of several teachers.
-- :mod:`~kd_lightning.functional.fused_linear`: the loss from hidden states and heads, without the logits.
-- :mod:`~kd_lightning.functional.tokens`: the targets of a causal language model.
-- :mod:`~kd_lightning.functional.suggest`: a temperature to start from; :mod:`~kd_lightning.functional.calibration`: a
-  network's own.
+Losses between logits (``*_losses.py``) are a divergence on rows (``*divergences.py``) and one call of
+:func:`~kd_lightning.functional.row_loss.row_loss`, which has their options. Losses between features are made of these.
 
 Notation used in all docstrings: ``s`` and ``t`` are student and teacher logits, ``T_s`` and ``T_t`` their
 temperatures, ``p_s = softmax(s / T_s)``, ``p_t = softmax(t / T_t)``, ``C`` the number of classes.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -43,21 +41,11 @@ def gather_over_ranks(values: Tensor) -> Tensor:
         "sync=True compares the samples of all ranks, which must have equally many in each step. Give the loader "
         "drop_last=True or a DistributedSampler, or take sync=False.",
     )
-    return cast(Tensor, _Gather.apply(values))
-
-
-class _Gather(torch.autograd.Function):
-    """All-gather whose gradient is that of a loss which each rank computes of all samples."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, values.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0].chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
+    fixed, ranks = values.detach().contiguous(), dist.get_world_size()
+    parts = [torch.empty_like(fixed) for _ in range(ranks)]
+    dist.all_gather(parts, fixed)
+    parts[dist.get_rank()] = fixed + ranks * (values - fixed)  # the same values, gradient times W
+    return torch.cat(parts)
 
 
 def smallest_over_ranks(values: Tensor, counted: Tensor, number: Tensor) -> Tensor:

@@ -78,11 +78,7 @@ def check_layout(logits: Tensor, class_dim: int, targets: Tensor | None = None) 
 
 
 def check_labels(targets: Tensor | None, logits: Tensor, class_dim: int, ignore_index: int | None) -> None:
-    """Raise if targets that are class indices do not fit the logits; values are looked at where that is no host sync.
-
-    Raises:
-        ValueError: If the shapes do not fit, or if a target is outside of the classes; names its value.
-    """
+    """Raise if targets that are class indices do not fit the logits. Values are read on the CPU alone."""
     if targets is None or targets.dtype == torch.bool or targets.is_floating_point():
         return
     if targets.dim() != logits.dim() - 1 or torch.compiler.is_compiling() or in_transform():

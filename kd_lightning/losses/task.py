@@ -112,9 +112,6 @@ def check_soft_targets(task_loss: nn.Module, logits: Tensor, targets: Tensor) ->
     """Raise if targets in the logits' shape, which a cross-entropy takes for probabilities, are none.
 
     A row of zeros is a sample without a label. Reads values, which is a host sync on an accelerator.
-
-    Raises:
-        ValueError: If a target is negative, or if a row sums neither to 1 nor to 0.
     """
     if not isinstance(task_loss, nn.CrossEntropyLoss) or targets.shape != logits.shape or not is_readable():
         return
@@ -131,11 +128,7 @@ def check_soft_targets(task_loss: nn.Module, logits: Tensor, targets: Tensor) ->
 
 
 def check_targets(targets: Tensor | None, task_weight: float) -> None:
-    """Raise if a task term is weighted but the batch has no targets for it.
-
-    Raises:
-        ValueError: If the weight is not 0 and the targets are None.
-    """
+    """Raise if a task term is weighted but the batch has no targets for it."""
     if targets is None and task_weight:
         raise ValueError(
             f"task_weight is {task_weight:g} but the batch has no targets. Give targets or a task_loss, or set "
@@ -144,11 +137,7 @@ def check_targets(targets: Tensor | None, task_weight: float) -> None:
 
 
 def check_ignore_index(kd_loss: Any, task_loss: Any) -> None:
-    """Raise if the losses leave out different target values; a loss without ``ignore_index`` leaves out any.
-
-    Raises:
-        ValueError: If both losses have an ``ignore_index``, and those differ.
-    """
+    """Raise if the losses leave out different target values; a loss without ``ignore_index`` leaves out any."""
     ours, theirs = getattr(kd_loss, "ignore_index", -100), getattr(task_loss, "ignore_index", None)
     if ours is not None and theirs is not None and ours != theirs:
         raise ValueError(
@@ -158,11 +147,7 @@ def check_ignore_index(kd_loss: Any, task_loss: Any) -> None:
 
 
 def check_scalar(loss: Tensor) -> None:
-    """Raise if a training loss has a value per sample.
-
-    Raises:
-        ValueError: If the loss is no scalar.
-    """
+    """Raise if a training loss has a value per sample."""
     if loss.dim() > 0 and loss.numel() > 1:
         raise ValueError(
             f"a training loss must be a scalar, got shape {tuple(loss.shape)}. Give kd_loss and task_loss "

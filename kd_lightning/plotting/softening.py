@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kd_lightning.functional import predictive_entropy
 from kd_lightning.plotting.style import log_axis, mark, pyplot, subplots, tidy
 from kd_lightning.ranking import check_counts, checked_temperatures
 
@@ -93,13 +94,13 @@ def plot_softening(
     left.legend(frameon=False, fontsize=9)
 
     grid = torch.logspace(math.log10(min(*values, 0.5)), math.log10(max(*values, 20.0)), 120, dtype=torch.float64)
-    curve = torch.stack([_entropy(logits, t) for t in grid.tolist()])  # (temperatures, samples)
+    curve = torch.stack([predictive_entropy(logits, t) for t in grid.tolist()])  # (temperatures, samples)
     right.plot(grid.tolist(), curve.mean(1).tolist(), color="0.25", linewidth=1.5)
     if len(logits) > 1:
         low, high = curve.quantile(0.1, dim=1), curve.quantile(0.9, dim=1)
         right.fill_between(grid.tolist(), low.tolist(), high.tolist(), color="0.25", alpha=0.15, linewidth=0)
     for t, color in zip(values, colors, strict=True):
-        right.plot(t, _entropy(logits, t).mean().item(), "o", color=color, markersize=7, zorder=3)
+        right.plot(t, predictive_entropy(logits, t).mean().item(), "o", color=color, markersize=7, zorder=3)
     mark(right, math.log(num_classes), f"log {num_classes}")
     log_axis(right, [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if grid[0] <= t <= grid[-1]])
     right.set_ylim(0, 1.12 * math.log(num_classes))
@@ -110,8 +111,3 @@ def plot_softening(
     for axes in (left, right):
         tidy(axes)
     return figure
-
-
-def _entropy(logits: Tensor, temperature: float) -> Tensor:
-    p = (logits / temperature).softmax(-1)
-    return torch.special.entr(p).sum(-1)

@@ -15,11 +15,7 @@ Curve: TypeAlias = tuple[Sequence[Spread], Sequence[Spread]]  # student, teacher
 
 
 def pyplot() -> Any:
-    """Import ``matplotlib.pyplot``.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-    """
+    """Import ``matplotlib.pyplot``, or raise an ImportError that says what to install."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
@@ -28,18 +24,7 @@ def pyplot() -> Any:
 
 
 def subplots(*shape: int, **options: Any) -> tuple[Figure, Any]:
-    """Create a figure and its axes as ``pyplot.subplots`` does, without a reference to the figure in pyplot.
-
-    Args:
-        shape: Rows and columns; none for a single panel.
-        options: Options of ``pyplot.subplots``.
-
-    Returns:
-        The figure, which can be shown and saved, and its axes.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-    """
+    """Create a figure and its axes as ``pyplot.subplots`` does, without a reference to the figure in pyplot."""
     plt = pyplot()
     figure, axes = plt.subplots(*shape, layout="constrained", **options)
     plt.close(figure)

@@ -93,8 +93,8 @@ class LossGapTemperature(_MovingTemperature):
     ``init_value`` outside [min_value, max_value] (T starts there and is pulled in).
 
     Source: S. U. Islam et al., "Dynamic Temperature Scheduler for Knowledge Distillation", 2025, arXiv 2511.13767.
-    Formula and values after the authors' code, read in a fork of it. The abstract claims consistent gains; we could
-    not read its numbers. SGD runs of another study favour the opposite direction, small T early (arXiv 2603.02430).
+    Formula and values after the authors' code. SGD runs of another study favour the opposite direction, small T early
+    (arXiv 2603.02430).
 
     Example:
         >>> policy = LossGapTemperature().eval()
@@ -163,19 +163,8 @@ class CapacityTemperature(_MovingTemperature):
     rule reinforces itself: below ``underload`` T tends to run to ``max_value``, above ``overload`` to ``min_value``.
     It is a choice between two ends that is made during training more than a control loop.
 
-    What it does (``python benchmarks/capacity_temperature.py``: digits, a teacher of 97.6 % test accuracy, students of
-    one hidden layer, 5 seeds, this policy's defaults but ``interval=50``; accuracy in %, mean ± standard deviation):
-
-    ======================  ============  ============  ============  ============  ======================
-    Student                 no teacher    T = 1         T = 4         T = 8         this policy, T₀ = 4
-    ======================  ============  ============  ============  ============  ======================
-    6 units (too small)     90.93 ± 3.37  91.02 ± 3.43  88.07 ± 4.28  88.68 ± 3.58  87.96 ± 4.07, T → 1.0
-    32 units                97.05 ± 0.51  96.97 ± 0.53  96.30 ± 0.74  96.05 ± 0.71  96.36 ± 0.68, T = 3.2
-    ======================  ============  ============  ============  ============  ======================
-
-    It finds out the student that is too small (r̄ from 1.5 at T = 4 up to 100 at T = 1) and takes T to 1, which is the
-    best of the constants here, but too late to matter: against constant T = 4 with the same seeds the difference is
-    −0.11 ± 0.72 and +0.06 ± 0.23. **No gain was measured.** (Neither does distillation gain on this easy task.)
+    ``python benchmarks/capacity_temperature.py`` measured no gain: it finds out the student that is too small and takes
+    T to 1, but too late to matter.
 
     Shapes:
         Logits ``(…, C)`` → T ``(1,)``. State: the buffers ``value``, ``ratio`` (:math:`\bar r`; −1 before the first

@@ -7,14 +7,9 @@ from typing import Any
 
 
 def take_extra(batch: Any, keys: Sequence[str | int]) -> tuple[Any, dict[Any, Any]]:
-    """Split off the parts of a batch that a temperature reads.
+    """Return a batch without the parts that a temperature reads, and these parts by their keys.
 
-    Args:
-        batch: A mapping or a tuple; a batch of another kind has no parts.
-        keys: Keys of the mapping, or positions in the tuple. One that the batch lacks is left to the policy to report.
-
-    Returns:
-        The batch without these parts, and the parts by their keys.
+    A batch that is neither mapping nor tuple has no parts; one that is missing is left to the policy to report.
 
     Example:
         >>> take_extra({"x": 1, "y": 2, "source": "web"}, ["source"])

@@ -15,23 +15,6 @@ from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 
 
-class _ReverseGradient(torch.autograd.Function):
-    """Identity whose gradient is multiplied by −λ."""
-
-    @staticmethod
-    def forward(value: Tensor, strength: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (strength,) = ctx.saved_tensors
-        return -strength * gradients[0], None
-
-
 class _BoundedTemperature(TemperaturePolicy):
     """Base of the learnable policies: the bounds, the reversal and the optimiser group."""
 
@@ -70,7 +53,8 @@ class _BoundedTemperature(TemperaturePolicy):
     def _temperature(self, raw: Tensor, progress: Progress) -> Temperature:
         temperature = self.min_value + (self.max_value - self.min_value) * torch.sigmoid(raw)
         if self.adversarial:
-            temperature = _ReverseGradient.apply(temperature, self._strength(progress, temperature))
+            fixed = temperature.detach()
+            temperature = fixed - self._strength(progress, fixed) * (temperature - fixed)  # gradient times −λ
         return Temperature(student=temperature, teacher=temperature)
 
     def _strength(self, progress: Progress, like: Tensor) -> Tensor:

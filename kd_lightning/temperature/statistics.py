@@ -102,11 +102,7 @@ def class_targets(signals: Signals, policy: str) -> Tensor:
 
 
 def check_class_count(logits: Tensor, policy: str) -> None:
-    """Refuse fewer than three classes.
-
-    Raises:
-        ValueError: If the logits have fewer than three classes: with two, standardised logits are always ±0.71.
-    """
+    """Refuse fewer than three classes."""
     if logits.shape[-1] < 3:
         raise ValueError(
             f"{policy} divides by the standard deviation over the classes, which says nothing for fewer than three: "
