@@ -107,7 +107,8 @@ def _class_targets(name: str, logits: Tensor, options: LossOptions) -> Tensor:
     targets, class_dim = options.get("targets"), options.get("class_dim", CLASS_DIM)
     soft = targets is not None and targets.is_floating_point() and targets.shape == logits.shape
     if targets is None or targets.dtype == torch.bool or (targets.is_floating_point() and not soft):
-        received = "none" if targets is None else f"{targets.dtype} ones"
+        mask = "a mask of positions alone"  # such as the attention_mask in the place of labels
+        received = "none" if targets is None else mask if targets.dtype == torch.bool else f"{targets.dtype} ones"
         raise ValueError(
             f"{name} splits off the target class: it needs targets that are class indices, got {received}."
         )

@@ -16,7 +16,7 @@ from typing_extensions import override
 from kd_lightning import functional
 from kd_lightning.functional import Temperature
 from kd_lightning.functional.across_ranks import gather_over_ranks
-from kd_lightning.functional.feature_losses import check_power, check_same_shape
+from kd_lightning.functional.feature_losses import check_power, check_same_shape, without_padded
 from kd_lightning.functional.rows import SCALES, Scale, check_option
 from kd_lightning.functional.similarity_losses import check_views, contrast
 from kd_lightning.functional.temperature import check_weights
@@ -292,9 +292,11 @@ class InfoNCELoss(_BetweenSamples, SoftFeatureLoss):
         self.sync = bool(sync)
 
     @override
-    def logits(self, student_features: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor]:
-        student_features, teacher_features = self.samples(student_features, teacher_features)
-        cosines = functional.info_nce_logits(student_features, teacher_features)
+    def logits(
+        self, student_features: Tensor, teacher_features: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        student_features, teacher_features = (without_padded(x, mask) for x in (student_features, teacher_features))
+        cosines = functional.info_nce_logits(*self.samples(student_features, teacher_features))
         return cosines, cosines
 
     @override

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
@@ -37,7 +37,7 @@ def gather(trainer: Trainer, value: _T) -> list[_T]:
 
 
 def distiller_state(distiller: Distiller, progress: Progress | None) -> dict[str, Any]:
-    """Return what the ranks of a run must agree on: policies, weights of the losses, and a checksum of the teacher.
+    """Return what the ranks of a run must agree on: policies, losses, their weights, and a checksum of the teacher.
 
     Args:
         distiller: The Distiller of the run.
@@ -48,8 +48,11 @@ def distiller_state(distiller: Distiller, progress: Progress | None) -> dict[str
         for prefix, policy in distiller.policies().items()
         for name, tensor in [*policy.named_parameters(), *policy.named_buffers()]
     }
-    for prefix, policy in distiller.policies().items():  # without addresses of functions, which differ by process
-        state[f"distiller.{prefix}"] = re.sub(r" at 0x[0-9a-f]+", "", repr(policy))
+    parts: dict[str, nn.Module] = {**distiller.policies()}
+    parts |= {"kd_loss": distiller.kd_loss, "task_loss": distiller.task_loss}
+    parts |= {f"layers.{index}": term for index, term in enumerate(distiller.layers)}
+    for prefix, part in parts.items():  # without addresses of functions, which differ by process
+        state[f"distiller.{prefix}"] = re.sub(r" at 0x[0-9a-f]+", "", repr(part))
     state["distiller.kd_enabled"] = distiller.kd_enabled
     if progress is not None:
         for name in ("kd_weight", "task_weight"):

@@ -94,7 +94,7 @@ class LearnableTemperature(_BoundedTemperature):
         max_value: :math:`T_\max`, never reached.
         adversarial: Whether the gradient is reversed.
         warmup_epochs: :math:`E_w`. 0: full strength from the first step; in a run shorter than the warm-up λ stays
-            small, and in the first epoch T does not move at all.
+            small.
         lr: Learning rate of T; None: the optimiser's own.
         bounds: Applied after callbacks have moved T, see :class:`TemperaturePolicy`.
 

@@ -91,7 +91,10 @@ def class_targets(signals: Signals, policy: str) -> Tensor:
     """
     targets = signals.class_targets
     if targets is None:
-        received = "none" if signals.targets is None else f"{signals.targets.dtype} {tuple(signals.targets.shape)}"
+        given = signals.targets
+        received = "none" if given is None else f"{given.dtype} {tuple(given.shape)}"
+        if given is not None and given.dtype == torch.bool:  # such as the attention_mask in the place of labels
+            received = "a mask of positions alone"
         raise ValueError(
             f"{policy} reads the label of each position: it needs class indices as targets in the shape "
             f"{tuple(signals.student_logits.shape[:-1])}, got {received}. Pass them, or choose a policy that needs no "

@@ -2,7 +2,10 @@
 
 import torch
 
+from kd_lightning import Distiller
 from kd_lightning.functional import Sparse, dkd_loss, hard_label_loss, nkd_loss
+from kd_lightning.losses import DKDLoss
+from kd_lightning.temperature import CorrectWrongTemperature
 from tests.unit.bad_input.case import Case
 
 LOGITS = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]])
@@ -28,6 +31,24 @@ CASES = [
         lambda: dkd_loss(LOGITS, LOGITS, 1.0, targets=torch.tensor([0.0, 2.0])),
         ValueError,
         "dkd_loss splits off the target class: it needs targets that are class indices, got torch.float32 ones.",
+    ),
+    Case(
+        "dkd: no labels, but an attention mask",
+        lambda: Distiller(None, 2.0, DKDLoss(), task_weight=0.0)(
+            {"attention_mask": torch.tensor([1, 0])}, LOGITS, teacher_logits=LOGITS
+        ),
+        ValueError,
+        "dkd_loss splits off the target class: it needs targets that are class indices, got a mask of positions alone.",
+    ),
+    Case(
+        "a policy that reads labels: none, but an attention mask",
+        lambda: Distiller(None, CorrectWrongTemperature(), task_weight=0.0)(
+            {"attention_mask": torch.tensor([1, 0])}, LOGITS, teacher_logits=LOGITS
+        ),
+        ValueError,
+        "CorrectWrongTemperature reads the label of each position: it needs class indices as targets in the shape "
+        "(2,), got a mask of positions alone. Pass them, or choose a policy that needs no labels, such as "
+        "EntropyTemperature.",
     ),
     Case(
         "hard labels of a few classes",

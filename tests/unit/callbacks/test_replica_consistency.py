@@ -8,9 +8,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from kd_lightning import ClassificationModule, DistillationModule, Distiller
+from kd_lightning import ClassificationModule, DistillationModule, Distiller, LayerTerm
 from kd_lightning.callbacks import AdaptiveTemperature, DistillationCallback, EarlyStopDistillation, ReplicaConsistency
+from kd_lightning.losses import KDLoss, SimilarityPreservingLoss
 from kd_lightning.modules.replicas import _difference, distiller_state
+from kd_lightning.schedules import ConstantSchedule
 from kd_lightning.temperature import Signals, Temperature, TemperaturePolicy
 from tests.helpers import make_loader, make_network, make_teacher
 from tests.unit.callbacks.helpers import digits, distiller_of
@@ -34,6 +36,10 @@ class Disturb(Callback):
             next(c for c in trainer.callbacks if isinstance(c, AdaptiveTemperature)).rule.state.flat_checks = 7  # pyright: ignore
         elif self.what == "switch":
             distiller_of(pl_module).kd_enabled = False
+        elif self.what == "loss":
+            distiller_of(pl_module).kd_loss = KDLoss(scale="none")
+        elif self.what == "layer":
+            next(iter(distiller_of(pl_module).layers)).weight = ConstantSchedule(2.0)
 
 
 class OwnStatistic(TemperaturePolicy):
@@ -61,13 +67,15 @@ def fit(make_trainer: MakeTrainer, module: DistillationModule, what: str, every_
         ("buffer", r"differ after step 3:\s+distiller.temperature.multiplier: rank 0 has 1, rank 1 has 0.5[.;]"),
         ("counter", r"AdaptiveTemperature\{'monitor': 'val_acc'.*\}.flat_checks: rank 0 has 0, rank 1 has 7[.;]"),
         ("switch", r"distiller.kd_enabled: rank 0 has True, rank 1 has False[.;]"),
+        ("loss", r"distiller.kd_loss: rank 0 has .KDLoss.*, rank 1 has .KDLoss.*scale='none'"),
+        ("layer", r"distiller.layers.0: rank 0 has .LayerTerm.*weight=1.*, rank 1 has .LayerTerm.*weight=2"),
     ],
 )
 def test_the_error_names_tensor_and_ranks(
     what: str, message: str, make_module: Make, make_trainer: MakeTrainer
 ) -> None:
     with pytest.raises(ProcessRaisedException, match=message):
-        fit(make_trainer, make_module(), what)
+        fit(make_trainer, make_module(layers=[LayerTerm("0", "0", SimilarityPreservingLoss())]), what)
 
 
 def test_a_statistic_that_is_not_reduced(make_module: Make, make_trainer: MakeTrainer) -> None:

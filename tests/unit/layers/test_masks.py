@@ -15,8 +15,10 @@ from kd_lightning.losses import (
     ChannelWiseKDLoss,
     FeatureLoss,
     HintLoss,
+    InfoNCELoss,
     SimilarityKDLoss,
     SimilarityPreservingLoss,
+    SoftFeatureLoss,
 )
 from kd_lightning.schedules import Progress
 
@@ -32,7 +34,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def term_of(loss: FeatureLoss) -> LayerTerm:
-    soft = isinstance(loss, (ChannelWiseKDLoss, AttentionKDLoss, SimilarityKDLoss))
+    soft = isinstance(loss, SoftFeatureLoss)
     term = LayerTerm("a", "a", loss, temperature=2.0 if soft else None)
     term.build(3, 4, 4)
     return term
@@ -67,7 +69,9 @@ def test_a_sample_of_padding_alone(loss: FeatureLoss) -> None:
     assert torch.autograd.grad(value, student)[0][2].eq(0).all()
 
 
-@pytest.mark.parametrize("loss", [SimilarityKDLoss(), SimilarityPreservingLoss()], ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize(
+    "loss", [SimilarityKDLoss(), SimilarityPreservingLoss(), InfoNCELoss()], ids=lambda loss: type(loss).__name__
+)
 def test_similarities_are_those_of_the_tokens(loss: FeatureLoss) -> None:
     student, teacher, mask = batch()
     zero = [torch.where(mask[..., None], x, 0.0) for x in (student, teacher)]
