@@ -100,12 +100,13 @@ class DistillerParts(nn.Module):
         Those are the policy of the logits, those of an ensemble's teachers that have one of their own, and those of the
         layers.
         """
-        own = {f"teacher_temperatures.{index}": policy for index, policy in enumerate(self.teacher_temperatures)}
-        layers = {f"layers.{index}.temperature": term.temperature for index, term in enumerate(self.layers)}
-        named = {"temperature": self.temperature, **own, **layers}
-        return cast(
-            dict[str, TemperaturePolicy], {name: policy for name, policy in named.items() if policy is not None}
-        )
+        named = {"temperature": self.temperature}
+        for index, policy in enumerate(self.teacher_temperatures):
+            named[f"teacher_temperatures.{index}"] = cast(TemperaturePolicy, policy)
+        for index, term in enumerate(self.layers):
+            if term.temperature is not None:
+                named[f"layers.{index}.temperature"] = term.temperature
+        return named
 
     @property
     def batch_keys(self) -> tuple[str | int, ...]:

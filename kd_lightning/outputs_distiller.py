@@ -203,13 +203,16 @@ class OutputsDistiller(Distiller):
             extra=extra,
         )
         outputs = {kd_loss.first: first}
-        own_task = 1.0 if main.task_weight is None else weight_at(main.task_weight, progress, "task_weight")
-        kd, task = weight_at(main.weight, progress, "weight") * first.kd_loss, own_task * first.task_loss
+        kd = weight_at(main.weight, progress, "weight") * first.kd_loss
+        task = first.task_loss
+        if main.task_weight is not None:
+            task = weight_at(main.task_weight, progress, "task_weight") * task
         for name, distiller in self.outputs.items():
             own = kd_loss.targets_of(name, parts, targets, extra)
             out = distiller(inputs, parts[name], own, progress, teacher_logits=_taught(taught, name), extra=extra)
             outputs[name] = out
-            kd, task = kd + out.kd_weight * out.kd_loss, task + out.task_weight * out.task_loss
+            kd = kd + out.kd_weight * out.kd_loss
+            task = task + out.task_weight * out.task_loss
         loss = first.kd_weight * kd + first.task_weight * task
         for layer in first.layers.values():
             loss = loss + layer.weight * layer.loss

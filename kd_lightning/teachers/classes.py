@@ -83,8 +83,11 @@ class MappedClasses(Teacher):
         self.temperatures = inner.temperatures
         widest = max(map(len, self.groups))
         self._merges = widest > 1
-        self._columns = torch.tensor([[*group, *[0] * (widest - len(group))] for group in self.groups])
-        self._padding = torch.tensor([[place >= len(group) for place in range(widest)] for group in self.groups])
+        self._columns = torch.zeros(len(self.groups), widest, dtype=torch.long)
+        self._padding = torch.ones(len(self.groups), widest, dtype=torch.bool)
+        for row, group in enumerate(self.groups):
+            self._columns[row, : len(group)] = torch.tensor(group, dtype=torch.long)
+            self._padding[row, : len(group)] = False
         if not all(self.groups):
             self.known = ~self._padding.all(1)
 

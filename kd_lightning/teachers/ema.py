@@ -230,12 +230,6 @@ class EMATeacher(Teacher):
         return () if self._average is None else (self._average,)
 
     @override
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        if self._average is not None:
-            self._average.to(*args, **kwargs)
-        return self
-
-    @override
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         if self._average is not None:
             self._average._apply(fn)

@@ -99,11 +99,12 @@ class TeacherEnsemble(Teacher):
             raise TypeError("a TeacherEnsemble within another is not supported: list all teachers in one.")
         check_option("combine", combine, get_args(Combine))
         self.teachers = [as_teacher(t) or FrozenTeacher(cast(Any, t)) for t in teachers]
-        if any(member.temperatures for member in self.teachers):
-            raise ValueError(
-                "the teachers of an ensemble have their temperatures from it, TeacherEnsemble(..., temperatures=[...]),"
-                f" but {next(member for member in self.teachers if member.temperatures)!r} has its own."
-            )
+        for member in self.teachers:
+            if member.temperatures:
+                raise ValueError(
+                    "the teachers of an ensemble have their temperatures from it, TeacherEnsemble(..., "
+                    f"temperatures=[...]), but {member!r} has its own."
+                )
         waiting = [member.checkpoint for member in self.teachers if member.checkpoint is not None]
         self.checkpoint = ", ".join(waiting) or None
         self.temperatures = [as_policy(temperature) for temperature in temperatures or ()]
@@ -196,9 +197,10 @@ class TeacherEnsemble(Teacher):
     @override
     def known(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The classes that a member knows, ``(C,)``; None: all."""
-        each = [teacher.known for teacher in self.teachers]
-        masks = [mask for mask in each if mask is not None]
-        return torch.stack(masks).any(0) if len(masks) == len(each) and len({len(m) for m in masks}) == 1 else None
+        masks = [teacher.known for teacher in self.teachers if teacher.known is not None]
+        if len(masks) < len(self.teachers) or len({len(mask) for mask in masks}) > 1:
+            return None
+        return torch.stack(masks).any(0)
 
     def _check_known_classes(self) -> None:
         masks = [teacher.known for teacher in self.teachers if teacher.known is not None]
@@ -274,9 +276,10 @@ class TeacherEnsemble(Teacher):
     ) -> tuple[list[LossTerm], list[Temperature]]:
         weights = opinions.consensus.new_ones(1, 1) if opinions.weights is None else opinions.weights
         own: list[Tensor] = []
-        if temperatures:
-            alone = [Opinions((), None, opinions.at(k), known=teacher.known) for k, teacher in enumerate(self.teachers)]
-            own = [own_temperature(t, policy, z.seen(signals)) for t, z in zip(temperatures, alone, strict=True)]
+        for k, temperature in enumerate(temperatures):
+            alone = Opinions((), None, opinions.at(k), known=self.teachers[k].known)
+            own.append(own_temperature(temperature, policy, alone.seen(signals)))
+        if own:
             terms = [term._replace(teacher=_weighted_sum(weights, own)) for term in terms]
         losses: list[LossTerm] = []
         for term in terms:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -344,12 +344,6 @@ class FrozenTeacher(Teacher):
             )
         self._home.check_features()
         return self.module
-
-    @override
-    def to(self, *args: Any, **kwargs: Any) -> FrozenTeacher:
-        """Move or cast the network, as ``nn.Module.to``; a ``precision`` of its own stays."""
-        nn.Module.to(cast(Any, self), *args, **kwargs)  # makes a function of its arguments, and calls self._apply
-        return self
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:

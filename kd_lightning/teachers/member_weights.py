@@ -35,11 +35,15 @@ class MemberWeights:
         self, given: Sequence[float | Schedule | Callable[[Progress], float]] | Confidence | None, count: int
     ) -> None:
         self.count = count
-        self.rule: Confidence | None = given if isinstance(given, str) else None
-        self.schedules = [as_schedule(weight) for weight in (() if given is None or isinstance(given, str) else given)]
+        self.rule: Confidence | None = None
+        self.schedules: list[Callable[[Progress], float]] = []
+        if isinstance(given, str):
+            if given not in get_args(Confidence):
+                raise ValueError(f"weights must be a list, 'confidence', 'entropy' or None, got {given!r}.")
+            self.rule = given
+        else:
+            self.schedules = [as_schedule(weight) for weight in (() if given is None else given)]
         check_one_for_each("weights", self.schedules, count)
-        if isinstance(given, str) and given not in get_args(Confidence):
-            raise ValueError(f"weights must be a list, 'confidence', 'entropy' or None, got {given!r}.")
         if all(isinstance(weight, ConstantSchedule) for weight in self.schedules):
             self.at(Progress())
 
@@ -72,9 +76,8 @@ class MemberWeights:
         if self.rule == "confidence":
             targets = signals.class_targets
             if targets is None:
-                received = (
-                    "none" if signals.targets is None else f"{signals.targets.dtype} {tuple(signals.targets.shape)}"
-                )
+                given = signals.targets
+                received = "none" if given is None else f"{given.dtype} {tuple(given.shape)}"
                 raise ValueError(
                     "weights='confidence' compares each teacher with the label: it needs class indices as targets in "
                     f"the shape {tuple(logits[0].shape[:-1])}, got {received}. weights='entropy' needs none."

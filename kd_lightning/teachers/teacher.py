@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -203,9 +203,8 @@ class Teacher(ABC):
         return (parameter for network in self.modules() for parameter in network.parameters())
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move or cast the teacher, as ``nn.Module.to``."""
-        for teacher in self.teachers:
-            teacher.to(*args, **kwargs)
+        """Move or cast the teacher, as ``nn.Module.to``; a precision of its own stays."""
+        nn.Module.to(cast(Any, self), *args, **kwargs)  # makes a function of its arguments, and calls self._apply
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:
