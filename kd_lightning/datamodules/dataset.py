@@ -2,14 +2,13 @@
 
 import hashlib
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, TensorDataset, default_collate
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from kd_lightning.datamodules.transforms import Transform, replaying
@@ -41,26 +40,12 @@ def select(images: Images, indices: Tensor) -> Images:
     return [images[i] for i in indices.tolist()]
 
 
-class _Samples(Sequence[tuple[Tensor, Tensor]]):
-    """A batch that any ``collate_fn`` reads as samples, and :func:`collate` takes as it is."""
-
-    def __init__(self, images: Tensor, targets: Tensor) -> None:
-        self.images = images
-        self.targets = targets
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.images[index], self.targets[index]
-
-
 def collate(samples: Any) -> Any:
     """Return the tensors of a batch of an :class:`ImageDataset` as they are; collate anything else as torch does."""
-    return (samples.images, samples.targets) if isinstance(samples, _Samples) else default_collate(samples)
+    return samples.tensors if isinstance(samples, TensorDataset) else default_collate(samples)
 
 
-class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
+class ImageDataset(Dataset[tuple[Tensor, ...]]):
     """Images and their classes, transformed one by one.
 
     Args:
@@ -77,11 +62,12 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: list[int]) -> _Samples:
-        return _Samples(self._inputs(indices), self.targets[indices])
+    def __getitems__(self, indices: list[int]) -> TensorDataset:
+        """Return a batch, which any ``collate_fn`` reads as samples and :func:`collate` takes as it is."""
+        return TensorDataset(self._inputs(indices), self.targets[indices])
 
     def fingerprint(self) -> str:
         """Return a hash of all classes and of up to 4,096 images before the transform, or of their file names."""
@@ -104,7 +90,7 @@ class BatchedImageDataset(ImageDataset):
         super().__init__(images, targets, transform)
         self._tensor = images
 
-    def replay(self, indices: list[int], seeds: list[int]) -> _Samples | None:
+    def replay(self, indices: list[int], seeds: list[int]) -> TensorDataset | None:
         """Return the samples with the random numbers of these seeds; None if the transform uses the global ones too."""
         before = torch.get_rng_state(), random.getstate()
         with replaying(seeds):

@@ -29,27 +29,23 @@ class Protocol(NamedTuple):
     Attributes:
         path: Of the endpoint, after the server's URL.
         body: From model, prompts, number of classes and temperature to the request.
-        rows: From the answer and the prompts to the rows of each prompt.
+        choices: From the answer to its part for each prompt.
+        rows: From such a part and the prompt to the prompt's rows, and whether its tokens are the prompt's.
     """
 
     path: str
     body: Callable[[str, list[list[int]], int, float], dict[str, Any]]
-    rows: Callable[[Any, list[list[int]]], list[Rows]]
+    choices: Callable[[Any], list[Any]]
+    rows: Callable[[Any, list[int]], tuple[Rows, bool]]
 
 
 def _vllm_body(model: str, prompts: list[list[int]], k: int, temperature: float) -> dict[str, Any]:
     return {"model": model, "prompt": prompts, "max_tokens": 1, "temperature": temperature, "prompt_logprobs": k}
 
 
-def _vllm_rows(answer: Any, prompts: list[list[int]]) -> list[Rows]:
-    found = []
-    for choice, prompt in zip(_choices(answer), prompts, strict=True):
-        named = [
-            {int(token): entry["logprob"] for token, entry in row.items()} for row in choice["prompt_logprobs"][1:]
-        ]
-        aligned = all(token in row for token, row in zip(prompt[1:], named, strict=True))  # vLLM adds the prompt's own
-        found.append(_checked(named, aligned))
-    return found
+def _vllm_rows(choice: Any, prompt: list[int]) -> tuple[Rows, bool]:
+    named = [{int(token): entry["logprob"] for token, entry in row.items()} for row in choice["prompt_logprobs"][1:]]
+    return named, all(token in row for token, row in zip(prompt[1:], named, strict=True))  # vLLM adds the prompt's own
 
 
 def _openai_body(model: str, prompts: list[list[int]], k: int, temperature: float) -> dict[str, Any]:
@@ -57,13 +53,10 @@ def _openai_body(model: str, prompts: list[list[int]], k: int, temperature: floa
     return {"model": model, "prompt": prompts, "max_tokens": 1, "temperature": temperature, **options}
 
 
-def _openai_rows(answer: Any, prompts: list[list[int]]) -> list[Rows]:
-    found = []
-    for choice, prompt in zip(_choices(answer), prompts, strict=True):
-        tokens, rows = (choice["logprobs"][name][: len(prompt)] for name in ("tokens", "top_logprobs"))
-        named = [{_token_id(token): value for token, value in row.items()} for row in rows[1:]]
-        found.append(_checked(named, [_token_id(token) for token in tokens] == prompt))
-    return found
+def _openai_rows(choice: Any, prompt: list[int]) -> tuple[Rows, bool]:
+    tokens, rows = (choice["logprobs"][name][: len(prompt)] for name in ("tokens", "top_logprobs"))
+    named = [{_token_id(token): value for token, value in row.items()} for row in rows[1:]]
+    return named, [_token_id(token) for token in tokens] == prompt
 
 
 def _sglang_body(model: str, prompts: list[list[int]], k: int, temperature: float) -> dict[str, Any]:
@@ -72,23 +65,18 @@ def _sglang_body(model: str, prompts: list[list[int]], k: int, temperature: floa
     return {"input_ids": prompts, "sampling_params": sampling, **wanted}
 
 
-def _sglang_rows(answer: Any, prompts: list[list[int]]) -> list[Rows]:
-    found = []
-    for each, prompt in zip(answer if isinstance(answer, list) else [answer], prompts, strict=True):
-        meta = each["meta_info"]
-        named = [{token: value for value, token, *_ in row} for row in meta["input_top_logprobs"][1:]]
-        found.append(_checked(named, [token for _, token, *_ in meta["input_token_logprobs"]] == prompt))
-    return found
+def _sglang_rows(choice: Any, prompt: list[int]) -> tuple[Rows, bool]:
+    meta = choice["meta_info"]
+    named = [{token: value for value, token, *_ in row} for row in meta["input_top_logprobs"][1:]]
+    return named, [token for _, token, *_ in meta["input_token_logprobs"]] == prompt
 
 
-def _choices(answer: Any) -> list[Any]:
+def _in_order(answer: Any) -> list[Any]:
     return sorted(answer["choices"], key=lambda choice: choice["index"])
 
 
-def _checked(rows: Rows, aligned: bool) -> Rows:
-    if not aligned:
-        raise _UnfitError("its tokens are not those of the prompt. Switch truncation and added special tokens off.")
-    return rows
+def _as_list(answer: Any) -> list[Any]:
+    return answer if isinstance(answer, list) else [answer]
 
 
 def _token_id(token: str) -> int:
@@ -102,9 +90,9 @@ def _token_id(token: str) -> int:
 
 
 APIS: dict[str, Protocol] = {
-    "vllm": Protocol("/completions", _vllm_body, _vllm_rows),
-    "openai": Protocol("/completions", _openai_body, _openai_rows),
-    "sglang": Protocol("/generate", _sglang_body, _sglang_rows),
+    "vllm": Protocol("/completions", _vllm_body, _in_order, _vllm_rows),
+    "openai": Protocol("/completions", _openai_body, _in_order, _openai_rows),
+    "sglang": Protocol("/generate", _sglang_body, _as_list, _sglang_rows),
 }
 
 
@@ -119,7 +107,15 @@ def ask(
     protocol = APIS[api]
     answer = post(url + protocol.path, protocol.body(*body), key, timeout, retries)
     try:
-        return protocol.rows(answer, body[1])
+        found = []
+        for choice, prompt in zip(protocol.choices(answer), body[1], strict=True):
+            rows, aligned = protocol.rows(choice, prompt)
+            if not aligned:
+                raise _UnfitError(
+                    "its tokens are not those of the prompt. Switch truncation and added special tokens off."
+                )
+            found.append(rows)
+        return found
     except _UnfitError as error:
         what = str(error)
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:

@@ -14,10 +14,10 @@ from kd_lightning.functional.rows import check_option
 from kd_lightning.functional.temperature import check_values, compute_dtype
 from kd_lightning.teachers.teacher import Teacher
 
-__all__ = ["MadeAt", "Output", "device_of"]
+__all__ = ["TOLERANCE", "MadeAt", "Output", "device_of"]
 
 Output: TypeAlias = Literal["logits", "log_probs", "probs"]
-_TOLERANCE = 0.01  # of the sum of the probabilities, because bfloat16 rounds each of them by up to 0.004
+TOLERANCE = 0.01  # of the sum of the probabilities, because bfloat16 rounds each of them by up to 0.004
 
 
 class MadeAt(Teacher):
@@ -73,7 +73,7 @@ class MadeAt(Teacher):
             check_values(~(values < 0).any(), message)
         if values.dim() == 2 and len(values):  # because the padding of tokens (B, L, V) may hold anything
             total = values.sum(1) if self.output == "probs" else values.exp().sum(1)
-            check_values(((total - 1).abs() < _TOLERANCE).all(), message)
+            check_values(((total - 1).abs() < TOLERANCE).all(), message)
 
     @property
     def _made_at(self) -> str:

@@ -17,12 +17,12 @@ from kd_lightning.functional.sparse import TAILS, Tail
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.completions import APIS, Api, Rows, ask
 from kd_lightning.teachers.function import FunctionTeacher
+from kd_lightning.teachers.made_at import TOLERANCE
 from kd_lightning.teachers.weights import hashed
 
 __all__ = ["ServedTeacher"]
 
 _PROBE = 16  # tokens of the prompt that finds out whether the server follows the request's temperature
-_TOLERANCE = 0.01  # of the sum of the probabilities, because bfloat16 rounds each of them by up to 0.004
 
 
 class ServedTeacher(FunctionTeacher):
@@ -177,7 +177,7 @@ class ServedTeacher(FunctionTeacher):
 
     def _checked_values(self, log_probs: Tensor) -> Tensor:
         total = log_probs.exp().sum(-1)
-        if not bool((total <= 1 + _TOLERANCE).all()):  # NaN fails
+        if not bool((total <= 1 + TOLERANCE).all()):  # NaN fails
             raise ValueError(
                 f"the numbers of {self.url} are no log-probabilities: those of one token are {float(total.max()):.4g} "
                 "in the sum of their exponentials, which is at most 1. Start vLLM with --logprobs-mode raw_logprobs."

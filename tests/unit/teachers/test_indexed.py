@@ -124,7 +124,7 @@ def test_the_generators_are_left_alone() -> None:
 
 def test_without_slots_the_dataset_draws_as_ever() -> None:
     torch.manual_seed(3)
-    expected = by_batch().__getitems__([4, 2]).images
+    expected = by_batch().__getitems__([4, 2]).tensors[0]
     torch.manual_seed(3)
     samples = IndexedDataset(by_batch()).__getitems__([4, 2])
     assert torch.equal(samples.samples.images, expected)
