@@ -127,7 +127,7 @@ def test_without_slots_the_dataset_draws_as_ever() -> None:
     expected = by_batch().__getitems__([4, 2]).tensors[0]
     torch.manual_seed(3)
     samples = IndexedDataset(by_batch()).__getitems__([4, 2])
-    assert torch.equal(samples.samples.images, expected)
+    assert torch.equal(samples.samples.tensors[0], expected)
     assert samples.rows == [4, 2]
 
 
