@@ -37,16 +37,8 @@ class Distiller(DistillerParts):
         student_logits = student(inputs)
         loss = distiller(inputs, student_logits, targets, progress).loss
 
-    With ``layers``, terms between layers of both networks are added. The loop then runs within
-    :meth:`attach`, and where a projector is needed it is built first:
-
-    .. code-block:: python
-
-        distiller.build_projectors(student, inputs)  # before the optimiser, which trains distiller.parameters() too
-        with distiller.attach(student):
-            ...
-
-    The terms between layers are for training: in eval mode (``distiller.eval()``) they are left out of the loss.
+    With ``layers``, terms between layers of both networks are added, but in eval mode. Call :meth:`build_projectors`
+    before the optimiser is made, and run the loop within :meth:`attach`.
 
     The teacher is held outside the module tree (see :class:`FrozenTeacher`): ``state_dict``, ``parameters`` and
     ``modules`` know the policy and the losses only, while ``to``, ``cuda``, ``half`` and the like reach the teacher.

@@ -70,14 +70,6 @@ def export_student(
 ) -> ExportReport:
     """Write a network to a file that loads without this library, read it back, and compare.
 
-    ==================  ============  ================================================================
-    format              suffix        how it is read
-    ==================  ============  ================================================================
-    ``"safetensors"``   .safetensors  ``network.load_state_dict(safetensors.torch.load_file(path))``
-    ``"torch.export"``  .pt2          ``torch.export.load(path).module()(inputs)``
-    ``"onnx"``          .onnx         ``onnxruntime.InferenceSession(path)``
-    ==================  ============  ================================================================
-
     A copy on the CPU in evaluation mode is exported. The file appears when what was read back agrees, and not before.
 
     Safetensors hold the ``state_dict`` under its own names. Every name is there, so tied weights are stored once for
@@ -88,7 +80,8 @@ def export_student(
     Args:
         student: The network.
         path: Where to write, with the format's suffix.
-        format: None: by the suffix.
+        format: ``"safetensors"``, ``"torch.export"`` (suffix .pt2, read by ``torch.export.load(path).module()``) or
+            ``"onnx"``. None: by the suffix.
         example_inputs: One batch, as the network is called with (a tensor; a tuple for positional arguments; a mapping
             for keywords). ``torch.export`` and ``onnx`` need it, its values do not matter, safetensors do without.
         built_from: ``class_path`` and ``init_args`` of the network, for the metadata of safetensors. None: the class

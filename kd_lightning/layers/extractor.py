@@ -64,7 +64,7 @@ class FeatureExtractor:
     def __init__(self, module: nn.Module, layers: Sequence[str] | str) -> None:
         self._module, self._layers = _unwrapped(module), find_layers(module, layers)
         self._handles: list[RemovableHandle] = []
-        self._attached = False  # beside the handles, which a compiled graph cannot look at
+        self.attached = False  # beside the handles, which a compiled graph cannot look at
         self._recording = False
         self._features: dict[str, Tensor] = {}
         self._calls: dict[str, int] = {}
@@ -75,15 +75,10 @@ class FeatureExtractor:
         """The layers, in the order of the network's modules."""
         return tuple(self._layers)
 
-    @property
-    def attached(self) -> bool:
-        """True while the hooks are on."""
-        return self._attached
-
     def attach(self) -> FeatureExtractor:
         """Put the hooks on, if they are not."""
-        if not self._attached:
-            self._attached = True
+        if not self.attached:
+            self.attached = True
             self._handles = [
                 self._module.register_forward_pre_hook(self._begin),
                 *(layer.register_forward_hook(_Record(self, name)) for name, layer in self._layers.items()),
@@ -96,7 +91,7 @@ class FeatureExtractor:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._attached = self._recording = False
+        self.attached = self._recording = False
         self.clear()
 
     def clear(self) -> None:
@@ -127,7 +122,7 @@ class FeatureExtractor:
         return {name: features[name] for name in self._layers}
 
     def _why_missing(self, name: str, others: bool) -> str:
-        if not self._attached:
+        if not self.attached:
             return "no hooks are attached: use `with extractor:` or extractor.attach() before the forward."
         if others:
             return (
@@ -145,7 +140,7 @@ class FeatureExtractor:
 
     def _begin(self, *_: Any) -> None:
         self.clear()
-        self._recording = self._attached
+        self._recording = self.attached
 
     def _end(self, *_: Any) -> None:
         self._recording = False
@@ -172,7 +167,7 @@ class FeatureExtractor:
         """Return the state of a copy: without hooks, and without the network, which it would copy along."""
         nothing: dict[str, Any] = {"_handles": [], "_features": {}, "_calls": {}, "_versions": {}}
         layers = dict.fromkeys(self._layers)
-        return {**vars(self), **nothing, "_module": None, "_layers": layers, "_attached": False, "_recording": False}
+        return {**vars(self), **nothing, "_module": None, "_layers": layers, "attached": False, "_recording": False}
 
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"

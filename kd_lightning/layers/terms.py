@@ -108,31 +108,27 @@ class LayerTerm(nn.Module):
         self.weight = as_schedule(weight)
         self.projector: nn.Module | None = None
         self.depth = 0.5
-        self._channels: tuple[int, int, int] | None = None
+        self.shapes: tuple[int, int, int] | None = None
+        """The projector's number of dimensions, student's channels and teacher's channels; None before it is built."""
 
     @property
     def built(self) -> bool:
         """True once the projector, if any, is built."""
-        return self._channels is not None or self.loss.compares != "all"
-
-    @property
-    def shapes(self) -> tuple[int, int, int] | None:
-        """The projector's number of dimensions, student's channels and teacher's channels; None before it is built."""
-        return self._channels
+        return self.shapes is not None or self.loss.compares != "all"
 
     def build(self, dims: int, student_channels: int, teacher_channels: int) -> None:
         """Make the projector, if these channels of features with so many dimensions (2 to 5) need one."""
         channels = (dims, student_channels, teacher_channels)
-        if self._channels not in (None, channels):
+        if self.shapes not in (None, channels):
             raise ValueError(
                 f"the projector of {self.student_layer!r} was built for (dimensions, student's channels, teacher's "
-                f"channels) {self._channels}, but is asked for {channels}. Make a new LayerTerm for other networks."
+                f"channels) {self.shapes}, but is asked for {channels}. Make a new LayerTerm for other networks."
             )
-        if self._channels is None and student_channels != teacher_channels:
+        if self.shapes is None and student_channels != teacher_channels:
             kinds: dict[int, Callable[..., nn.Module]] = {4: nn.Conv2d, 5: nn.Conv3d}
             options = {} if dims < 4 else {"kernel_size": 1}
             self.projector = kinds.get(dims, nn.Linear)(student_channels, teacher_channels, **options)
-        self._channels = channels
+        self.shapes = channels
 
     def build_for(self, student_features: Tensor, teacher_features: Tensor) -> None:
         """Make the projector that joins these features, if they need one, on the student's device."""

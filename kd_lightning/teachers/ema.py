@@ -37,14 +37,7 @@ class EMATeacher(Teacher):
     bfloat16 and float16 weights are kept in float32. All ranks have the same: buffers, which differ between ranks, are
     rank 0's. :class:`~kd_lightning.DistillationModule` and
     :class:`~kd_lightning.callbacks.DistillationCallback` call :meth:`follow` and, after each optimiser step,
-    :meth:`update`; the callback averages the layer that ``student_layer`` names. In a loop of your own:
-
-    .. code-block:: python
-
-        teacher.follow(student)
-        ...
-        optimizer.step()
-        teacher.update()
+    :meth:`update`, as a loop of your own does; the callback averages the layer that ``student_layer`` names.
 
     Args:
         decay: :math:`d`, in [0, 1).

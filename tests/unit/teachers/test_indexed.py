@@ -104,7 +104,7 @@ def test_replayed_crops_are_spread_as_drawn_ones_are() -> None:
     data = BatchedImageDataset(image.repeat(4000, 1, 1, 1), torch.zeros(4000).long(), transform)
     samples = IndexedDataset(data, slots=1).fetch(list(range(4000))).samples
     counts: dict[bytes, int] = {}
-    for view in samples.images:
+    for view in samples.tensors[0]:
         counts[view.numpy().tobytes()] = counts.get(view.numpy().tobytes(), 0) + 1
     assert len(counts) == 5 * 5 * 2
     # chi-square with 49 degrees of freedom: mean 49, standard deviation 10
