@@ -228,11 +228,12 @@ class Distiller(DistillerParts):
         losses = [
             term.loss(self.kd_loss, student, signals.targets, self.class_dim, self.ignore_index) for term in terms
         ]
-        several = not isinstance(temperature, Temperature)
-        return (losses[0] if len(losses) == 1 else torch.stack(losses).sum()), tuple(used) if several else used[0]
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        return loss, used[0] if isinstance(temperature, Temperature) else tuple(used)
 
     def _check_first_batch(self, student: Tensor, teacher: Any, targets: Tensor | None) -> None:
-        members, softened = self._teaching.members(teacher), getattr(self.kd_loss, "compares_distributions", False)
+        members = self._teaching.members(teacher)
+        softened = getattr(self.kd_loss, "compares_distributions", False)
         trains = self.teacher is not None and self.training and torch.is_grad_enabled()
         check_first_batch(student, members, self.class_dim, softened, self.task_loss, targets, trains)
 

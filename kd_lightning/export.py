@@ -246,13 +246,10 @@ def _save_program(
         exported.save(path)
         got = [_run_onnx(path, batch) for batch in batches]
 
-    pairs = [
-        (a, b)
-        for ours, theirs in zip(wanted, got, strict=True)
-        for a, b in zip(_tensors(ours), _tensors(theirs), strict=True)
-    ]
-    eps = max((torch.finfo(a.dtype).eps for a, _ in pairs if a.is_floating_point()), default=0.0)
-    largest = max((float(a.abs().max()) for a, _ in pairs if a.numel() and a.is_floating_point()), default=0.0)
+    pairs = list(zip(_tensors(wanted), _tensors(got), strict=True))
+    floating = [ours for ours, _ in pairs if ours.is_floating_point()]
+    eps = max((torch.finfo(x.dtype).eps for x in floating), default=0.0)
+    largest = max((float(x.abs().max()) for x in floating if x.numel()), default=0.0)
     tolerance = max(_TOLERANCE[format], 10 * eps) * max(1.0, largest)
     return max(_difference(a, b) for a, b in pairs), tolerance
 
@@ -289,8 +286,11 @@ def _trace(
 
 def _clear_names(model: Any, dynamic_dims: Sequence[int]) -> None:
     """Take source files and class names out of an ONNX model, and call its sizes what they are: batch, dim1."""
-    sizes = {str(value.shape[dim]): _dim_name(dim) for dim in dynamic_dims for value in model.graph.inputs
-             if value.shape is not None and dim < len(value.shape)}  # fmt: skip
+    sizes: dict[str, str] = {}
+    for dim in dynamic_dims:
+        for value in model.graph.inputs:
+            if value.shape is not None and dim < len(value.shape):
+                sizes[str(value.shape[dim])] = _dim_name(dim)
     for graph in (model.graph, *model.functions.values()):
         graph.metadata_props.clear()
         nodes = list(graph.all_nodes())

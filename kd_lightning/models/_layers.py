@@ -1,6 +1,6 @@
 """Parts of several networks: the convolution, its initialisation and checks of arguments."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -8,6 +8,14 @@ from torch import nn
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
     """Return a 3×3 convolution that keeps height and width (at stride 1)."""
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=bias)
+
+
+def residual_stage(
+    block: Callable[[int, int, int], nn.Module], in_channels: int, out_channels: int, blocks: int, stride: int
+) -> nn.Sequential:
+    """Return a stage of residual blocks, of which the first changes channels and resolution."""
+    first = block(in_channels, out_channels, stride)
+    return nn.Sequential(first, *(block(out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
 
 def init_convolutions(model: nn.Module) -> None:

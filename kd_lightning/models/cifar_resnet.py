@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.models._layers import blocks_per_stage, check_positive, conv3x3, init_convolutions
+from kd_lightning.models._layers import blocks_per_stage, check_positive, conv3x3, init_convolutions, residual_stage
 
 
 class BasicBlock(nn.Module):
@@ -80,17 +80,12 @@ class CifarResNet(nn.Module):
         stem, *stages = widths
         self.conv1 = conv3x3(in_channels, stem)
         self.bn1 = nn.BatchNorm2d(stem)
-        self.layer1 = self._stage(stem, stages[0], blocks, stride=1)
-        self.layer2 = self._stage(stages[0], stages[1], blocks, stride=2)
-        self.layer3 = self._stage(stages[1], stages[2], blocks, stride=2)
+        self.layer1 = residual_stage(BasicBlock, stem, stages[0], blocks, stride=1)
+        self.layer2 = residual_stage(BasicBlock, stages[0], stages[1], blocks, stride=2)
+        self.layer3 = residual_stage(BasicBlock, stages[1], stages[2], blocks, stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(stages[2], num_classes)
         init_convolutions(self)
-
-    @staticmethod
-    def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
-        first = BasicBlock(in_channels, out_channels, stride)
-        return nn.Sequential(first, *(BasicBlock(out_channels, out_channels) for _ in range(blocks - 1)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits ``(N, num_classes)`` of images ``(N, in_channels, H, W)``."""

@@ -1,9 +1,11 @@
 """Wide residual networks for 32×32 images (Zagoruyko & Komodakis 2016)."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.models._layers import blocks_per_stage, check_positive, conv3x3, init_convolutions
+from kd_lightning.models._layers import blocks_per_stage, check_positive, conv3x3, init_convolutions, residual_stage
 
 
 class PreActivationBlock(nn.Module):
@@ -77,20 +79,15 @@ class WideResNet(nn.Module):
             raise ValueError(f"dropout must be in [0, 1), got {dropout}. The literature's setting is 0.")
         widths = [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
         self.conv1 = conv3x3(in_channels, widths[0])
-        self.block1 = self._stage(widths[0], widths[1], blocks, 1, dropout)
-        self.block2 = self._stage(widths[1], widths[2], blocks, 2, dropout)
-        self.block3 = self._stage(widths[2], widths[3], blocks, 2, dropout)
+        block = partial(PreActivationBlock, dropout=dropout)
+        self.block1 = residual_stage(block, widths[0], widths[1], blocks, stride=1)
+        self.block2 = residual_stage(block, widths[1], widths[2], blocks, stride=2)
+        self.block3 = residual_stage(block, widths[2], widths[3], blocks, stride=2)
         self.bn1 = nn.BatchNorm2d(widths[3])
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(widths[3], num_classes)
         init_convolutions(self)
         nn.init.zeros_(self.fc.bias)
-
-    @staticmethod
-    def _stage(in_channels: int, out_channels: int, blocks: int, stride: int, dropout: float) -> nn.Sequential:
-        first = PreActivationBlock(in_channels, out_channels, stride, dropout)
-        others = (PreActivationBlock(out_channels, out_channels, 1, dropout) for _ in range(blocks - 1))
-        return nn.Sequential(first, *others)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits ``(N, num_classes)`` of images ``(N, in_channels, H, W)``."""
