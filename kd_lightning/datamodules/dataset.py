@@ -86,9 +86,7 @@ class ImageDataset(Dataset[tuple[Tensor, ...]]):
 class BatchedImageDataset(ImageDataset):
     """Images in RAM, a tensor, which ``transform`` takes a batch at a time, with random numbers for each image."""
 
-    def __init__(self, images: Tensor, targets: Tensor, transform: Transform) -> None:
-        super().__init__(images, targets, transform)
-        self._tensor = images
+    images: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def replay(self, indices: list[int], seeds: list[int]) -> TensorDataset | None:
         """Return the samples with the random numbers of these seeds; None if the transform uses the global ones too."""
@@ -99,4 +97,4 @@ class BatchedImageDataset(ImageDataset):
         return samples if untouched else None
 
     def _inputs(self, indices: list[int]) -> Tensor:
-        return self.transform(self._tensor[indices])
+        return self.transform(self.images[indices])

@@ -226,29 +226,9 @@ def _read_state_dict(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, OSError) as error:
-        if kind := no_torch_file(path):
-            raise ValueError(
-                f"{path} could not be read as weights: {kind}. Give a file of torch.save, a Lightning checkpoint or "
-                "safetensors."
-            ) from error
-        if isinstance(error, EOFError) or "PytorchStreamReader failed" in str(error):
-            raise ValueError(
-                f"{path} could not be read as weights: its {path.stat().st_size:,} bytes are truncated or no file of "
-                "torch.save. Copy or save it again."
-            ) from error
-        if "TorchScript" in str(error):
-            raise ValueError(
-                f"{path} holds a TorchScript program, which is a network and not weights. Give "
-                "FrozenTeacher(torch.jit.load(path))."
-            ) from error
-        raise ValueError(
-            f"{path} could not be read as weights: it must hold tensors and primitives only (read with "
-            "weights_only=True). Save a state dict, torch.save(model.state_dict(), path), not the model. "
-            f"torch says: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
-    parts = {
-        key: content[key] for key in _KEYS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
-    }
+        raise ValueError(f"{path} {_why_unreadable(path, error)}") from error
+    named = content if isinstance(content, Mapping) else {}
+    parts = {key: named[key] for key in _KEYS if isinstance(named.get(key), Mapping)}
     if len(parts) == 1:
         (content,) = parts.values()
     elif parts:  # keep the keys in the names, because the prefix then tells an average from the weights themselves
@@ -259,13 +239,30 @@ def _read_state_dict(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in content.items()}
 
 
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """Return why torch.load failed, and what to give instead."""
+    unread = "could not be read as weights"
+    if kind := no_torch_file(path):
+        return f"{unread}: {kind}. Give a file of torch.save, a Lightning checkpoint or safetensors."
+    if isinstance(error, EOFError) or "PytorchStreamReader failed" in str(error):
+        size = f"{path.stat().st_size:,}"
+        return f"{unread}: its {size} bytes are truncated or no file of torch.save. Copy or save it again."
+    if "TorchScript" in str(error):
+        way_out = "Give FrozenTeacher(torch.jit.load(path))."
+        return f"holds a TorchScript program, which is a network and not weights. {way_out}"
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"{unread}: it must hold tensors and primitives only (read with weights_only=True). Save a state dict, "
+        f"torch.save(model.state_dict(), path), not the model. torch says: {said}"
+    )
+
+
 def _check_exists(path: Path) -> None:
-    if path.is_dir() or re.match(r"\w{2,}:/", str(path)):
-        kind = "folder" if path.is_dir() else "URL"
-        raise FileNotFoundError(
-            f"a teacher's checkpoint is a file, and {str(path)!r} is a {kind}. "
-            + ("Name the file in it." if kind == "folder" else "Download the file first, and name it.")
-        )
+    given = f"a teacher's checkpoint is a file, and {str(path)!r} is a"
+    if path.is_dir():
+        raise FileNotFoundError(f"{given} folder. Name the file in it.")
+    if re.match(r"\w{2,}:/", str(path)):
+        raise FileNotFoundError(f"{given} URL. Download the file first, and name it.")
     if not path.is_file():
         here = [str(file) for file in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(str(path), here, n=3, cutoff=0.5)
