@@ -26,8 +26,6 @@ from kd_lightning.teachers.frozen import as_teacher
 from kd_lightning.temperature import Signals, TemperaturePolicy, as_policy
 from kd_lightning.temperature.base import Temperatures, as_terms
 
-__all__ = ["DistillationOutput", "Distiller"]
-
 
 class Distiller(DistillerParts):
     r"""The distillation part of a training step: :math:`L = w_{kd} L_{kd} + w_{task} L_{task}`.

@@ -18,8 +18,6 @@ from kd_lightning.teachers.frozen import as_teacher
 from kd_lightning.teachers.teacher import GivenLogits
 from kd_lightning.temperature import TemperaturePolicy, as_policy
 
-__all__ = ["DistillerParts"]
-
 _NO_TEACHER = GivenLogits()
 _CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "teacher": as_teacher,

@@ -19,8 +19,6 @@ from kd_lightning.teachers import extract_logits
 from kd_lightning.teachers.calls import HiddenStates, by_name, check_hidden_states, counting_positions, hidden_states
 from kd_lightning.temperature import Signals
 
-__all__ = ["FusedDistiller", "make_distiller"]
-
 
 class FusedDistiller(Distiller):
     """A :class:`~kd_lightning.Distiller` for :class:`~kd_lightning.losses.FusedLinearKDLoss`.

@@ -12,8 +12,6 @@ from kd_lightning.functional.rows import Scale, is_sharded, loss_scale
 from kd_lightning.layers import LayerResult
 from kd_lightning.temperature.base import Temperatures, as_terms, mean_temperature
 
-__all__ = ["DistillationOutput"]
-
 
 @dataclass(frozen=True)
 class DistillationOutput:

@@ -22,8 +22,6 @@ from kd_lightning.teachers.calls import call_model
 from kd_lightning.temperature import TemperaturePolicy, as_policy
 from kd_lightning.temperature.base import mean_temperature
 
-__all__ = ["OutputTerm", "OutputsDistiller", "OutputsKDLoss", "SeveralOutputs"]
-
 
 class OutputTerm:
     """The loss, temperature and weights of one of several outputs; see :class:`OutputsKDLoss`.

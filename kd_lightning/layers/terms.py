@@ -23,8 +23,6 @@ from kd_lightning.teachers.calls import call_model, has_decoder, padding_mask
 from kd_lightning.temperature import Progress, Schedule, Signals, TemperaturePolicy, as_policy
 from kd_lightning.temperature.base import Temperatures, as_terms
 
-__all__ = ["LayerResult", "LayerTerm", "LayerTerms"]
-
 _INTERPOLATION = {4: "bilinear", 5: "trilinear"}
 
 

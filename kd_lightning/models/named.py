@@ -11,8 +11,6 @@ from typing import Any, get_type_hints
 
 from torch import nn
 
-__all__ = ["builds_module", "locate"]
-
 
 def locate(path: str) -> Any:
     """Return the object at a dotted path: the attributes that follow its longest importable prefix.

@@ -14,8 +14,6 @@ from kd_lightning.teachers.placement import Placement
 if TYPE_CHECKING:
     from kd_lightning.teachers.frozen import FrozenTeacher
 
-__all__ = ["Absent", "is_plain"]
-
 
 class Absent(Placement):
     """Parameters on the meta device, and the device to which they belong; buffers stay. A call reads the weights again.

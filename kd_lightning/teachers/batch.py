@@ -15,8 +15,6 @@ from kd_lightning.teachers.calls import extract_logits
 from kd_lightning.teachers.made_at import MadeAt, Output
 from kd_lightning.teachers.weights import hashed
 
-__all__ = ["BatchTeacher", "FromBatch"]
-
 
 class FromBatch(MadeAt):
     """Base class of the teachers that read a part of the batch, which the student never sees.

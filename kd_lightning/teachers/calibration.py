@@ -16,8 +16,6 @@ from kd_lightning.functional.temperature import checked_number, compute_dtype, i
 from kd_lightning.teachers.calls import HiddenStates
 from kd_lightning.teachers.weights import hashed
 
-__all__ = ["Calibration"]
-
 
 @dataclass(frozen=True)
 class Calibration:

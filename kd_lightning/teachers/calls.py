@@ -14,22 +14,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from kd_lightning.functional.rows import gathered
 
-__all__ = [
-    "Call",
-    "HiddenStates",
-    "by_name",
-    "call_model",
-    "check_hidden_states",
-    "counting_positions",
-    "extract_logits",
-    "has_decoder",
-    "hidden_states",
-    "in_micro_batches",
-    "naming_inputs",
-    "padding_mask",
-    "positional_names",
-]
-
 
 class Call(NamedTuple):
     """Positional and keyword arguments of a call, kept as inputs for an identical call."""

@@ -20,8 +20,6 @@ from kd_lightning.teachers.teacher import Teacher
 from kd_lightning.teachers.weights import hashed
 from kd_lightning.temperature import Signals
 
-__all__ = ["MappedClasses"]
-
 
 class MappedClasses(Teacher):
     r"""A teacher of other classes than the student's, which are picked from its own or merged.

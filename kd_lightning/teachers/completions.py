@@ -10,8 +10,6 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-__all__ = ["APIS", "Api", "Protocol", "Rows", "ask", "post"]
-
 Api: TypeAlias = Literal["vllm", "openai", "sglang"]
 Rows: TypeAlias = "list[dict[int, float]]"
 """The log-probability of each named token, for each token of a prompt but the first."""

@@ -18,8 +18,6 @@ from kd_lightning.teachers.teacher import Teacher
 from kd_lightning.teachers.weights import hashed
 from kd_lightning.temperature import TemperaturePolicy, as_policy
 
-__all__ = ["EMATeacher"]
-
 
 class EMATeacher(Teacher):
     r"""The student's exponential moving average as its teacher (mean teacher, self-distillation).

@@ -26,8 +26,6 @@ from kd_lightning.temperature.base import TemperaturePolicy
 from kd_lightning.temperature.convert import as_policy
 from kd_lightning.temperature.signals import Signals
 
-__all__ = ["Combine", "TeacherEnsemble"]
-
 Combine: TypeAlias = Literal["probs", "logits", "losses"]
 
 

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["freeze"]
-
 # the position of the argument that says "training"
 _MODES = {torch.ops.aten.dropout.default: 2, torch.ops.aten.batch_norm.default: 5}
 

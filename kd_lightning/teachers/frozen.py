@@ -37,8 +37,6 @@ from kd_lightning.teachers.teacher import Teacher
 from kd_lightning.teachers.transforms import Renormalize, apply_transform, check_transform, with_transform
 from kd_lightning.teachers.weights import check_finite, is_without_values, looks_untrained
 
-__all__ = ["FrozenTeacher", "Precision", "as_teacher"]
-
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -19,8 +19,6 @@ from kd_lightning.teachers.made_at import MadeAt, Output, device_of
 from kd_lightning.teachers.transforms import Renormalize, apply_transform, check_transform, with_transform
 from kd_lightning.teachers.weights import hashed
 
-__all__ = ["FunctionTeacher"]
-
 
 class FunctionTeacher(MadeAt):
     r"""A function as teacher: another framework, a remote call, an API's log-probabilities.

@@ -14,8 +14,6 @@ from kd_lightning.functional.rows import check_option
 from kd_lightning.functional.temperature import check_values, compute_dtype
 from kd_lightning.teachers.teacher import Teacher
 
-__all__ = ["TOLERANCE", "MadeAt", "Output", "device_of"]
-
 Output: TypeAlias = Literal["logits", "log_probs", "probs"]
 TOLERANCE = 0.01  # of the sum of the probabilities, because bfloat16 rounds each of them by up to 0.004
 

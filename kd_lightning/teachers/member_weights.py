@@ -14,8 +14,6 @@ from kd_lightning.functional.temperature import compute_dtype
 from kd_lightning.schedules import ConstantSchedule, Progress, Schedule, as_schedule
 from kd_lightning.temperature.signals import Signals
 
-__all__ = ["Confidence", "MemberWeights", "check_one_for_each"]
-
 Confidence: TypeAlias = Literal["confidence", "entropy"]
 
 

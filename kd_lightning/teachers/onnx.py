@@ -16,8 +16,6 @@ from kd_lightning.teachers.function import FunctionTeacher
 from kd_lightning.teachers.made_at import Output
 from kd_lightning.teachers.transforms import Renormalize, with_transform
 
-__all__ = ["OnnxTeacher"]
-
 _FLOATING = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64}
 
 

@@ -14,8 +14,6 @@ from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.functional.temperature import compute_dtype
 from kd_lightning.temperature import Signals
 
-__all__ = ["LossTerm", "MergedLogits", "Opinions"]
-
 
 class MergedLogits(NamedTuple):
     r"""Logits of other classes than the student's, several of which are one of the student's at a temperature.

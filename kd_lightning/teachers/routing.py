@@ -11,8 +11,6 @@ from torch import Tensor
 from kd_lightning.functional.temperature import check_values
 from kd_lightning.temperature.signals import Signals
 
-__all__ = ["Route", "Routing", "check_served"]
-
 Route: TypeAlias = Callable[[Any, Tensor | None], Tensor]
 
 

@@ -20,8 +20,6 @@ from kd_lightning.teachers.function import FunctionTeacher
 from kd_lightning.teachers.made_at import TOLERANCE
 from kd_lightning.teachers.weights import hashed
 
-__all__ = ["ServedTeacher"]
-
 _PROBE = 16  # tokens of the prompt that finds out whether the server follows the request's temperature
 
 

@@ -22,8 +22,6 @@ from kd_lightning.teachers.indexed import IndexedDataset
 from kd_lightning.teachers.opinions import LossTerm, Opinions
 from kd_lightning.temperature import Signals, TemperaturePolicy
 
-__all__ = ["GivenLogits", "Teacher", "own_temperature"]
-
 
 class Teacher(ABC):
     """Anything that teaches. A subclass implements :meth:`logits` and :meth:`fingerprint`; the rest has defaults.

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from kd_lightning.teachers.made_at import device_of
 from kd_lightning.teachers.weights import fingerprint, hashed
 
-__all__ = ["Renormalize", "apply_transform", "check_transform", "with_transform"]
-
 
 class Renormalize:
     r"""From images normalised for the student to images normalised, and sized, for the teacher.

@@ -17,19 +17,6 @@ from torch import Tensor, nn
 
 from kd_lightning.functional.rows import gathered, is_sharded
 
-__all__ = [
-    "check_buffers",
-    "check_finite",
-    "fingerprint",
-    "hashed",
-    "is_without_values",
-    "load_weights",
-    "looks_untrained",
-    "misfit",
-    "no_torch_file",
-    "open_safetensors",
-]
-
 _Primitive: TypeAlias = bool | int | float | str | bytes | torch.dtype | None
 _KEYS = (
     *("state_dict", "model", "model_state_dict", "net", "module", "params", "student", "teacher"),
