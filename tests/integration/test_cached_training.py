@@ -53,7 +53,7 @@ class Watch(Callback):
         assert isinstance(pl_module, DistillationModule)
         assert not isinstance(batch, Indexed)
         self.losses.append(float(outputs["loss"]))
-        rows = pl_module._run.rows
+        rows = pl_module._run.cache.rows
         if rows is not None:
             self.rows.append(rows.tolist())
             assert pl_module.teacher is not None
