@@ -251,11 +251,17 @@ class TeacherCache(StoredRows):
             inputs: The batch's inputs by name, of which a cache with ``max_length`` reads the padding mask.
 
         Raises:
+            TypeError: If ``rows`` is no tensor.
             RuntimeError: If :meth:`index` has not been called.
             FileNotFoundError: If a row is missing and there is no ``compute``.
             ValueError: If a row does not match its checksum, if a row number is out of range, if the teacher's own
                 logits differ from the stored logits, or if they cannot be stored.
         """
+        if not isinstance(rows, Tensor):
+            raise TypeError(
+                f"the rows of a batch are a tensor (B,), got {type(rows).__name__}. Give the loader a batch_size, "
+                "since batch_size=None leaves samples as they are."
+            )
         numbers = rows.cpu().numpy()
         if numbers.size and numbers[0] >> _PART != self.first >> _PART:
             return self._of_row(int(numbers[0])).logits(rows, compute, device, inputs)

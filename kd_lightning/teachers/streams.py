@@ -74,7 +74,7 @@ class StreamWithIds:
             what = type(sample).__name__ + keys
             raise ValueError(
                 f"a stream's sample must have an integer id under key={self.key!r}, got {what}. Name the key, or give "
-                "a function from a sample to its id."
+                "a function from a sample to its id; a stream of batches must leave batching to the loader."
             ) from None
         if not 0 <= number < self.count or number != found:
             raise ValueError(f"a stream's ids are integers from 0 to count - 1 = {self.count - 1}, got {found}.")
@@ -100,6 +100,14 @@ class IndexedStream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Indexed]:
         for sample in self.stream.dataset:
             yield Indexed(sample, self.first + self.stream.row(sample))  # pyright: ignore[reportArgumentType]  (one row)
+
+    def __len__(self) -> int:
+        """Return the stream's own length, from which a trainer knows its steps.
+
+        Raises:
+            TypeError: If the stream has no length.
+        """
+        return len(self.stream.dataset)  # pyright: ignore[reportArgumentType]
 
     def some(self, rows: NDArray[np.int64]) -> IterableDataset[Indexed]:
         """Return the samples of these rows; see :class:`~kd_lightning.teachers.indexed.HasRows`."""

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import IterableDataset
+import torch
+from torch.utils.data import DataLoader, IterableDataset
 
-from kd_lightning.teachers import IndexedDataset, TeacherCache
+from kd_lightning.teachers import FunctionTeacher, IndexedDataset, TeacherCache
 from kd_lightning.teachers.streams import StreamWithIds
 from tests.unit.bad_input.case import Case
 
@@ -21,7 +22,16 @@ def _row(sample: Any, key: Any = "id") -> int:
     return StreamWithIds([], key, 10, "ten").row(sample)
 
 
-NO_ID = "Name the key, or give a function from a sample to its id."
+def _without_batches() -> object:
+    teacher = FunctionTeacher(lambda x: x, name="as it is", cache=TeacherCache("never-written.cache"))
+    data = teacher.index(StreamWithIds([{"id": 0, "x": torch.ones(3)}], "id", 1, "one"))
+    [(sample, row)] = DataLoader(data, batch_size=None)
+    return teacher.logits(sample["x"], row)
+
+
+NO_ID = (
+    "Name the key, or give a function from a sample to its id; a stream of batches must leave batching to the loader."
+)
 CASES = [
     Case(
         "no samples",
@@ -52,6 +62,19 @@ CASES = [
         lambda: _row({"id": "a-1"}),
         ValueError,
         f"a stream's sample must have an integer id under key='id', got dict with id. {NO_ID}",
+    ),
+    Case(
+        "a batch",
+        lambda: _row({"id": torch.arange(2)}),
+        ValueError,
+        f"a stream's sample must have an integer id under key='id', got dict with id. {NO_ID}",
+    ),
+    Case(
+        "a loader without batches",
+        lambda: _without_batches(),
+        TypeError,
+        "the rows of a batch are a tensor (B,), got int. Give the loader a batch_size, since batch_size=None leaves "
+        "samples as they are.",
     ),
     Case(
         "beyond the count",

@@ -76,6 +76,13 @@ def test_rows_follow_the_ids(teacher: nn.Module, tmp_path: Path, workers: int) -
     assert not len(frozen.caches[0].missing())
 
 
+def test_a_stream_has_its_own_length(teacher: nn.Module, tmp_path: Path) -> None:
+    data = cached(teacher, tmp_path / "a.cache").index(stream([{"id": "sample-3"}, {"id": "sample-5"}]))
+    assert len(DataLoader(data, batch_size=2)) == 1
+    with pytest.raises(TypeError, match="has no len"):
+        len(cached(teacher, tmp_path / "a.cache").index(stream()))
+
+
 def test_another_name_is_other_data(teacher: nn.Module, tmp_path: Path) -> None:
     frozen = cached(teacher, tmp_path / "a.cache")
     batch, rows = next(iter(DataLoader(frozen.index(stream()), batch_size=5)))
