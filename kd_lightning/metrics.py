@@ -39,11 +39,7 @@ def task_of(task_loss: object, logits: Tensor, targets: Tensor) -> Task | None:
     Targets of the logits' shape are class probabilities for ``CrossEntropyLoss``, labels for ``BCEWithLogitsLoss``, and
     values for ``MSELoss`` and its kin. For any other loss the values decide: rows that sum to 1 are class
     probabilities, other zeros and ones are labels. Looking at values waits for the device, once for each data loader.
-
-    Args:
-        task_loss: The module that computes the task loss.
-        logits: ``(…, C)``, class dimension last.
-        targets: ``(…)`` or ``(…, C)``.
+    Logits are ``(…, C)``, targets ``(…)`` or ``(…, C)``.
 
     Example:
         >>> task_of(nn.CrossEntropyLoss(), torch.zeros(2, 3), torch.tensor([0, 2]))
@@ -89,14 +85,8 @@ def agreement(
     """Return how many predictions of student and teacher are the same, and of how many; None where there are none.
 
     A prediction is the largest class, or for a single logit, and for targets that are labels, the sign of each logit.
-    In regression there are none.
-
-    Args:
-        student: ``(…, C)``, class dimension last.
-        teacher: The same shape, or empty where the teacher gave no logits.
-        targets: Of the batch, or a boolean mask of the positions that count.
-        task_loss: What tells the task; see :func:`task_of`.
-        ignore_index: Target value of the positions that do not count; None counts all.
+    In regression there are none. Logits are ``(…, C)``, the teacher's empty where it gave none; the targets may be a
+    boolean mask of the positions that count.
 
     Example:
         >>> agreement(torch.tensor([[2.0], [-1.0]]), torch.tensor([[3.0], [1.0]]))
@@ -128,16 +118,8 @@ def _counted(targets: Tensor, ignore_index: int | None) -> Tensor:
 class TopKAccuracy(Metric):
     r"""Share of positions whose target is among the k largest logits.
 
-    Unlike torchmetrics' own it leaves ignored positions out without a host-device synchronisation, so that it can run
-    in every training step.
-
-    NaN without a valid position.
-
-    Args:
-        top_k: How many classes are looked at.
-        ignore_index: Target value of the positions that do not count; None counts all.
-
-    Shapes: ``logits (…, C)``, ``targets (…)``.
+    Unlike torchmetrics' own it leaves ignored positions out without a host sync, so that it can run in every training
+    step. NaN without a valid position. Shapes: ``logits (…, C)``, ``targets (…)``; ``ignore_index=None`` counts all.
 
     Example:
         >>> accuracy = TopKAccuracy()
@@ -169,7 +151,7 @@ class TopKAccuracy(Metric):
 
     @override
     def compute(self) -> Tensor:
-        return self.correct / self.total  # NaN without a valid position
+        return self.correct / self.total
 
 
 class CalibrationError(Metric):
@@ -177,13 +159,7 @@ class CalibrationError(Metric):
 
     :math:`c_b` sums the confidences (largest softmax probabilities) in bin :math:`b`, :math:`a_b` counts its correct
     predictions, :math:`n` counts all. The sums are kept, where torchmetrics keeps every confidence, so that memory does
-    not grow with the data. NaN without a valid position.
-
-    Args:
-        bins: Number of bins of equal width in [0, 1].
-        ignore_index: Target value of the positions that do not count; None counts all.
-
-    Shapes: ``logits (…, C)``, ``targets (…)``.
+    not grow with the data. NaN without a valid position. Shapes: ``logits (…, C)``, ``targets (…)``.
 
     Example:
         >>> error = CalibrationError()
@@ -230,12 +206,7 @@ class Perplexity(Metric):
 
     Sum and count are what is kept and added over ranks: batches of any size, and ranks, give what one batch would. The
     logits are widened a few rows at a time, and the sum is compensated (Kahan), so that float32 will do for any number
-    of tokens. NaN without a valid position.
-
-    Args:
-        ignore_index: Target value of the positions that do not count; None counts all.
-
-    Shapes: ``logits (…, V)``, ``targets (…)``.
+    of tokens. NaN without a valid position. Shapes: ``logits (…, V)``, ``targets (…)``.
 
     Example:
         >>> perplexity = Perplexity()
@@ -286,17 +257,8 @@ class ClassificationMetrics(nn.ModuleDict):
     predict the same class) and ``teacher_acc``.
 
     For tokens ``perplexity`` and ``teacher_perplexity`` take the place of the calibration error; and the two, like
-    ``acc_top5``, are for evaluation, as each is a pass over a vocabulary.
-
-    For labels (multi-label or binary tasks) each label is a position with two classes, no and yes.
-
-    Args:
-        num_classes: Width of the logits.
-        ignore_index: Target value of the positions that do not count, in any of them.
-        with_teacher: Whether teacher logits will come.
-        evaluation: Whether to measure what is for evaluation only.
-        tokens: Whether the logits are a language model's.
-        task: See :func:`task_of`.
+    ``acc_top5``, are for evaluation, as each is a pass over a vocabulary. For labels (multi-label or binary tasks) each
+    label is a position with two classes, no and yes.
     """
 
     def __init__(

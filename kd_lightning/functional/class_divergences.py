@@ -80,14 +80,7 @@ class DecoupledKL(Divergence):
 
 
 def softmax_and_log_z(z: Tensor, peak: Tensor, dim: int, finite: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the softmax and the logsumexp: 0 and −inf for a row of nothing but −inf.
-
-    Args:
-        z: Logits.
-        peak: The largest of each row.
-        dim: The class dimension.
-        finite: True if no row is of nothing but −inf.
-    """
+    """Return the softmax and the logsumexp: 0 and −inf for a row of nothing but −inf, if not ``finite``."""
     p = z.softmax(dim) if finite else nan_to_zero(z.softmax(dim))
     log_z = peak - p.amax(dim, keepdim=True).log_()
     return p, log_z if finite else torch.where(peak == -math.inf, peak, log_z)

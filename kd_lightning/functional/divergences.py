@@ -135,11 +135,7 @@ def _peaks(a: Tensor, b: Tensor, dim: int) -> Tensor:
 def _log_z_ratio(peaks: Tensor, p: Tensor, q: Tensor, dim: int) -> Tensor:
     """Return ``log Σ exp(a) − log Σ exp(b)`` without a second exponential: at the peak ``log p = a − log Z``.
 
-    Args:
-        peaks: Difference of the largest ``a`` and the largest ``b``; written over.
-        p: Softmax of ``a``.
-        q: Softmax of ``b``.
-        dim: The class dimension.
+    ``peaks`` is the largest ``a`` minus the largest ``b``, and is written over.
     """
     return peaks.add_(q.amax(dim, keepdim=True).div_(p.amax(dim, keepdim=True)).log_())
 

@@ -28,7 +28,7 @@ from kd_lightning.functional.rows import (
     loss_factor,
     valid_positions,
 )
-from kd_lightning.functional.rows_fast import buffer_dtype, gradients_of, known_to_be_one, unbroadcast
+from kd_lightning.functional.rows_fast import buffer_dtype, gradients_of, unbroadcast
 from kd_lightning.functional.sparse import Sparse
 from kd_lightning.functional.temperature import Temperature, as_temperature, compute_dtype, in_transform
 
@@ -362,11 +362,9 @@ class _FusedLinear(torch.autograd.Function):
         if torch.is_grad_enabled() or gradients is None:
             loss = lambda *given: _definition(ctx.divergence, *given)[0]  # noqa: E731
             return None, None, None, *gradients_of(loss, tensors, ctx.wanted, g)
-        if not known_to_be_one(g):
-            for x in gradients:
-                if x is not None:
-                    x.mul_(g)
-        student = (None if x is None else x.to(like.dtype) for x, like in zip(gradients, tensors[:3], strict=True))
+        student = [
+            None if x is None else x.mul_(g).to(like.dtype) for x, like in zip(gradients, tensors[:3], strict=True)
+        ]
         rows = _Flat(*tensors[7:])
         by_row = _Flat(
             unbroadcast(g, d_t_s, rows.student_temperature),

@@ -18,10 +18,7 @@ def masked_classes(logits: Tensor, dim: int = -1) -> Tensor:
 
     A finite logit is a mask if it is below −9,000 and further below the other classes than 100 times their range, since
     a softmax at any temperature up to 100 gives it no probability and no such gap stands within a row of real logits.
-
-    Args:
-        logits: Logits before they are divided by a temperature, in any layout.
-        dim: The class dimension.
+    The logits are those before the division by a temperature.
 
     Example:
         >>> masked_classes(torch.tensor([3.0, 0.0, -1e4, float("-inf")]))

@@ -106,9 +106,7 @@ class _ClosedFormLoss(torch.autograd.Function):
             loss = lambda *given: definition(divergence, class_dim, summed, Rows(*given))  # noqa: E731
             return None, None, None, None, *gradients_of(loss, rows, ctx.wanted, g)
         if d_student is not None:
-            if not known_to_be_one(g):
-                d_student.mul_(g)
-            d_student = d_student.to(everything.student.dtype)
+            d_student = d_student.mul_(g).to(everything.student.dtype)
         gradients = Rows(
             student=d_student,
             teacher=None,
@@ -155,16 +153,6 @@ def gradients_of(
     inputs = [x for x, want in zip(aliases, wanted, strict=True) if want]
     found = iter(torch.autograd.grad(value, inputs, g, create_graph=torch.is_grad_enabled()))
     return [next(found) if want else None for want in wanted]
-
-
-def known_to_be_one(g: Tensor) -> bool:
-    """Return True if the upstream gradient is 1 and is read without a host sync."""
-    return not isinstance(g := _plain(g), Tensor) and g == 1
-
-
-def _plain(g: Tensor) -> Any:
-    """Return the upstream gradient as a number on the CPU, and as it is where reading it would be a host sync."""
-    return g.item() if g.is_cpu and g.numel() == 1 and not torch.compiler.is_compiling() else g
 
 
 def _take(x: Any, part: Any) -> Any:

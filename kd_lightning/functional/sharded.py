@@ -108,11 +108,8 @@ class _SummedGradient(torch.autograd.Function):
 def as_shards(divergence: Divergence, student: Tensor, teacher: Any, class_dim: int) -> tuple[DTensor, DTensor, Shards]:
     """Return both logits sharded alike, and how.
 
-    A plain tensor beside a DTensor counts as equal on all ranks, so that no logits are sent.
-
-    Raises:
-        ValueError: If the logits are not sharded by class, on one mesh and alike, if the teacher has not the student's
-            classes, or if the divergence cannot be computed on shards.
+    A plain tensor beside a DTensor counts as equal on all ranks, so that no logits are sent. Raises if logits are
+    not sharded by class, on one mesh and alike, or if the divergence cannot be computed on shards.
     """
     class_dim %= student.dim()
     sharded = [z for z in (student, teacher) if isinstance(z, DTensor)]

@@ -192,16 +192,8 @@ def sparse_rows(
 ) -> tuple[Divergence, Tensor, Tensor]:
     """Return the divergence of rows ``(…, V)`` from targets, the targets as its second argument, and their indices.
 
-    Args:
-        divergence: The divergence between distributions.
-        student: Student logits.
-        target: Of as many positions.
-        temperature: Of the loss; numbers or tensors.
-        valid: Mask of the positions that count, class dimension kept with size 1, or None.
-        class_dim: The dimension of the classes, not negative.
-
-    Raises:
-        ValueError: See :class:`Sparse`.
+    ``valid`` is a mask of the positions that count, its class dimension of size 1, or None. Raises as :class:`Sparse`
+    says.
     """
     positions = student.movedim(class_dim, -1).shape[:-1]
     num_classes, k = student.shape[class_dim], target.indices.shape[-1]

@@ -115,10 +115,6 @@ def as_temperature(temperature: float | Tensor | Temperature, logits: Tensor, ow
     asynchronous device assertion elsewhere, so that no training step has a host sync. Under ``torch.compile`` and
     ``torch.func`` values are not checked. ``owner`` begins the messages, as in ``"MyPolicy: "``.
 
-    Raises:
-        ValueError: If a value is not positive and finite, or if a shape does not fit the logits.
-        TypeError: If the temperature is no number, tensor or ``Temperature``.
-
     Example:
         >>> as_temperature(2.0, torch.zeros(4, 3))
         Temperature(student=tensor(2.), teacher=tensor(2.), scale=None)

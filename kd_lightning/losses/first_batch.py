@@ -30,9 +30,6 @@ def check_first_batch(
         task_loss: What takes the targets.
         targets: Of the batch; None leaves them out.
         trains: Whether the student is to be trained on this batch.
-
-    Raises:
-        ValueError: If one of the three is so.
     """
     logits = [("student", student), *(("teacher", each) for each in teachers if isinstance(each, Tensor))]
     for side, values in logits:

@@ -16,9 +16,6 @@ class AlphaBetaKDLoss(LogitLoss):
         alpha: Exponent of the teacher, at least 0. The official example for CIFAR-100 has 0.8.
         beta: Exponent of the student, at least 0. The official example for CIFAR-100 has 0.3.
         **options: Those of :class:`LogitLoss`.
-
-    Raises:
-        ValueError: If an exponent is negative or not finite, or if both are 0.
     """
 
     function = staticmethod(functional.alpha_beta_kd_loss)
@@ -38,9 +35,6 @@ class SkewKLLoss(LogitLoss):
         skew: The outer distribution's share of the mixture, between 0 and 1.
         reverse: True for the divergence from the student to the mixture, False for that from the teacher.
         **options: Those of :class:`LogitLoss`.
-
-    Raises:
-        ValueError: If ``skew`` is not between 0 and 1.
     """
 
     function = staticmethod(functional.skew_kd_loss)
@@ -59,9 +53,6 @@ class SymmetricKLLoss(LogitLoss):
     Args:
         reverse_weight: Weight of reverse KL, between 0 and 1.
         **options: Those of :class:`LogitLoss`.
-
-    Raises:
-        ValueError: If ``reverse_weight`` is not between 0 and 1.
     """
 
     function = staticmethod(functional.symmetric_kd_loss)
@@ -79,9 +70,6 @@ class EntropyGatedKLLoss(LogitLoss):
     Args:
         threshold: Entropy of the tempered teacher in nats above which forward KL is added, at least 0.
         **options: Those of :class:`LogitLoss`.
-
-    Raises:
-        ValueError: If ``threshold`` is negative or not finite.
     """
 
     function = staticmethod(functional.entropy_gated_kd_loss)

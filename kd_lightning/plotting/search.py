@@ -33,11 +33,7 @@ def plot_temperature_finder(
         suggestion: The candidate to mark.
         unit: Name of the quantity that the candidates are.
 
-    Returns:
-        The figure.
-
     Raises:
-        ImportError: If matplotlib is not installed.
         ValueError: If there are no trials.
 
     Example:
@@ -78,11 +74,7 @@ def plot_sweep(
         best: Temperature and weight of the cell to mark.
         mode: ``"max"`` if larger is better.
 
-    Returns:
-        The figure; ``figure.savefig("heatmap.png")`` writes it.
-
     Raises:
-        ImportError: If matplotlib is not installed.
         ValueError: If there are no scores, ``best`` is no cell, or the mode is unknown.
 
     Example:

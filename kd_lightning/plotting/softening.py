@@ -37,11 +37,7 @@ def plot_softening(
         class_names: Names for the axis, C of them. Default: their indices.
         max_classes: How many classes to draw on the left.
 
-    Returns:
-        The figure.
-
     Raises:
-        ImportError: If matplotlib is not installed.
         TypeError: If an argument is of another type.
         ValueError: If there are fewer than two classes, a logit is NaN or +inf, the temperatures are not one or more
             positive, finite numbers, or the number of names is not C.

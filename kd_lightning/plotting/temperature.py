@@ -53,11 +53,7 @@ def plot_schedule(
         num_classes: Classes of the stand-in logits.
         seed: Seed of the stand-in logits.
 
-    Returns:
-        The figure; ``figure.savefig("temperature.png")`` writes it.
-
     Raises:
-        ImportError: If matplotlib is not installed.
         TypeError: If the subject is no number, schedule or policy, or if a count is no whole number.
         ValueError: If there is less than one epoch or step, or the policy does not fit ``num_classes``.
 
@@ -126,11 +122,7 @@ def plot_temperature_history(
         metric_name: Name of the metric.
         moves: Step, ratio and reason of each move, in the order of the steps. Of many, the first twelve are listed.
 
-    Returns:
-        The figure; ``figure.savefig("temperature.png")`` writes it.
-
     Raises:
-        ImportError: If matplotlib is not installed.
         ValueError: If the lengths differ, or are 0.
 
     Example:
@@ -199,11 +191,7 @@ def plot_temperature_grid(histories: Mapping[str, Sequence[Curve]], *, columns: 
         columns: Panels in a row.
         log: Whether the temperatures are on a log scale, which shows small ones beside large ones.
 
-    Returns:
-        The figure.
-
     Raises:
-        ImportError: If matplotlib is not installed.
         ValueError: If there are no temperatures, or the number of epochs differs between names.
 
     Example:

@@ -250,13 +250,16 @@ class TemperaturePolicy(nn.Module, ABC):
                     "and 20; the bounds are the arguments min_temperature and max_temperature."
                 )
 
-    def _check_range(self, min_value: float, max_value: float) -> None:
+    def _set_range(self, min_value: float, max_value: float) -> None:
+        """Store the range of the policy's own rule, or raise if it is not within the bounds."""
         self._check_within_bounds(min_value=min_value, max_value=max_value)
         if min_value > max_value:
             raise ValueError(
                 f"{type(self).__name__}: min_value must not be above max_value, got min_value={min_value:g}, "
                 f"max_value={max_value:g}."
             )
+        self.min_value = float(min_value)
+        self.max_value = float(max_value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemperaturePolicy:
         def keep_dtype(tensor: Tensor) -> Tensor:

@@ -79,11 +79,9 @@ class ClassFrequencyTemperature(TemperaturePolicy):
         **bounds: Unpack[Bounds],
     ) -> None:
         super().__init__(**bounds)
-        self._check_range(min_value, max_value)
+        self._set_range(min_value, max_value)
         if direction not in ("rare_high", "rare_low"):
             raise ValueError(f"direction must be 'rare_high' or 'rare_low', got {direction!r}.")
-        self.min_value = float(min_value)
-        self.max_value = float(max_value)
         self.direction: Literal["rare_high", "rare_low"] = direction
         self._given = class_counts is not None
         counts = torch.zeros(0, dtype=torch.float32) if class_counts is None else self._checked(class_counts)

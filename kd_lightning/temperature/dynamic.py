@@ -27,13 +27,11 @@ class _MovingTemperature(TemperaturePolicy):
         self, init_value: float, min_value: float, max_value: float, momentum: float, **bounds: Unpack[Bounds]
     ) -> None:
         super().__init__(**bounds)
-        self._check_range(min_value, max_value)
+        self._set_range(min_value, max_value)
         check_number(f"{type(self).__name__}: init_value", init_value)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {momentum}: at 1 nothing would ever be learned.")
         self.init_value = float(init_value)
-        self.min_value = float(min_value)
-        self.max_value = float(max_value)
         self.momentum = float(momentum)
         self.register_buffer("value", torch.full((1,), float(init_value), dtype=torch.float32))
 

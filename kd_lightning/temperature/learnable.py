@@ -29,7 +29,7 @@ class _BoundedTemperature(TemperaturePolicy):
         **bounds: Unpack[Bounds],
     ) -> None:
         super().__init__(**bounds)
-        self._check_range(min_value, max_value)
+        self._set_range(min_value, max_value)
         if not min_value < init_value < max_value:
             raise ValueError(
                 f"init_value must lie strictly between min_value={min_value:g} and max_value={max_value:g}, which the "
@@ -40,8 +40,6 @@ class _BoundedTemperature(TemperaturePolicy):
         if lr is not None and not 0 < lr < math.inf:
             raise ValueError(f"lr must be positive, or None for the optimiser's own, got {lr}.")
         self.init_value = float(init_value)
-        self.min_value = float(min_value)
-        self.max_value = float(max_value)
         self.adversarial = bool(adversarial)
         self.warmup_epochs = warmup_epochs
         self.lr = lr

@@ -134,9 +134,7 @@ class EntropyTemperature(TemperaturePolicy):
 
     def __init__(self, min_value: float = 2.0, max_value: float = 6.0, **bounds: Unpack[Bounds]) -> None:
         super().__init__(**bounds)
-        self._check_range(min_value, max_value)
-        self.min_value = float(min_value)
-        self.max_value = float(max_value)
+        self._set_range(min_value, max_value)
 
     @override
     def compute(self, signals: Signals) -> Temperature:
@@ -287,11 +285,9 @@ class TargetConfidenceTemperature(TemperaturePolicy):
         self, min_value: float = 2.0, max_value: float = 6.0, beta: float = 1.0, **bounds: Unpack[Bounds]
     ) -> None:
         super().__init__(**bounds)
-        self._check_range(min_value, max_value)
+        self._set_range(min_value, max_value)
         if not -1 <= beta <= 1:
             raise ValueError(f"beta must lie in [-1, 1], got {beta}.")
-        self.min_value = float(min_value)
-        self.max_value = float(max_value)
         self.beta = float(beta)
 
     @override

@@ -78,8 +78,6 @@ def smallest_valid(values: Tensor, valid: Tensor | None, place: Callable[[Tensor
 
 def median_over_valid(values: Tensor, valid: Tensor | None, sync: bool = False) -> Tensor:
     """Median (the lower of two middle values) over the valid positions, of all ranks if ``sync``; see above."""
-    if valid is None and not sync:
-        return values.flatten().median().reshape(1)
     return smallest_valid(values, valid, lambda count: (count - 1).clamp(min=0) // 2, sync)
 
 
