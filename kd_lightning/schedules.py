@@ -169,14 +169,12 @@ class ExponentialSchedule(Schedule):
 
     @override
     def __call__(self, progress: Progress) -> float:
-        # in log space: factor ** count overflows for long runs
-        exponent = math.log(self.init_value) + progress.count(self.unit) * math.log(self.factor)
-        bound = math.log(self.end_value)
-        if progress.count(self.unit) == 0 or self.factor == 1:
+        count = progress.count(self.unit)
+        if count == 0 or self.factor == 1:
             return float(self.init_value)
-        if exponent <= bound if self.factor < 1 else exponent >= bound:
-            return float(self.end_value)
-        return self.init_value * self.factor ** progress.count(self.unit)
+        # in log space, because factor ** count overflows for long runs
+        there = (math.log(self.end_value) - math.log(self.init_value)) / math.log(self.factor)
+        return float(self.end_value) if count >= there else self.init_value * self.factor**count
 
 
 @dataclass(frozen=True)

@@ -103,15 +103,13 @@ def row_loss(
         check_tail(divergence, teacher_logits)
         check_logits(student_logits, student_logits, class_dim, divergence.min_classes, targets)
     else:
-        if teacher_logits.shape != student_logits.shape:
-            teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
+        teacher_logits = without_padding(student_logits, teacher_logits, class_dim)
         check_logits(student_logits, teacher_logits, class_dim, divergence.min_classes, targets)
         if divergence.counts_classes:
             masked = masked_on_both_sides(student_logits, teacher_logits, class_dim)
             if not masked.is_cpu or traced or masked.any():  # without a host sync, because the mask is on the CPU
-                student_logits, teacher_logits = (
-                    z.masked_fill(masked, -math.inf) for z in (student_logits, teacher_logits)
-                )
+                student_logits = student_logits.masked_fill(masked, -math.inf)
+                teacher_logits = teacher_logits.masked_fill(masked, -math.inf)
         if compute_dtype(student_logits) != compute_dtype(teacher_logits):  # as float64 on one side widens both
             student_logits, teacher_logits = student_logits.double(), teacher_logits.double()
     class_dim %= student_logits.dim()

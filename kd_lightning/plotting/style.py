@@ -34,16 +34,17 @@ def subplots(*shape: int, **options: Any) -> tuple[Figure, Any]:
 def draw_terms(axes: Axes, times: Sequence[float], curves: Sequence[Curve]) -> bool:
     """Draw student and teacher of each loss term, paler for later terms; return True if student and teacher differ."""
     differ = any(student != teacher for student, teacher in curves)
+    alone = "both" if len(curves) == 1 else "term"
     for number, (student, teacher) in enumerate(curves):
         shade = 1.0 if len(curves) == 1 else 1.0 - 0.65 * number / (len(curves) - 1)
         label = "" if len(curves) == 1 else f" {number + 1}"
         if differ:
-            draw_curve(axes, times, teacher, TEACHER, f"teacher{label}", shade, "--")
-        draw_curve(axes, times, student, STUDENT, f"student{label}" if differ else f"term{label}", shade, "-")
+            _draw_curve(axes, times, teacher, TEACHER, f"teacher{label}", shade, "--")
+        _draw_curve(axes, times, student, STUDENT, f"student{label}" if differ else f"{alone}{label}", shade, "-")
     return differ
 
 
-def draw_curve(
+def _draw_curve(
     axes: Axes,
     times: Sequence[float],
     values: Sequence[Spread],

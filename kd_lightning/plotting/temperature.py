@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kd_lightning.plotting.style import STUDENT, TEACHER, Curve, Spread, draw_curve, draw_terms, pyplot, subplots, tidy
+from kd_lightning.plotting.style import Curve, Spread, draw_terms, pyplot, subplots, tidy
 from kd_lightning.ranking import check_counts
 
 if TYPE_CHECKING:
@@ -148,9 +148,7 @@ def plot_temperature_history(
     differ = list(student) != list(teacher)
     spread = any(low != high for _, low, high in (*student, *teacher))
     steps, student, teacher = _with_jumps(steps, student, teacher, moves)
-    sides = [(teacher, TEACHER, "teacher", "--")] if differ else []
-    for values, color, label, style in (*sides, (student, STUDENT, "student" if differ else "both", "-")):
-        draw_curve(top, steps, values, color, label, 1.0, style)
+    draw_terms(top, steps, [(student, teacher)])
     whose = "Temperature of student and teacher" if differ else "Temperature, teacher's and student's"
     top.set_title(whose + (": mean and range" if spread else ""), fontsize=10, loc="left", pad=14 if moves else None)
     top.set_ylabel("temperature T")
