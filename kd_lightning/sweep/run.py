@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +21,7 @@ from kd_lightning.configuration.parser import KDLightningCLI, find_checkpoints
 from kd_lightning.modules.distillation import DistillationModule
 from kd_lightning.modules.metric_names import metric_name, naming_callbacks
 
-__all__ = ["Parts", "Setting", "Validations", "build", "measure", "resolve", "train"]
+__all__ = ["Outcome", "Parts", "Setting", "Validations", "attempt", "best_of", "build", "measure", "resolve", "train"]
 
 PARTS = ("seed_everything", "num_threads", "trainer", "model", "data")
 
@@ -111,6 +113,37 @@ def resolve(config: str | Path | Sequence[str | Path] | Mapping[str, Any]) -> tu
     return json.loads(json.dumps(resolved, default=str)), parts
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a run.
+
+    Attributes:
+        score: The best validation value; None if the run failed.
+        epoch: Its epoch.
+        seconds: Duration in seconds.
+        pruned_at: Number of the validation at which the run was pruned; 0 if it was not.
+        reason: The error of a failed run.
+    """
+
+    score: float | None = None
+    epoch: int | None = None
+    seconds: float = 0.0
+    pruned_at: int = 0
+    reason: str = ""
+
+    @property
+    def state(self) -> str:
+        """Return the state of the run's trial."""
+        return "FAIL" if self.reason else "PRUNED" if self.pruned_at else "COMPLETE"
+
+    def describe(self, monitor: str) -> str:
+        """Return the outcome in words."""
+        if self.reason:
+            return f"failed: {self.reason}"
+        pruned = f"pruned at validation {self.pruned_at}"
+        return pruned if self.pruned_at else f"{monitor} {self.score:.4f} at epoch {self.epoch}"
+
+
 @dataclass
 class Validations(Callback):
     """A record of a run's validations that prunes the run, and stops it where a value is not finite.
@@ -182,9 +215,32 @@ def train(config: dict[str, Any], setting: Setting, folder: Path, watch: Validat
             f"the run ended without a validation, so there is no {watch.monitor}: give validation data, and let "
             "trainer.check_val_every_n_epoch be no more than max_epochs."
         )
-    choose = max if mode == "max" else min
-    score = choose(value for _, value in watch.history)
-    return score, next(epoch for epoch, value in watch.history if value == score)
+    return best_of(watch.history, mode)
+
+
+def best_of(history: Sequence[tuple[int, float]], mode: str) -> tuple[float, int]:
+    """Return the best value of epochs and values, and its first epoch."""
+    score = (max if mode == "max" else min)(value for _, value in history)
+    return score, next(epoch for epoch, value in history if value == score)
+
+
+def attempt(config: dict[str, Any], setting: Setting, folder: Path, watch: Validations, mode: str) -> Outcome:
+    """Train a run as :func:`train` does, and return its outcome, which may be an error.
+
+    Raises:
+        LookupError: If validation does not log the metric, because every run would fail alike.
+    """
+    began = time.monotonic()
+    try:
+        score, epoch = train(config, setting, folder, watch, mode)
+    except Exception as error:
+        if isinstance(error, LookupError) and not watch.history and watch.monitor in str(error):
+            raise
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
+        first = (str(error).strip().splitlines() or [""])[0]
+        return Outcome(seconds=time.monotonic() - began, reason=f"{type(error).__name__}: {first}")
+    return Outcome(score, epoch, time.monotonic() - began, len(watch.history) if watch.pruned else 0)
 
 
 def measure(config: dict[str, Any], setting: Setting, folder: Path) -> dict[str, float]:

@@ -7,8 +7,8 @@ import math
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,11 +20,12 @@ from tqdm.auto import tqdm
 from kd_lightning.callbacks.trial import quiet
 from kd_lightning.functional.temperature import check_number
 from kd_lightning.ranking import check_counts, check_monitor, checked_temperatures, checked_weights
+from kd_lightning.sweep.on_ray import require_ray, share_on_ray
 from kd_lightning.sweep.plan import BASELINE, Plan, comparable, refuse_changes
 from kd_lightning.sweep.queue import RunQueue, open_queue
 from kd_lightning.sweep.report import write_report
 from kd_lightning.sweep.results import SweepCell, SweepResult, SweepRun
-from kd_lightning.sweep.run import Setting, Validations, measure, resolve, train
+from kd_lightning.sweep.run import Outcome, Setting, Validations, attempt, measure, resolve
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -50,7 +51,8 @@ def sweep(
     baseline: bool = True,
     sampler: Literal["grid", "tpe"] | BaseSampler = "grid",
     trials: int = 20,
-    pruner: Literal["none", "median"] | BasePruner = "none",
+    pruner: Literal["none", "median", "asha"] | BasePruner = "none",
+    executor: Literal["local", "ray"] = "local",
     output: str = "sweep",
     storage: str | None = None,
     study_name: str = "sweep",
@@ -87,15 +89,18 @@ def sweep(
         baseline: Whether to train the student without the teacher too.
         sampler: ``"grid"`` for every pair; ``"tpe"``, or an Optuna sampler, for ``trials`` pairs within the ranges.
         trials: Number of pairs that a sampler other than ``"grid"`` suggests.
-        pruner: ``"median"`` stops a run that after five others is worse than their median at the same validation; or an
-            Optuna pruner. A cell with a pruned run is not chosen.
+        pruner: ``"median"`` stops a run that after five others is worse than their median at the same validation;
+            ``"asha"`` goes on with the best quarter at validations 1, 4, 16, …; or an Optuna pruner. Seeds are compared
+            with each other, and a cell with a pruned run is not chosen.
+        executor: ``"ray"`` executes the runs as trials of Ray Tune, on the cluster of ``RAY_ADDRESS`` or on this
+            machine. All nodes share the present folder.
         output: The sweep's folder.
         storage: A database URL or the path of a journal file. None: ``output``/sweep.db.
         study_name: Name of the study in the storage.
         retry_failed: Whether failed runs are executed again.
 
     Raises:
-        ImportError: If Optuna or matplotlib is not installed.
+        ImportError: If Optuna or matplotlib is not installed, or Ray Tune where it is the executor.
         TypeError: If an argument is of another type.
         ValueError: If an argument is out of range, the metric cannot choose a temperature, or the configuration differs
             from the one the sweep was started with.
@@ -115,9 +120,17 @@ def sweep(
         import optuna
     except ImportError as error:
         raise ImportError("a sweep needs Optuna and matplotlib: pip install 'kd-lightning[sweep]'") from error
+    if executor not in ("local", "ray"):
+        raise ValueError(f"executor must be one of 'local', 'ray', got {executor!r}.")
+    if executor == "ray":
+        require_ray()
 
     samplers = {"grid": optuna.samplers.RandomSampler, "tpe": optuna.samplers.TPESampler}
-    pruners = {"none": optuna.pruners.NopPruner, "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5)}
+    pruners = {
+        "none": optuna.pruners.NopPruner,
+        "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5),
+        "asha": optuna.pruners.SuccessiveHalvingPruner,
+    }
     sampling = _optuna_object("sampler", sampler, samplers, optuna.samplers.BaseSampler)
     pruning = _optuna_object("pruner", pruner, pruners, optuna.pruners.BasePruner)
     sampler_name = sampler if isinstance(sampler, str) else type(sampling).__name__
@@ -147,12 +160,14 @@ def sweep(
     try:
         with open_queue(place, study_name, direction, sampling, pruning, retry_failed) as queue, quiet(), isolate_rng():
             refuse_changes(queue.study, settings)
-            return _Sweep(queue, plan).do()
+            if seeds > 1 and not isinstance(pruning, optuna.pruners.NopPruner):
+                _say("a pruner compares seeds as well as cells: a cell that loses one run for its seed is not chosen")
+            return SweepProcess(queue, plan).do(share_on_ray if executor == "ray" else SweepProcess.share)
     finally:
         optuna.logging.set_verbosity(verbosity)
 
 
-class _Sweep:
+class SweepProcess:
     """The part of a sweep that this process executes.
 
     Args:
@@ -164,20 +179,25 @@ class _Sweep:
         self.queue, self.plan = queue, plan
         self.trial: Trial | None = None  # claimed last
         self.interrupted = False
+        self.waited = False
         wanted = plan.config["trainer"].get("enable_progress_bar") is not False
         self.bar = tqdm(  # None: only on a terminal, because each run has a line of its own
             total=self.progress()[1], initial=self.progress()[0], desc="Sweep", unit="run",
             disable=None if wanted else True,
         )  # fmt: skip
 
-    def do(self) -> SweepResult:
-        """Execute the remaining runs together with the other processes, then measure and report."""
+    def do(self, share: Callable[[SweepProcess], None]) -> SweepResult:
+        """Execute the remaining runs together with the other processes, then measure and report.
+
+        Args:
+            share: Function that executes the runs.
+        """
         # only the main thread receives signals
         in_main_thread = threading.current_thread() is threading.main_thread()
         handler = signal.signal(signal.SIGINT, self.interrupt) if in_main_thread else None
         try:
             with self.bar:
-                self.share()
+                share(self)
             return self.report()
         except (KeyboardInterrupt, SystemExit):  # because Lightning converts KeyboardInterrupt to SystemExit
             if self.trial is not None:
@@ -196,74 +216,86 @@ class _Sweep:
 
     def share(self) -> None:
         """Execute the runs that no other process executes, until all are finished."""
-        from optuna.exceptions import UpdateFinishedTrialError
-
-        waited = False
-        while self.progress()[0] < len(self.plan.cells) * len(self.plan.seeds):
+        while not self.finished:
             if self.interrupted:
                 raise KeyboardInterrupt
-            self.trial = self.queue.claim(self.plan.jobs(self.queue.trials()))
+            self.trial = self.claim()
             if self.trial is None:
-                if not waited:
-                    _say("nothing is left to start; waiting for the runs of other processes, or for stale heartbeats")
-                waited = True
-                self.queue.give_up_dead(_say)
                 time.sleep(_POLL)
                 continue
-            waited = False
-            try:
-                self.run(self.trial)
-            except UpdateFinishedTrialError:
-                _say(f"run {self.trial.number} was given to another process, which found this one's heartbeat stale")
+            self.run(self.trial)
+
+    @property
+    def finished(self) -> bool:
+        """Return True if all runs are finished, those of other processes included."""
+        done, total = self.progress()
+        return done == total
+
+    def claim(self, busy: bool = False) -> Trial | None:
+        """Claim a run; return None, and look for dead processes, if nothing is left to start.
+
+        Args:
+            busy: Whether this process has runs that are not finished.
+        """
+        trial = self.queue.claim(self.plan.jobs(self.queue.trials()))
+        if trial is None:
+            if not self.waited and not busy:
+                _say("nothing is left to start; waiting for the runs of other processes, or for stale heartbeats")
+            self.queue.give_up_dead(_say)
+        self.waited = trial is None and not busy
+        return trial
 
     # ---- one run ----------------------------------------------------------------------------------------------------
 
     def run(self, trial: Trial) -> None:
         """Train a run and record its score, or the error that ended it."""
-        plan = self.plan
-        plan.suggest(trial)
-        setting = plan.setting(trial)
-        where = f"runs/{trial.number:04d}"
-        folder = plan.folder / where
-        trial.set_user_attr("folder", where)
-
-        def report(value: float, step: int) -> bool:
-            self.show(f"{started.name}: {plan.monitor} {value:.4g} at validation {step}")
-            trial.report(value, step)
-            return trial.user_attrs["cell"] != BASELINE and trial.should_prune()
-
-        weights = setting.kd_weight, setting.task_weight
-        started = SweepRun(trial.number, setting.temperature, *weights, setting.seed, "running")
-        self.show(started.name)
-        watch = Validations(plan.monitor, report)
-        began = time.monotonic()
-        state, score, told = self.train(trial, setting, folder, watch)
-        seconds = time.monotonic() - began
-        trial.set_user_attr("seconds", round(seconds, 1))
-        kept = self.queue.finish(trial.number, state, score)
-        _free_memory()
-        done, total = self.progress()
-        self.show(started.name)
-        late = "" if kept else "; another process has done it meanwhile"
-        _say(f"[{done}/{total}] {started.name}: {told}, {seconds:.0f} s{late}")
-
-    def train(self, trial: Trial, setting: Setting, folder: Path, watch: Validations) -> tuple[str, float | None, str]:
-        """Return the state of a run that was trained, its score if it is complete, and both in words."""
+        setting, folder = self.begin(trial)
+        watch = Validations(self.plan.monitor, lambda value, step: self.prunes(trial, value, step))
         try:
             with self.queue.heartbeat(trial):
-                score, epoch = train(self.plan.config, setting, folder, watch, self.plan.mode)
-        except Exception as error:
-            if isinstance(error, LookupError) and not watch.history and self.plan.monitor in str(error):
-                self.queue.give_up(trial.number)  # because every run would fail alike
-                raise
-            reason = _failed(error, folder)
-            trial.set_user_attr("reason", reason)
-            return "FAIL", None, f"failed: {reason}"
-        trial.set_user_attr("score", score)
-        trial.set_user_attr("epoch", epoch)
-        if watch.pruned:
-            return "PRUNED", None, f"pruned at validation {len(watch.history)}"
-        return "COMPLETE", score, f"{self.plan.monitor} {score:.4f} at epoch {epoch}"
+                outcome = attempt(self.plan.config, setting, folder, watch, self.plan.mode)
+        except LookupError:
+            self.queue.give_up(trial.number)
+            raise
+        _free_memory()
+        self.end(trial, outcome)
+
+    def begin(self, trial: Trial) -> tuple[Setting, Path]:
+        """Return the setting and the folder of a claimed run."""
+        self.plan.suggest(trial)
+        where = f"runs/{trial.number:04d}"
+        trial.set_user_attr("folder", where)
+        self.show(self.name(trial))
+        return self.plan.setting(trial), self.plan.folder / where
+
+    def prunes(self, trial: Trial, value: float, step: int) -> bool:
+        """Record a validation, and return whether to prune the run."""
+        self.show(f"{self.name(trial)}: {self.plan.monitor} {value:.4g} at validation {step}")
+        trial.report(value, step)
+        return trial.user_attrs["cell"] != BASELINE and trial.should_prune()
+
+    def end(self, trial: Trial, outcome: Outcome) -> None:
+        """Record the outcome of a run, and tell it."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        told = {"score": outcome.score, "epoch": outcome.epoch, "reason": outcome.reason or None}
+        kept = False
+        with suppress(UpdateFinishedTrialError):  # because another process may have found the heartbeat stale
+            for name, value in {**told, "seconds": round(outcome.seconds, 1)}.items():
+                if value is not None:
+                    trial.set_user_attr(name, value)
+            kept = self.queue.finish(trial.number, outcome.state, None if outcome.pruned_at else outcome.score)
+        done, total = self.progress()
+        self.show(self.name(trial))
+        text = f"{outcome.describe(self.plan.monitor)}, {outcome.seconds:.0f} s"
+        lost = "given to another process, which found this one's heartbeat stale"
+        _say(f"[{done}/{total}] {self.name(trial)}: {text if kept else lost}")
+
+    def name(self, trial: Trial) -> str:
+        """Return the name of a claimed run, made of its cell and seed."""
+        setting = self.plan.setting(trial)
+        weights = setting.kd_weight, setting.task_weight
+        return SweepRun(trial.number, setting.temperature, *weights, setting.seed, "running").name
 
     def show(self, text: str) -> None:
         """Show the number of finished runs, and a text on the present one, in the progress bar."""
@@ -372,13 +404,6 @@ def _check_task_weight(task_weight: float | None, kd_weights: Sequence[float]) -
         check_number("task_weight", task_weight)
         if not 0 <= task_weight < math.inf:
             raise ValueError(f"task_weight must be finite and not negative, got {task_weight}.")
-
-
-def _failed(error: Exception, folder: Path) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"
 
 
 def _free_memory() -> None:

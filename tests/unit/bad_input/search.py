@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -39,6 +41,11 @@ def call(function: Callable[..., object], *arguments: Any, **options: Any) -> Ca
 def swept(**options: Any) -> Callable[[], object]:
     """A sweep, of a configuration that is not there unless given."""
     return call(sweep, **({"config": "missing.yaml", "temperatures": [2.0], "kd_weights": [0.5]} | options))
+
+
+def without_ray() -> None:
+    with patch.dict(sys.modules, {"ray": None}):
+        swept(executor="ray")()
 
 
 def found_without_validation() -> None:
@@ -167,9 +174,16 @@ CASES = [
     ),
     *(
         Case(f"sweep with pruner {pruner!r}", swept(pruner=pruner), ValueError,
-             f"pruner must be one of 'none', 'median', or an Optuna BasePruner, got {pruner!r}.")
+             f"pruner must be one of 'none', 'median', 'asha', or an Optuna BasePruner, got {pruner!r}.")
         for pruner in ("hard", True, {"class_path": "optuna.pruners.Nope"})
     ),
+    *(
+        Case(f"sweep with executor {executor!r}", swept(executor=executor), ValueError,
+             f"executor must be one of 'local', 'ray', got {executor!r}.")
+        for executor in ("dask", None, 3)
+    ),
+    Case("sweep under Ray without it", without_ray, ImportError,
+         "executor='ray' needs Ray Tune: pip install 'kd-lightning[sweep,ray]'."),
     Case("sweep into a file", swept(output=__file__), ValueError,
          f"output must be a folder, which is made if it is not there, but {__file__} is a file."),
     Case("sweep of a file that is not there", swept(), FileNotFoundError,

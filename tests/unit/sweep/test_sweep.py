@@ -399,7 +399,7 @@ def test_ctrl_c_that_a_library_catches_ends_the_sweep_after_the_run(
             signal.raise_signal(signal.SIGINT)
         return 0.5, 1
 
-    monkeypatch.setattr("kd_lightning.sweep.search.train", interrupted)
+    monkeypatch.setattr("kd_lightning.sweep.run.train", interrupted)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         sweep(short(), [2.0], [0.5, 0.9], seeds=1, output=str(tmp_path))
