@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from typing_extensions import override
 
@@ -90,7 +90,7 @@ class GradientShare(Callback):
                 "GradientShare shares the gradient between distillation and the task, but task_weight is 0. Give it a "
                 "weight, or leave GradientShare out."
             )
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+        if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
             raise ValueError(
                 f"GradientShare differentiates by whole parameters, which {type(trainer.strategy).__name__} shards. "
                 "Take ddp, or a schedule for kd_weight."

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
+from kd_lightning.modules.between_ranks import local_gradients
 from kd_lightning.modules.non_finite import NonFiniteHandler
 from kd_lightning.modules.replicas import is_distributed
 from kd_lightning.ranking import check_counts
@@ -30,7 +31,7 @@ class SkipNonFinite(NonFiniteHandler):
             are damaged.
 
     Raises:
-        ValueError: If ``max_consecutive`` is below 1.
+        ValueError: If ``max_consecutive`` is below 1; at fit, under DeepSpeedStrategy.
         FloatingPointError: If more than ``max_consecutive`` steps are skipped in a row.
 
     State: ``skipped``, the number of steps skipped so far.
@@ -47,12 +48,20 @@ class SkipNonFinite(NonFiniteHandler):
         self._consecutive = 0
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.strategy.handles_gradient_accumulation:
+            raise ValueError(
+                "SkipNonFinite reads the gradients, but they are out of reach under "
+                f"{type(trainer.strategy).__name__}. Leave it out, so that a loss that is not finite stops the run, or "
+                "take ddp, say."
+            )
+
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
-        finite = torch.stack([torch.isfinite(p.grad).all() for p in parameters]).all()
-        bad = (~finite).float()
+        gradients = local_gradients(p for group in optimizer.param_groups for p in group["params"])
+        found = [(~torch.isfinite(gradient)).any() for gradient in gradients]
+        # a rank may have no part of any gradient, and takes part in the collective
+        bad = torch.stack(found).any().float() if found else torch.zeros((), device=pl_module.device)
         if is_distributed(trainer):
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         if not bad:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
@@ -16,7 +18,7 @@ from kd_lightning.functional.rows import gathered
 from kd_lightning.modules.replicas import gather, is_distributed
 from kd_lightning.teachers import Teacher
 
-__all__ = ["average_gradients", "broadcast", "check_sharded", "check_teachers", "clip_gradients"]
+__all__ = ["average_gradients", "broadcast", "check_sharded", "check_teachers", "clip_gradients", "local_gradients"]
 
 
 def check_teachers(trainer: Trainer, teacher: Teacher) -> None:
@@ -66,6 +68,12 @@ def average_gradients(trainer: Trainer, distiller: nn.Module) -> None:
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= dist.get_world_size()
+
+
+def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return the gradients that there are: this rank's part of a DTensor."""
+    gradients = (parameter.grad for parameter in parameters)
+    return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients if grad is not None]
 
 
 def clip_gradients(trainer: Trainer, optimizer: Optimizer, most: float | None, by_norm: bool) -> bool:

@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -113,13 +114,18 @@ class DistillationRun:
 
         Raises:
             RuntimeError: If the teacher differs from the checkpoint's.
+            ValueError: If the teacher changes with the optimiser's steps, which the strategy hides.
         """
         self.check_resumed()
         self.follow(student)
         # a hook of the optimiser, because a checkpoint may be written before any later hook of the trainer
-        self._step_hooks = [
-            optimizer.register_step_post_hook(lambda *_: self.teacher.update()) for optimizer in trainer.optimizers
-        ]
+        with_hooks = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Optimizer)]
+        if len(with_hooks) < len(trainer.optimizers) and self.teacher.state_dict():  # it changes
+            raise ValueError(
+                f"{type(self.teacher).__name__} follows the optimiser's steps, which {type(trainer.strategy).__name__} "
+                "hides. Take ddp, say, or a teacher that stays as it is."
+            )
+        self._step_hooks = [each.register_step_post_hook(lambda *_: self.teacher.update()) for each in with_hooks]
 
     def stop(self, trainer: Trainer | None) -> None:
         """Leave the optimisers and the data of the fit as they were."""

@@ -26,6 +26,7 @@ from kd_lightning.functional.rows import gathered, is_sharded
 from kd_lightning.losses.task import as_targets
 from kd_lightning.metrics import ClassificationMetrics, Task, task_of
 from kd_lightning.modules.added_groups import add_groups
+from kd_lightning.modules.between_ranks import local_gradients
 from kd_lightning.modules.checkpoints import CheckpointedModule, as_code
 from kd_lightning.modules.metric_names import check_monitors, metric_name
 from kd_lightning.modules.optimization import (
@@ -293,7 +294,7 @@ class SupervisedModule(CheckpointedModule):
             # Lightning has divided by the accumulated batches, and the strategy by the ranks
             means = self.trainer.accumulate_grad_batches * self.trainer.world_size
             total = self.trainer.strategy.reduce(self._step_items, reduce_op="sum")
-            gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+            gradients = local_gradients(self.parameters())
             torch._foreach_mul_(gradients, means / total.clamp(min=1))  # pyright: ignore[reportPrivateImportUsage]
 
     @override

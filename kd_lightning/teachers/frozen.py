@@ -129,7 +129,14 @@ class FrozenTeacher(Teacher):
         if fingerprint is not None and (not isinstance(fingerprint, str) or not fingerprint):
             raise ValueError(f"fingerprint must be a text that names the weights, such as 'v3', got {fingerprint!r}.")
         without_values = is_without_values(module)
-        if without_values and checkpoint is None and fingerprint is None:
+        if without_values and any(hasattr(parameter, "ds_tensor") for parameter in module.parameters()):
+            if checkpoint is not None or fingerprint is None:
+                raise ValueError(
+                    f"the teacher {type(module).__name__} has weights that DeepSpeed has partitioned (ZeRO 3), which "
+                    "can be neither read from a checkpoint here nor hashed. Load them before deepspeed.initialize, and "
+                    "name them and their version: FrozenTeacher(engine.module, fingerprint='model v3')."
+                )
+        elif without_values and checkpoint is None and fingerprint is None:
             raise ValueError(
                 f"the teacher {type(module).__name__} has weights on the meta device, which have no values. Give "
                 "FrozenTeacher(module, checkpoint=...), or FrozenTeacher(module, fingerprint='model v3') if accelerate "

@@ -285,8 +285,8 @@ def _listing(names: list[str], separator: str = ", ", most: int = 8) -> str:
 
 
 def is_without_values(module: nn.Module) -> bool:
-    """Return True if parameters of a network are on the meta device."""
-    return any(parameter.is_meta for parameter in module.parameters())
+    """Return True if parameters of a network are on the meta device, or partitioned by DeepSpeed (ZeRO 3)."""
+    return any(parameter.is_meta or hasattr(parameter, "ds_tensor") for parameter in module.parameters())
 
 
 def check_finite(module: nn.Module, source: str) -> None:
