@@ -1,22 +1,26 @@
-"""A sweep's queue on a PostgreSQL server of the test's own, and on a journal: one of three workers is killed."""
+"""A sweep and its queue on a PostgreSQL server of the test's own, and on a journal: one of three workers is killed."""
 
 from __future__ import annotations
 
+import csv
 import multiprocessing
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from lightning.pytorch import Callback, LightningModule, Trainer
 
+from kd_lightning.cli import main
 from kd_lightning.sweep import queue
 from kd_lightning.sweep.queue import Job, open_queue
 
@@ -71,6 +75,17 @@ def _wait_for(port: int, process: subprocess.Popen[Any]) -> None:
     raise TimeoutError("PostgreSQL does not accept connections")
 
 
+class KillsOne(Callback):
+    """Kills the first process that ends an epoch in a folder."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        try:
+            Path("killed").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def work(storage: str, doomed: bool) -> None:
     """Claim and finish until no run is left, as each process of a sweep does; die with a run in hand if doomed."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -87,22 +102,54 @@ def work(storage: str, doomed: bool) -> None:
                 assert runs.finish(trial.number, "COMPLETE", 1.0)
 
 
-@pytest.mark.parametrize("kind", ["postgresql", "journal"])
-def test_three_workers_one_of_which_is_killed(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    storage = request.getfixturevalue("server") if kind == "postgresql" else str(tmp_path / "journal.log")
+@pytest.fixture(params=["postgresql", "journal"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A storage, whose processes count as dead after few seconds."""
     monkeypatch.setattr(queue, "_GRACE", 4.0)
     monkeypatch.setattr(queue, "_BEAT", 0.5)
+    return request.getfixturevalue("server") if request.param == "postgresql" else str(tmp_path / "journal.log")
+
+
+def statuses(target: Callable[..., None], *arguments: tuple[Any, ...]) -> list[int | None]:
+    """Run a function in one process for each tuple of arguments, and return their exit statuses."""
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=work, args=(storage, number == 0)) for number in range(3)]
+    workers = [context.Process(target=target, args=each) for each in arguments]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(100)
-    assert [worker.exitcode for worker in workers] == [-signal.SIGKILL, 0, 0]
+    return [worker.exitcode for worker in workers]
+
+
+def test_three_workers_one_of_which_is_killed(storage: str) -> None:
+    assert statuses(work, *((storage, number == 0) for number in range(3))) == [-signal.SIGKILL, 0, 0]
     with open_queue(storage, "sweep", "maximize") as runs:
         trials = runs.trials()
     done = [(t.user_attrs["cell"], t.user_attrs["seed"]) for t in trials if t.state.name == "COMPLETE"]
     assert sorted(done) == sorted(job.key for job in JOBS)  # none lost, none twice
     assert [trial.state.name for trial in trials].count("FAIL") == 1  # that of the killed worker
+
+
+def test_three_commands_one_of_which_is_killed(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(__file__).parents[3]
+    for name in ("configs", "tests"):
+        (tmp_path / name).symlink_to(root / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kd-lightning"])
+    command = [
+        "sweep", "--config", "configs/digits.yaml", "--trainer.max_epochs=3", "--temperatures", "1", "4",
+        "--kd-weights", ".9", "--seeds", "2", "--storage", storage, "--study-name", "commands",
+        f"--trainer.callbacks+={__name__}.KillsOne",
+    ]  # fmt: skip
+    assert sorted(map(str, statuses(main, *[(command,)] * 3))) == ["-9", "0", "0"]
+    with open_queue(storage, "commands", "maximize") as runs:
+        trials = runs.trials()
+    done = [(t.user_attrs["cell"], t.user_attrs["seed"]) for t in trials if t.state.name == "COMPLETE"]
+    assert len(done) == len(set(done)) == 6  # none lost, none twice
+    with Path("sweep", "results.csv").open(newline="") as file:
+        assert [row["state"] for row in csv.DictReader(file)] == ["complete"] * 6
+    printed = capfd.readouterr().out
+    assert printed.count("has had no heartbeat for 4 s: executed again") >= 1
+    assert printed.count("best by val_acc: ") == 2  # both tell the same
