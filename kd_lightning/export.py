@@ -37,8 +37,7 @@ class ExportReport:
         path: The file.
         format: Its format.
         size: Bytes, with the weights that ONNX puts beside a file of more than 2 GB.
-        max_difference: The largest difference between what was saved and what was read back: of the weights for
-            safetensors, of the outputs for the others.
+        max_difference: Between what was saved and what was read back: weights for safetensors, outputs for the others.
         tolerance: What it may be: 0 for safetensors; else 10⁻⁵ (torch.export) or 10⁻⁴ (ONNX) of the largest output, or
             ten units of the last place of the output's type where that is more.
     """
@@ -72,10 +71,9 @@ def export_student(
 
     A copy on the CPU in evaluation mode is exported. The file appears when what was read back agrees, and not before.
 
-    Safetensors hold the ``state_dict`` under its own names. Every name is there, so tied weights are stored once for
-    each name and are tied again by the class that reads them. The metadata tell what to build: ``class_path``, and
-    ``init_args`` as JSON where they are known. The other two hold the computation as well, for any batch size, without
-    the example's values and without the names of source files and classes.
+    Safetensors hold the ``state_dict`` under all of its names, tied weights once for each, and as metadata what to
+    build: ``class_path``, and ``init_args`` as JSON where they are known. The other two hold the computation as well,
+    for any batch size, without the example's values and without the names of source files and classes.
 
     Args:
         student: The network.

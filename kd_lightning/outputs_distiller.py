@@ -228,15 +228,13 @@ class OutputsKDLoss(nn.Module):
     key of a mapping, an attribute, or a position in a tuple (``"0"``). :class:`~kd_lightning.DistillationModule` and
     :class:`~kd_lightning.callbacks.DistillationCallback` take :class:`OutputsDistiller` for this loss by themselves.
 
-    The first output is the main one: its logits are those that metrics of training see, and with a teacher that gives
-    one tensor, each output learns from that. The outputs are for training. Evaluation and prediction see one logits
-    tensor, which the network returns in eval mode (as timm's DeiT and the ``logits`` of Hugging Face's), or which is
+    The first output's logits are those that metrics of training see. With a teacher that gives one tensor, each output
+    learns from that. Evaluation and prediction see the one tensor that the network returns in eval mode, or which is
     made of the outputs as ``predict`` says.
 
     Args:
         outputs: A loss or an :class:`OutputTerm` for each output, by its name.
-        predict: ``"first"`` or ``"mean"``: the logits that a network predicts which returns its outputs in eval mode
-            too.
+        predict: ``"first"`` or ``"mean"``: the prediction of a network that returns its outputs in eval mode too.
 
     Raises:
         ValueError: If there are no outputs, a name has a dot or is a method of ``ModuleDict``, or the first output has

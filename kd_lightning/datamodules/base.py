@@ -117,17 +117,14 @@ class ImageDataModule(LoadersDataModule):
     Args:
         batch_size: Images in a training batch of each process.
         eval_batch_size: Images in a validation, test or prediction batch; ``batch_size`` if None.
-        val_fraction: Part of each class's training images to validate on, in [0, 1); rounded, but at least one image of
-            a class with two or more. 0: no validation.
-        train_fraction: Part of each class's remaining images to train on, in (0, 1], at least one image. A smaller part
-            is a subset of a larger one.
+        val_fraction: Part of each class's training images to validate on, in [0, 1). 0: no validation.
+        train_fraction: Part of each class's remaining images to train on, in (0, 1]. A smaller part is a subset of a
+            larger one.
         imbalance_factor: Ratio of the last class's images to the first's, in (0, 1]: class c = 0 … C − 1 keeps
-            ``n_max · imbalance_factor^(c / (C − 1))`` images (Cui et al. 2019); 0.01 is what some papers call 100.
-            Applied before ``train_fraction``.
+            ``n_max · imbalance_factor^(c / (C − 1))`` images (Cui et al. 2019), before ``train_fraction``.
         seed: Seed of the split and the subsets.
         augment: Whether to augment training images.
-        in_memory: Whether to keep decoded uint8 images in RAM and augment whole batches, each image with its own random
-            numbers. Otherwise images are read and transformed one by one, with the same distribution.
+        in_memory: Whether to keep decoded uint8 images in RAM and augment whole batches, with the same distribution.
         num_workers: Number of loader processes; 0 is usually the fastest with ``in_memory``.
         pin_memory: Whether to copy batches to page-locked memory; None: if there is a CUDA device.
         persistent_workers: Whether to keep loader processes between epochs.

@@ -14,13 +14,7 @@ from kd_lightning.datamodules.transforms import Pipeline, crop_pipeline
 
 
 class ImageFolderDataModule(ImageDataModule):
-    """Image files in class subfolders of ``train/``, ``test/`` and optionally ``val/``.
-
-    The layout::
-
-        root/train/<class>/*.png
-        root/val/<class>/*.png      (optional; else val_fraction of train)
-        root/test/<class>/*.png
+    """Image files ``<class>/*.png`` in the folders ``train``, ``test`` and optionally ``val``, else ``val_fraction``.
 
     The classes are the subfolders of ``train/`` in alphabetical order. Inputs are ``(B, 3, image_size, image_size)``:
     RGB pixels in [0, 1] minus ``mean``, over ``std``. Training images are random crops of random size and aspect ratio

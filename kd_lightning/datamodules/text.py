@@ -59,9 +59,8 @@ class PythonDocsDataModule(LoadersDataModule):
     section is a document and belongs to one split. A token is a byte of UTF-8, so there are 256. Batches are those of
     :class:`TextBlocks`. For other texts, override :meth:`documents`.
 
-    The text is read from the running Python (© Python Software Foundation, PSF licence) and differs a little between
-    versions. A hash of its title assigns a section to a split, so nearly all sections have the same split in another
-    version.
+    The text is that of the running Python (© Python Software Foundation, PSF licence). A hash of its title assigns a
+    section to a split, so nearly all sections have the same split in another version.
 
     Args:
         batch_size: Blocks in a training batch of each process.

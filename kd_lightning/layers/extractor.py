@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from types import TracebackType
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class FeatureExtractor:
             self.attached = True
             self._handles = [
                 self._module.register_forward_pre_hook(self._begin),
-                *(layer.register_forward_hook(_Record(self, name)) for name, layer in self._layers.items()),
+                *(layer.register_forward_hook(partial(self._record, name)) for name, layer in self._layers.items()),
                 self._module.register_forward_hook(self._end),  # after the record of a layer that is the network itself
             ]
         return self
@@ -143,8 +143,7 @@ class FeatureExtractor:
     def _end(self, *_: Any) -> None:
         self._recording = False
 
-    def record(self, name: str, output: Any) -> None:
-        """Keep a layer's output; called by its hook."""
+    def _record(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
         if not self._recording:
             return
         tensor = _first_tensor(output)
@@ -156,9 +155,7 @@ class FeatureExtractor:
     def __enter__(self) -> FeatureExtractor:
         return self.attach()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.detach()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -170,17 +167,6 @@ class FeatureExtractor:
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
         return f"{type(self).__name__}({self._kind}, layers={list(self.names)}, {state})"
-
-
-class _Record:
-    """The hook of one layer: a class, so that a network can be copied and pickled with hooks on."""
-
-    def __init__(self, extractor: FeatureExtractor, name: str) -> None:
-        self.extractor = extractor
-        self.name = name
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self.extractor.record(self.name, output)
 
 
 def find_layers(module: nn.Module, layers: Sequence[str] | str) -> dict[str, nn.Module]:

@@ -50,9 +50,9 @@ class LayerTerm(nn.Module):
       P, ``nn.Linear`` or a 1×1 ``nn.Conv2d``, that is trained along with the student and is no part of it;
     - the height and width of maps by bilinear interpolation (antialiased), which learns nothing.
 
-    Losses between similarities (``SimilarityPreservingLoss``, ``RelationalLoss``, ``SimilarityKDLoss``) need neither,
-    those between attention maps no projector. The projector is built from the shapes of a first batch, before the
-    optimiser is: by ``DistillationModule`` itself, by ``distiller.build_projectors(student, inputs)`` elsewhere.
+    Losses between similarities need neither, those between attention maps no projector. The projector is built from the
+    shapes of a first batch, before the optimiser is: by ``DistillationModule`` itself, by
+    ``distiller.build_projectors(student, inputs)`` elsewhere.
 
     Tokens that the ``attention_mask`` of the inputs leaves out do not count, where the features have its length.
 

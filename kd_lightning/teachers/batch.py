@@ -72,13 +72,8 @@ class BatchTeacher(FromBatch):
     bare :class:`~kd_lightning.Distiller` and in an ensemble the inputs are a mapping that has the key.
 
     With ``indices`` the batch has the probabilities of a few classes only, as servers of language models return them,
-    and the teacher gives :class:`~kd_lightning.functional.Sparse` targets:
-
-    .. code-block:: python
-
-        BatchTeacher("target_logprobs", output="log_probs", indices="target_token_ids")
-
-    Like logits, the row at position i belongs to the token after i; ``prompt_logprobs`` of vLLM are one later.
+    and the teacher gives :class:`~kd_lightning.functional.Sparse` targets. Like logits, the row at position i belongs
+    to the token after i; ``prompt_logprobs`` of vLLM are one later.
 
     Args:
         key: Key of a mapping, or position in a tuple (then override ``unpack_batch``).

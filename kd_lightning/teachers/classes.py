@@ -79,6 +79,7 @@ class MappedClasses(Teacher):
         self.reads_batch = inner.reads_batch
         self.checkpoint = inner.checkpoint
         self.temperatures = inner.temperatures
+        self.settings = inner.settings
         widest = max(map(len, self.groups))
         self._merges = widest > 1
         self._columns = torch.zeros(len(self.groups), widest, dtype=torch.long)
@@ -98,11 +99,6 @@ class MappedClasses(Teacher):
     @override
     def loaded(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.teacher.loaded
-
-    @property
-    @override
-    def settings(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.teacher.settings
 
     @override
     def logits(

@@ -28,8 +28,8 @@ class EMATeacher(Teacher):
     .. math:: \bar w_t = d_t \, \bar w_{t-1} + (1 - d_t) \, w_t, \quad \bar w_0 = w_0, \quad
         d_t = \min\bigl(d, \tfrac{t}{t + 1}\bigr)
 
-    so that with ``warmup`` the first :math:`1 / (1 - d)` averages are the plain mean of all weights so far, and the
-    initial weights do not linger. Without it :math:`d_t = d`.
+    so that with ``warmup`` the first :math:`1 / (1 - d)` averages are the plain mean of all weights so far. Without it
+    :math:`d_t = d`.
 
     The average is in eval mode, without gradient, and in checkpoints, from which a run resumes exactly. Averages of
     bfloat16 and float16 weights are kept in float32. All ranks have the same: buffers, which differ between ranks, are
@@ -73,7 +73,11 @@ class EMATeacher(Teacher):
             )
         self.decay = decay
         self.warmup = warmup
-        self.temperatures = [] if temperature is None else [as_policy(temperature)]
+        self.settings = f"decay={decay:g}, warmup={warmup}"
+        self.gives_hidden_states = temperature is None
+        if temperature is not None:
+            self.temperatures = [as_policy(temperature)]
+            self.settings += f", temperature={self.temperatures[0]!r}"
         self._student: nn.Module | None = None
         self._average: nn.Module | None = None
         self._wide: dict[str, Tensor] = {}  # averages in float32 of narrower tensors, in which they would stand still
@@ -169,17 +173,6 @@ class EMATeacher(Teacher):
     def loaded(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self._average is not None
 
-    @property
-    @override
-    def settings(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        temperature = f", temperature={self.temperatures[0]!r}" if self.temperatures else ""
-        return f"decay={self.decay:g}, warmup={self.warmup}{temperature}"
-
-    @property
-    @override
-    def gives_hidden_states(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return not self.temperatures
-
     @override
     def logits(
         self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
@@ -190,7 +183,7 @@ class EMATeacher(Teacher):
     def __call__(self, inputs: Any) -> Any:
         """Return the averaged network's own output for these inputs."""
         with torch.no_grad():
-            return call_model(self._network(), dict(inputs) if isinstance(inputs, Mapping) else inputs)
+            return call_model(self._network(), inputs)
 
     @override
     def hidden_states(self, inputs: Any, check: bool = False) -> HiddenStates:

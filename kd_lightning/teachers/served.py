@@ -40,11 +40,7 @@ class ServedTeacher(FunctionTeacher):
     recognised, and must not be used.
 
     Each batch is spread over ``concurrency`` requests. With a ``cache`` the server is asked once for each sample, and
-    in each process for one stored batch to compare:
-
-    .. code-block:: python
-
-        ServedTeacher("http://host:8000/v1", "Qwen/Qwen3-8B", cache=TeacherCache("teacher.cache", top_k=20))
+    in each process for one stored batch to compare.
 
     Args:
         url: Of the server, with the ``/v1`` of an OpenAI-compatible one: ``"http://host:8000/v1"``; for
