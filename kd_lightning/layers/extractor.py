@@ -200,12 +200,13 @@ def layer_depths(module: nn.Module, names: Sequence[str]) -> dict[str, float]:
         {'0.0': 0.0, '0': 0.5, '2': 1.0}
     """
     position = {name: index for index, name in enumerate(_named_layers(module))}
-    ends = {
-        name: max(index for other, index in position.items() if other == name or other.startswith(f"{name}."))
-        for name in names
-    }
+    ends: dict[str, int] = {}
+    for name in names:
+        ends[name] = max(index for other, index in position.items() if f"{other}.".startswith(f"{name}."))
     ordered = sorted(ends, key=lambda name: (ends[name], -position[name]))
-    return {name: index / (len(ordered) - 1) if len(ordered) > 1 else 0.5 for index, name in enumerate(ordered)}
+    if len(ordered) == 1:
+        return {ordered[0]: 0.5}
+    return {name: index / (len(ordered) - 1) for index, name in enumerate(ordered)}
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

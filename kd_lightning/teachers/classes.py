@@ -170,7 +170,8 @@ def _groups(classes: Any) -> list[list[int]]:
         if entry is None:
             entry = []
         groups.append([entry] if isinstance(entry, int) else entry)
-    if not groups or not all(isinstance(g, Sequence) and all(isinstance(k, int) for k in g) for g in groups):
+    of_numbers = [isinstance(group, Sequence) and all(isinstance(k, int) for k in group) for group in groups]
+    if not groups or not all(of_numbers):
         raise TypeError(
             "classes must be the numbers of the teacher's classes, one or several for each of the student's, such as "
             "[3, 17] or [[3, 4], [17]], None for a class that the teacher does not know, or the path of a JSON file of "

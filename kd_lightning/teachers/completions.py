@@ -52,8 +52,9 @@ def _openai_body(model: str, prompts: list[list[int]], k: int, temperature: floa
 
 
 def _openai_rows(choice: Any, prompt: list[int]) -> tuple[Rows, bool]:
-    tokens, rows = (choice["logprobs"][name][: len(prompt)] for name in ("tokens", "top_logprobs"))
-    named = [{_token_id(token): value for token, value in row.items()} for row in rows[1:]]
+    tokens = choice["logprobs"]["tokens"][: len(prompt)]
+    rows = choice["logprobs"]["top_logprobs"][1 : len(prompt)]
+    named = [{_token_id(token): value for token, value in row.items()} for row in rows]
     return named, [_token_id(token) for token in tokens] == prompt
 
 

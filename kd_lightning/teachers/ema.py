@@ -139,9 +139,10 @@ class EMATeacher(Teacher):
 
     def _restore(self, state_dict: Mapping[str, Any]) -> None:
         saved = state_dict["average"]
-        shapes = [{name: tuple(x.shape) for name, x in named} for named in (saved.items(), _tensors(self._network()))]
-        if shapes[0] != shapes[1]:
-            other = dict(sorted(shapes[0].items() ^ shapes[1].items()))
+        in_file = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        here = {name: tuple(tensor.shape) for name, tensor in _tensors(self._network())}
+        if in_file != here:
+            other = dict(sorted(in_file.items() ^ here.items()))
             raise ValueError(
                 "the checkpoint's EMATeacher averaged another student than the one that this one follows: they differ "
                 f"in {', '.join(list(other)[:4])}. Resume with that student, and with a new EMATeacher."

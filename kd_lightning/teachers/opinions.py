@@ -82,13 +82,11 @@ class Opinions(NamedTuple):
 
     def in_rows(self, rows: Tensor, instead: Sequence[Tensor]) -> Opinions:
         """Return these opinions with other logits of each member where the mask ``(K, …, 1)`` is False."""
-        each = zip(self.logits, rows, instead, strict=True)
-        return self._replace(
-            logits=[
-                z.where(mask, other) if isinstance(z, MergedLogits) else torch.where(mask, z, other)
-                for z, mask, other in each
-            ]
-        )
+        replaced: list[Any] = []
+        for logits, mask, other in zip(self.logits, rows, instead, strict=True):
+            merged = isinstance(logits, MergedLogits)
+            replaced.append(logits.where(mask, other) if merged else torch.where(mask, logits, other))
+        return self._replace(logits=replaced)
 
     def seen(self, signals: Signals) -> Signals:
         """Return the signals with the consensus, and −inf in both where no member knows the class."""
