@@ -89,8 +89,9 @@ def dist_loss(
     weight = torch.ones_like(p_s[..., :1]) if valid is None else valid.unsqueeze(-1).to(p_s.dtype)
     between_classes = _correlation(p_s, p_t, -1, known.to(p_s.dtype))
     seen = (known & (weight > 0)).to(p_s.dtype)
-    columns = torch.cat([p_s, p_t, seen], -1).flatten(0, -2)
-    columns_s, columns_t, seen = (gather_over_ranks(columns) if sync else columns).chunk(3, -1)
+    columns_s, columns_t, seen = (x.reshape(-1, x.shape[-1]) for x in (p_s, p_t, seen))
+    if sync:  # all three in one all-gather
+        columns_s, columns_t, seen = gather_over_ranks(torch.cat([columns_s, columns_t, seen], -1)).chunk(3, -1)
     within_classes = _correlation(columns_s, columns_t, 0, seen)
     classes = (seen.sum(0) > 0).to(p_s.dtype)  # without those that both sides mask everywhere
     distance = ((1 - within_classes) * classes).sum() / classes.sum().clamp(min=1)

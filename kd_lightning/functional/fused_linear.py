@@ -28,7 +28,7 @@ from kd_lightning.functional.rows import (
     loss_factor,
     valid_positions,
 )
-from kd_lightning.functional.rows_fast import buffer_dtype, gradients_of, unbroadcast
+from kd_lightning.functional.rows_fast import buffer_dtype, gradients_of, times_upstream, unbroadcast
 from kd_lightning.functional.sparse import Sparse
 from kd_lightning.functional.temperature import Temperature, as_temperature, compute_dtype, in_transform
 
@@ -363,7 +363,8 @@ class _FusedLinear(torch.autograd.Function):
             loss = lambda *given: _definition(ctx.divergence, *given)[0]  # noqa: E731
             return None, None, None, *gradients_of(loss, tensors, ctx.wanted, g)
         student = [
-            None if x is None else x.mul_(g).to(like.dtype) for x, like in zip(gradients, tensors[:3], strict=True)
+            None if x is None else times_upstream(x, g).to(like.dtype)
+            for x, like in zip(gradients, tensors[:3], strict=True)
         ]
         rows = _Flat(*tensors[7:])
         by_row = _Flat(

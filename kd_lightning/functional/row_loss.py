@@ -118,7 +118,9 @@ def row_loss(
         student_logits, teacher_logits = student_logits.double(), teacher_logits.double()
         temp = _with_plain_numbers(temperature, student_logits, traced)
     if divergence.needs_labels or ignore_index is not None:  # else the targets are not read
-        check_labels(targets, student_logits, class_dim, ignore_index)
+        all_are_classes = check_labels(targets, student_logits, class_dim, ignore_index)
+        if all_are_classes and ignore_index is not None and ignore_index < 0:
+            ignore_index = None  # because no target is it
     valid = valid_positions(targets, student_logits, class_dim, ignore_index)
     if valid is not None:
         everywhere = valid.is_cpu and not traced and valid.all()  # without a host sync, because the mask is on the CPU

@@ -77,19 +77,22 @@ def check_layout(logits: Tensor, class_dim: int, targets: Tensor | None = None) 
         )
 
 
-def check_labels(targets: Tensor | None, logits: Tensor, class_dim: int, ignore_index: int | None) -> None:
-    """Raise if targets that are class indices do not fit the logits. Values are read on the CPU alone."""
+def check_labels(targets: Tensor | None, logits: Tensor, class_dim: int, ignore_index: int | None) -> bool:
+    """Raise if targets that are class indices do not fit the logits. Values are read on the CPU alone.
+
+    Returns True if every target is known to be a class.
+    """
     if targets is None or targets.dtype == torch.bool or targets.is_floating_point():
-        return
+        return False
     if targets.dim() != logits.dim() - 1 or torch.compiler.is_compiling() or in_transform():
-        return
+        return False
     _check_positions(targets, logits, class_dim)
     classes = logits.shape[class_dim]
     if not targets.is_cpu or not targets.numel() or classes < 2:
-        return
+        return False
     low, high = (int(x) for x in targets.aminmax())
     if low >= 0 and high < classes:
-        return
+        return True
     wrong = targets[(targets < 0) | (targets >= classes)]
     wrong = wrong if ignore_index is None else wrong[wrong != ignore_index]
     if len(wrong):
@@ -99,6 +102,7 @@ def check_labels(targets: Tensor | None, logits: Tensor, class_dim: int, ignore_
             + f", got {int(wrong[0])}. Return such targets from unpack_batch(batch), or give the losses the "
             "ignore_index of the data."
         )
+    return False
 
 
 def check_logits(
