@@ -135,7 +135,8 @@ def as_shards(divergence: Divergence, student: Tensor, teacher: Any, class_dim: 
             f"{what}. Give the teacher the student's classes, or gather the logits: logits.full_tensor()."
         )
     divergence.per_class(torch.zeros(1), torch.zeros(1))  # raises if the divergence is no such sum
-    first = _first_class(student.shape[class_dim], mesh.size(over[0]), mesh.get_local_rank(over[0]))
+    classes, ranks = student.shape[class_dim], mesh.size(over[0])
+    first = min(-(-classes // ranks) * mesh.get_local_rank(over[0]), classes)  # as torch.chunk cuts
     shards = Shards(divergence, mesh.get_group(over[0]), first)
     return _sharded(student, mesh, placements), _sharded(teacher, mesh, placements), shards
 
@@ -145,11 +146,6 @@ def _sharded(logits: Tensor, mesh: DeviceMesh, placements: Any) -> DTensor:
         return logits
     everywhere = DTensor.from_local(logits, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return everywhere.redistribute(mesh, placements)
-
-
-def _first_class(classes: int, ranks: int, rank: int) -> int:
-    """Return the first class of a rank, as torch.chunk cuts."""
-    return min(-(-classes // ranks) * rank, classes)
 
 
 def one_hot_logits(targets: Tensor, like: DTensor, class_dim: int) -> DTensor:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from kd_lightning.functional.temperature import check_number
+from kd_lightning.functional.temperature import check_number, predictive_entropy
 
 _LOWEST, _HIGHEST = 0.05, 100.0  # a policy's bounds by default
 _HALVINGS = 40  # of log T: to 1e-11
@@ -51,6 +49,7 @@ def suggest_temperature(
     Source: this library; Hinton et al. 2015 for why targets should be neither one-hot nor uniform.
 
     Example:
+        >>> import torch
         >>> logits = torch.tensor([[6.0, 2.0, 1.0, 0.0], [3.0, 9.0, 1.0, 2.0]])
         >>> t = suggest_temperature(logits, entropy=0.5)
         >>> entropy = torch.special.entr((logits / t).softmax(-1)).sum(-1).mean() / math.log(4)
@@ -80,8 +79,13 @@ def suggest_temperature(
             f"no row of the teacher's logits, of shape {tuple(teacher_logits.shape)}, has two classes that are not "
             "masked, so that no temperature changes a target."
         )
-    softness = _entropy(rows, classes) if name == "entropy" else _top_probability(rows)
     rises = name == "entropy"
+
+    def softness(temperature: float) -> float:
+        if rises:
+            return (predictive_entropy(rows, temperature) / classes.double().log()).mean().item()
+        return (rows / temperature).softmax(-1).amax(-1).mean().item()
+
     softest, hardest = softness(_HIGHEST), softness(_LOWEST)
     low, high = (hardest, softest) if rises else (softest, hardest)
     if not low <= wanted <= high:
@@ -97,12 +101,3 @@ def suggest_temperature(
         too_hard = (softness(math.exp(middle)) < wanted) == rises
         below, above = (middle, above) if too_hard else (below, middle)
     return math.exp((below + above) / 2)
-
-
-def _entropy(rows: Tensor, classes: Tensor) -> Callable[[float], float]:
-    largest = classes.double().log()
-    return lambda t: (torch.special.entr((rows / t).softmax(-1)).sum(-1) / largest).mean().item()
-
-
-def _top_probability(rows: Tensor) -> Callable[[float], float]:
-    return lambda t: (rows / t).softmax(-1).amax(-1).mean().item()

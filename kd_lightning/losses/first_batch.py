@@ -39,7 +39,8 @@ def check_first_batch(
                 f"the {side}'s logits are probabilities, not negative and of sum 1 in every row, but the loss applies "
                 f"the softmax itself. Leave out the network's last Softmax{way_out}"
             )
-    if trains and not student.requires_grad and any(_are_the_same(student, values) for _, values in logits[1:]):
+    same = trains and not student.requires_grad and any(torch.equal(student, values) for _, values in logits[1:])
+    if same and bool((student != student.flatten()[0]).any()):
         raise ValueError(
             "the student's logits are the teacher's, bit for bit, and carry no gradient: the teacher seems to be the "
             "student itself, which is frozen as a teacher. Give the teacher its own weights: copy.deepcopy(student)."
@@ -60,7 +61,3 @@ def _look_like_probabilities(logits: Tensor, class_dim: int) -> bool:
         return False
     tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 1e-2
     return bool(are_probabilities(values, class_dim, tolerance) & ((values > 0) & (values < 1)).any())
-
-
-def _are_the_same(student: Tensor, teacher: Tensor) -> bool:
-    return torch.equal(student, teacher) and bool((student != student.flatten()[0]).any())

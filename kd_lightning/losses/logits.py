@@ -306,9 +306,6 @@ class HardLabelLoss(LogitLoss):
     """Cross-entropy with the teacher's decision: :func:`~kd_lightning.functional.hard_label_loss`.
 
     Neither temperature nor ``scale`` has an effect.
-
-    Args:
-        **options: Those of :class:`LogitLoss`.
     """
 
     function = staticmethod(functional.hard_label_loss)

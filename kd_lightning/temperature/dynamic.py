@@ -12,7 +12,6 @@ from typing_extensions import Unpack, override
 from kd_lightning.functional import Temperature, kd_loss, predictive_entropy, tempered_log_softmax
 from kd_lightning.functional.across_ranks import sum_over_ranks
 from kd_lightning.functional.temperature import check_number
-from kd_lightning.schedules import Progress
 from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.statistics import class_targets, sum_and_count
@@ -95,6 +94,7 @@ class LossGapTemperature(_MovingTemperature):
     (arXiv 2603.02430).
 
     Example:
+        >>> from kd_lightning.temperature import Progress
         >>> policy = LossGapTemperature().eval()
         >>> signals = Signals(torch.zeros(2, 3), torch.zeros(2, 3), targets=torch.tensor([0, 1]))
         >>> policy(signals).student  # in evaluation: the state as it is
@@ -133,7 +133,8 @@ class LossGapTemperature(_MovingTemperature):
         gap = (teacher - student) / count.clamp(min=1)
         ratio = gap / (gap + 1.0)
         gate = torch.where(ratio > 2, 1.35, ratio.clamp(min=1.0))
-        fraction = _epoch_fraction(signals.progress)
+        now = signals.progress  # by epochs, as published; by steps where only their number is known
+        fraction = min(now.epoch / now.max_epochs, 1.0) if now.max_epochs and now.max_epochs > 0 else now.fraction
         decay = 0.5 * (1.0 + torch.cos(self.curve * math.pi * fraction * torch.ones_like(gap)))
         target = (self.init_value * decay * gate).clamp(self.min_value, self.max_value)
         updated = self.momentum * self.value + (1.0 - self.momentum) * target
@@ -259,10 +260,3 @@ class CapacityTemperature(_MovingTemperature):
         self.ratio.copy_(ratio)
         self.calls.copy_(torch.where(due, 0.0, calls))
         self.value.copy_(value)
-
-
-def _epoch_fraction(progress: Progress) -> float:
-    """Share of the run by epochs, as published; by steps where only their number is known."""
-    if progress.max_epochs is not None and progress.max_epochs > 0:
-        return min(progress.epoch / progress.max_epochs, 1.0)
-    return progress.fraction
