@@ -101,6 +101,10 @@ _FOREIGN = [
     _Foreign(_CONFIG, r"No supported gpu backend found", lambda match: "torch finds no GPU that it can use. Leave the "
              "accelerator out to take what there is, or set it to cpu.",
              lambda match, written: ("trainer", "accelerator")),
+    _Foreign(("ValueError", "RuntimeError"), r"strategy `(fsdp)` requires a GPU|(DeepSpeed) strategy is only supported",
+             lambda match: f"Lightning's {match[1] or match[2]} strategy needs a GPU. Without one, shard the student "
+             "with lightning.pytorch.strategies.ModelParallelStrategy and kd_lightning.ShardedDistillationModule, or "
+             "take ddp.", lambda match, written: ("trainer", "strategy")),
     _Foreign(("ValueError",), r"(\S+) is not in bounds, numpy accepts from 0 to (\d+)", lambda match: f"must be "
              f"between 0 and {match[2]}, got {match[1]}.", lambda match, written: ("seed_everything",)),
     _Foreign((OutOfMemoryError.__name__,), r"[^.]*\. .*?\. ", lambda match: f"the device is out of memory: "
