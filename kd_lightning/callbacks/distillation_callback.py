@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from typing_extensions import override
 
-from kd_lightning._lightning import FIRST_LOOK
+from kd_lightning._lightning import FIRST_LOOK, callbacks_of
 from kd_lightning.callbacks.student_call import StudentCall, changed, choose, find_targets, select, tensors, versions
 from kd_lightning.callbacks.student_layer import find_layer, unseen
 from kd_lightning.callbacks.teacher_scores import TeacherScores
@@ -113,6 +113,7 @@ class DistillationCallback(HoldsDistiller, Callback):
         self.distiller.keeps_output = True
         self._run = DistillationRun(self.distiller, type(self).__name__)
         self._scores = TeacherScores()
+        self._is_set_up = False
         self._trainer: Trainer | None = None
         self._layer: nn.Module | None = None
         self._wrapped: list[tuple[nn.Module, str, Any]] = []
@@ -135,8 +136,15 @@ class DistillationCallback(HoldsDistiller, Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._is_set_up = True
         if stage != "fit":
             return
+        if any(isinstance(each, DistillationCallback) and each is not self for each in callbacks_of(trainer)):
+            raise ValueError(
+                f"{type(pl_module).__name__} is to be trained with more than one DistillationCallback, and each would "
+                "add a loss to the sum of the others. Keep one of them, and give it several teachers as a "
+                "TeacherEnsemble([...])."
+            )
         if any(isinstance(child, Distiller) for child in pl_module.children()):
             raise ValueError(
                 f"{type(pl_module).__name__} distils by itself: train it without DistillationCallback, or give its "
@@ -378,6 +386,15 @@ class DistillationCallback(HoldsDistiller, Callback):
             self._scores.log(trainer, pl_module)
 
     # ---- state ------------------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """The key of the state in checkpoints: the name of the class.
+
+        Before :meth:`setup` the key is unique, so that a Trainer takes two callbacks and :meth:`setup` refuses them.
+        """
+        return type(self).__qualname__ + ("" if self._is_set_up else f" {id(self)}")
 
     @override
     def state_dict(self) -> dict[str, Any]:

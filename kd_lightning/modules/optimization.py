@@ -107,13 +107,18 @@ class _Factory:
         return made
 
 
-_OPTIMIZER = _Factory("optimizer", "the parameters", (Optimizer,), "functools.partial(torch.optim.SGD, lr=0.1)")
+_OPTIMIZER = _Factory(
+    "optimizer",
+    "the parameters",
+    (Optimizer,),
+    "functools.partial(torch.optim.SGD, lr=0.1), or in YAML {class_path: torch.optim.SGD, init_args: {lr: 0.1}}",
+)
 _SCHEDULER = _Factory(
     "lr_scheduler",
     "the optimizer",
     (LRScheduler, ReduceLROnPlateau),
     "functools.partial(torch.optim.lr_scheduler.StepLR, step_size=10), which {'scheduler': …, 'interval': 'step'} may "
-    "hold as well",
+    "hold as well, or in YAML {class_path: torch.optim.lr_scheduler.StepLR, init_args: {step_size: 10}}",
 )
 
 

@@ -143,7 +143,8 @@ def extract_logits(output: Any) -> Tensor:
     keys = f" with keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
     raise TypeError(
         f"found no logits in a model output of type {type(output).__name__}{keys}: expected a tensor, `.logits`, "
-        "['logits'] or ['out']. Override extract_logits(output) of your DistillationModule or DistillationCallback."
+        "['logits'] or ['out']. Override extract_logits(output) of your DistillationModule or DistillationCallback; "
+        "for several outputs to distil take OutputsKDLoss."
     )
 
 

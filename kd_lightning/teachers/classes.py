@@ -111,11 +111,16 @@ class MappedClasses(Teacher):
     def in_classes(self, logits: Any, class_dim: int, student: Any = None) -> Sequence[Any]:
         (wide,) = super().in_classes(logits, class_dim)
         highest = max(number for group in self.groups for number in group)
-        if not isinstance(wide, Tensor) or wide.shape[-1] <= highest:
-            given = f"logits {tuple(logits.shape)}" if isinstance(wide, Tensor) else f"{type(wide).__name__} targets"
+        if not isinstance(wide, Tensor):
+            raise ValueError(
+                f"MappedClasses needs the teacher's logits of all its classes, but the teacher gives "
+                f"{type(wide).__name__} targets, which hold a few classes of each row. Map the classes where the "
+                "targets are made, or take a teacher of all logits."
+            )
+        if wide.shape[-1] <= highest:
             raise ValueError(
                 f"MappedClasses needs the teacher's logits of all its classes and names its class {highest}, but the "
-                f"teacher gives {given}. Number its classes from 0."
+                f"teacher gives logits {tuple(logits.shape)}. Number its classes from 0."
             )
         if self._columns.device != wide.device:
             self._columns, self._padding = self._columns.to(wide.device), self._padding.to(wide.device)

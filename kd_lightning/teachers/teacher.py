@@ -107,7 +107,7 @@ class Teacher(ABC):
             shapes = [tuple(x.movedim(-1, class_dim).shape) for x in (student, opinions.consensus)]
             raise ValueError(
                 f"student and teacher logits must have the same shape, got {shapes[0]} and {shapes[1]}: give both "
-                "models the same classes and inputs."
+                "models the same classes and inputs, or map the teacher's: teachers.MappedClasses(teacher, [...])."
             )
         return opinions
 

@@ -35,10 +35,13 @@ CASES = [
          NEEDS.format(40, "logits (2, 10, 32)")),
     Case("targets of a few classes",
          lambda: distil(of(0, 1), Sparse(torch.zeros(2, 1).long(), torch.full((2, 1), -0.5), tail="bucket"), 2),
-         ValueError, NEEDS.format(1, "Sparse targets")),
+         ValueError,
+         "MappedClasses needs the teacher's logits of all its classes, but the teacher gives Sparse targets, which "
+         "hold a few classes of each row. Map the classes where the targets are made, or take a teacher of all "
+         "logits."),
     Case("other classes than the student's", lambda: distil(of(0, 1, 2), torch.ones(2, 4), 5), ValueError,
          "student and teacher logits must have the same shape, got (2, 5) and (2, 3): give both models the same "
-         "classes and inputs."),
+         "classes and inputs, or map the teacher's: teachers.MappedClasses(teacher, [...])."),
     Case("a teacher that knows one class", lambda: of(3, None, None), ValueError,
          "distillation compares the classes that the teacher knows, at least two of the student's, got "
          "(3, None, None)."),

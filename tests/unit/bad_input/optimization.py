@@ -43,11 +43,11 @@ def own(lr: float | None = None, **options: Any) -> Any:
 
 
 _OPTIMIZER = "optimizer must be a function or class that is called with the parameters, got "
-_SGD = "functools.partial(torch.optim.SGD, lr=0.1)."
+_SGD = "functools.partial(torch.optim.SGD, lr=0.1), or in YAML {class_path: torch.optim.SGD, init_args: {lr: 0.1}}."
 _SCHEDULER = "lr_scheduler must be a function or class that is called with the optimizer, got "
 _STEP_LR = (
     "functools.partial(torch.optim.lr_scheduler.StepLR, step_size=10), which {'scheduler': …, 'interval': 'step'} may "
-    "hold as well."
+    "hold as well, or in YAML {class_path: torch.optim.lr_scheduler.StepLR, init_args: {step_size: 10}}."
 )
 _FREQUENCY = " Between two steps of the scheduler lie so many epochs or steps, whichever interval names."
 

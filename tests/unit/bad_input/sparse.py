@@ -166,8 +166,9 @@ CASES = [
     Case("an ensemble", distilled(TeacherEnsemble([FunctionTeacher(served), FunctionTeacher(served)])), TypeError,
          "an ensemble mixes the logits of all classes, got Sparse: take one teacher alone."),
     Case("mapped classes", distilled(MappedClasses(FunctionTeacher(served), [0, 1, 2, 3, 4])), ValueError,
-         "MappedClasses needs the teacher's logits of all its classes and names its class 4, but the teacher "
-         "gives Sparse targets. Number its classes from 0."),
+         "MappedClasses needs the teacher's logits of all its classes, but the teacher gives Sparse targets, which "
+         "hold a few classes of each row. Map the classes where the targets are made, or take a teacher of all "
+         "logits."),
     Case("MSE in the Distiller", distilled(FunctionTeacher(served), kd_loss=losses.MSELogitsLoss()), ValueError,
          NEEDS_ALL.format("SquaredError")),
     Case("a temperature declared twice", distilled(FunctionTeacher(served, temperature=2.0)), ValueError,

@@ -110,7 +110,8 @@ CASES = [
         lambda: FunctionTeacher(lambda x: [x]).logits(torch.ones(1, 2)),
         TypeError,
         "found no logits in a model output of type list: expected a tensor, `.logits`, ['logits'] or ['out']. Override "
-        "extract_logits(output) of your DistillationModule or DistillationCallback.",
+        "extract_logits(output) of your DistillationModule or DistillationCallback; for several outputs to distil take "
+        "OutputsKDLoss.",
     ),
     Case(
         "function: a cache is asked for that is not there",

@@ -38,7 +38,16 @@ from kd_lightning.callbacks import (
 from kd_lightning.functional import bernoulli_kd_loss, kd_loss
 from kd_lightning.losses import BernoulliKDLoss, DKDLoss, KDLoss
 from kd_lightning.temperature import CosineSchedule, LearnableTemperature, LinearSchedule
-from tests.helpers import NUM_CLASSES, LearnedTemperature, assert_same, make_data, make_loader, make_network, snapshot
+from tests.helpers import (
+    NUM_CLASSES,
+    LearnedTemperature,
+    assert_same,
+    make_data,
+    make_loader,
+    make_network,
+    make_teacher,
+    snapshot,
+)
 from tests.unit.callbacks.helpers import Script
 
 MakeTrainer = Callable[..., Trainer]
@@ -967,3 +976,15 @@ def test_an_ensemble_teaches_as_it_does_in_a_loop(teacher: nn.Module, make_train
         expected = Distiller(ensemble, temperature=4.0)(inputs, logits, targets)
         torch.testing.assert_close(out.kd_loss, expected.kd_loss)
         assert out.temperature.teacher.item() == pytest.approx(0.25 * 2 + 0.75 * 6)
+
+
+def test_two_callbacks_are_refused_and_one_keeps_its_key() -> None:
+    callbacks: list[Callback] = [DistillationCallback(make_teacher(), student_layer="net") for _ in range(2)]
+    trainer = Trainer(max_epochs=1, callbacks=callbacks, logger=False, enable_checkpointing=False, accelerator="cpu")
+    with pytest.raises(ValueError, match=r"with more than one DistillationCallback, .* TeacherEnsemble\(\["):
+        trainer.fit(Plain(), make_loader())
+
+    alone = DistillationCallback(make_teacher(), student_layer="net")
+    trainer = Trainer(max_epochs=1, callbacks=[alone], logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer.fit(Plain(), make_loader())
+    assert alone.state_key == "DistillationCallback"
