@@ -111,6 +111,9 @@ def _of_user(frame: FrameType) -> bool:
 def _place(error: Exception, frames: list[FrameType], written: Written, text: str) -> str:
     """Return the place of the class that raised the error, or of its argument that the text names."""
     key: Key | None = getattr(error, "key", None)
+    named_first = re.match(r"(\w+)(?:\.\w+)?(?::| returned| must)", text)
+    if key is None and named_first is not None:  # a policy or loss whose value somebody else refuses
+        key = written.class_key(named_first[1])
     for frame in reversed(frames if key is None else []):
         owners = [type(frame.f_locals.get(name)).__name__ for name in ("self", "callback")]
         key = next((found for owner in owners if (found := written.class_key(owner)) is not None), None)

@@ -140,7 +140,7 @@ def in_helps(written: Written, owners: Mapping[str, Callable[..., Any]]) -> Iter
         elif annotation is not None:
             bases = classes_of(annotation)
             names = class_names(bases) or [base.__name__ for base in bases]
-            shown = next((name for name in _SHOWN if name in names), [*names, "CLASS"][0])
+            shown = _example(names)
             yield option, f"name the class, as in {option} {shown}.{_list('It may be', names)}"
 
 
@@ -241,6 +241,12 @@ def _in_value(value: Any, annotation: Any, key: Key, walk: _Walk) -> _Mistakes:
         isinstance(value, dict) and value and len(bases) == 1 and not _arguments(bases[0])
     ):
         yield key, f"class_path is missing, which names the class.{_list('It may be', class_names(bases))}"
+    elif isinstance(value, dict) and value and bases and [*callables_of(annotation)]:  # such as an optimizer's
+        option, shown = walk.written.place((*key, *value)[: len(key) + 1]), _example(class_names(bases))
+        if option.startswith("-"):
+            yield key, f"the class is missing. Write {option.rpartition('.')[0]} {shown} as well."
+        else:
+            yield key, f"class_path is missing, which names the class, such as {shown}."
     elif isinstance(value, dict) and len(bases) == 1:
         yield from _in_arguments(bases[0], value, key, walk)
 
@@ -378,6 +384,11 @@ def _add(parser: ArgumentParser, function: Callable[..., Any], skip: set[str]) -
 
 
 # ---- texts ---------------------------------------------------------------------------------------------------------
+
+
+def _example(names: list[str]) -> str:
+    """Return the name that stands in examples, or else the first."""
+    return next((name for name in _SHOWN if name in names), [*names, "CLASS"][0])
 
 
 def _list(start: str, names: Iterable[str], most: int = 30) -> str:

@@ -56,7 +56,7 @@ def _import_prefix(names: list[str]) -> tuple[Any, list[str]]:
             if module is None:
                 raise ImportError(
                     f"Looked for {'.'.join(names)}: there is no module {name!r} in this environment. "
-                    "Install its package or correct the spelling."
+                    "Install its package, correct the spelling, or start where its file is."
                 ) from error
             return module, names[length - 1 :]
     return module, []

@@ -212,6 +212,8 @@ def as_code(value: object) -> str:
     if isinstance(value, type) or inspect.isroutine(value):
         name = value.__qualname__
         return name if all(part.isidentifier() for part in name.split(".")) else "..."
+    if isinstance(value, nn.Module) and "_modules" not in vars(value):
+        return "..."  # its class calls no super().__init__(), which is an error where it is used
     if isinstance(value, nn.Module) and not value.extra_repr() and not [*value.children()]:
         return f"{type(value).__name__}({', '.join(_arguments(value))})"  # because torch's losses do not print theirs
     whole = isinstance(value, (*_PLAIN, Schedule)) or (isinstance(value, nn.Module) and not [*value.children()])

@@ -23,7 +23,7 @@ def as_policy(temperature: float | Callable[[Progress], float] | TemperaturePoli
             number → :class:`ScheduledTemperature`; a policy → itself.
 
     Raises:
-        TypeError: If the argument is none of these.
+        TypeError: If the argument is none of these, or a policy whose constructor leaves out that of its base class.
 
     Example:
         >>> as_policy(4.0)
@@ -33,6 +33,8 @@ def as_policy(temperature: float | Callable[[Progress], float] | TemperaturePoli
         ScheduledTemperature(schedule=CosineSchedule(init_value=8.0, end_value=1.0, until=1.0))
     """
     if isinstance(temperature, TemperaturePolicy):
+        if "_buffers" not in vars(temperature):
+            raise TypeError(f"{type(temperature).__name__}.__init__ does not call super().__init__(). Call it first.")
         return temperature
     if isinstance(temperature, Real) and not isinstance(temperature, bool):
         return ConstantTemperature(float(temperature))

@@ -34,6 +34,16 @@ MINE = """
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
+from kd_lightning.temperature import Temperature, TemperaturePolicy
+
+class Flat(TemperaturePolicy):
+    def compute(self, signals):
+        return Temperature(*[torch.ones(len(signals.student_logits))] * 2)
+
+class NoSuper(TemperaturePolicy):
+    def __init__(self):
+        self.value = 4.0
+    compute = Flat.compute
 
 class Empty(LightningDataModule):
     samples = TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0).long())
@@ -163,6 +173,12 @@ TYPED = [
           "--trainer.callbacks.monitor valacc",
           "--trainer.callbacks.monitor: no metric has the name 'valacc'. Did you mean val_acc? This run logs "
           "effective_kd_weight, … val_teacher_acc."),
+    Typed("a policy's shape", "fit --config digits.yaml --model.temperature mine_data.Flat",
+          "--model.temperature: Flat: student temperature has shape (22,), which does not fit … value per row."),
+    Typed("a policy without its base class", "fit --config digits.yaml --model.temperature mine_data.NoSuper",
+          "model (digits.yaml:17): NoSuper.__init__ does not call super().__init__(). Call it first."),
+    Typed("an optimizer's option alone", "fit --config classify.yaml --model.optimizer.lr 0.1",
+          "model.init_args.optimizer (classify.yaml:19): the class is missing. Write --model.optimizer AdamW as well."),
     Typed("a monitor without validation", "fit --config digits.yaml --trainer.limit_val_batches 0",
           "trainer.callbacks[0] (digits.yaml:9): ModelCheckpoint follows val_acc, a metric of validation, but this run "
           "has none. Give fit validation data and the Trainer limit_val_batches above 0; or let the callback follow "

@@ -35,8 +35,8 @@ CASES = [
     case(
         "nowhere.Net",
         ImportError,
-        "Looked for nowhere.Net: there is no module 'nowhere' in this environment. Install its package or correct the "
-        "spelling.",
+        "Looked for nowhere.Net: there is no module 'nowhere' in this environment. Install its package, correct the "
+        "spelling, or start where its file is.",
     ),
     case(
         "torch.nn.Linaer",
