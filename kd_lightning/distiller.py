@@ -93,8 +93,7 @@ class Distiller(DistillerParts):
         self.task_weight = as_schedule(task_weight, "task_weight")
         self.temperature = as_policy(temperature)
         self.teacher = as_teacher(teacher)
-        if (self.kd_weight, self.task_weight) == (ConstantSchedule(0), ConstantSchedule(0)) and not len(self.layers):
-            raise ValueError("kd_weight and task_weight are both 0, which trains nothing. Give one of them a weight.")
+        self.check_trains()
 
     @override
     def forward(
@@ -234,6 +233,15 @@ class Distiller(DistillerParts):
         softened = getattr(self.kd_loss, "compares_distributions", False)
         trains = self.teacher is not None and self.training and torch.is_grad_enabled()
         check_first_batch(student, members, self.class_dim, softened, self.task_loss, targets, trains)
+
+    def check_trains(self) -> None:
+        """Raise if no term of the loss has a weight.
+
+        Raises:
+            ValueError: If both weights are 0 throughout, and there are no layers.
+        """
+        if (self.kd_weight, self.task_weight) == (ConstantSchedule(0), ConstantSchedule(0)) and not len(self.layers):
+            raise ValueError("kd_weight and task_weight are both 0, which trains nothing. Give one of them a weight.")
 
     def _weights(self, progress: Progress) -> tuple[float, float]:
         kd_weight = weight_at(self.kd_weight, progress, "kd_weight") if self.kd_enabled else 0.0

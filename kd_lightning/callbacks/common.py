@@ -19,6 +19,7 @@ from kd_lightning.ranking import Mode, check_counts, check_mode, check_name
 __all__ = [
     "Mode",
     "check_following",
+    "check_has_validation",
     "check_validates",
     "count_checks",
     "find_distiller",
@@ -90,7 +91,22 @@ def check_following(monitor: str, mode: Mode, patience: int, min_delta: float) -
 
 
 def check_validates(trainer: Trainer, owner: object) -> None:
-    """Raise if a run has no validation for a callback that follows a metric of it.
+    """Raise if a run does not validate, for a callback that follows a metric of it.
+
+    Raises:
+        MisconfigurationException: If the run has no validation, or ends before the first.
+    """
+    check_has_validation(trainer, owner)
+    every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
+    if every is not None and epochs is not None and 0 < epochs < every:
+        raise MisconfigurationException(
+            f"{type(owner).__name__} follows a metric of validation, but this run ends before its first: "
+            f"check_val_every_n_epoch={every} is above max_epochs={epochs}. Lower it, or leave the callback out."
+        )
+
+
+def check_has_validation(trainer: Trainer, owner: object) -> None:
+    """Raise if a run has no validation, for a callback that validates in its own time.
 
     Raises:
         MisconfigurationException: If the run has no validation.

@@ -15,7 +15,13 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from kd_lightning._lightning import data_sources
-from kd_lightning.callbacks.common import check_validates, find_distiller, find_holder, mean_over_ranks, read_metric
+from kd_lightning.callbacks.common import (
+    check_has_validation,
+    find_distiller,
+    find_holder,
+    mean_over_ranks,
+    read_metric,
+)
 from kd_lightning.callbacks.snapshot import Snapshot
 from kd_lightning.callbacks.trial import TrialWatch, short_run
 from kd_lightning.distiller import Distiller
@@ -205,7 +211,7 @@ class TemperatureFinder(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         distiller = find_distiller(trainer, pl_module)
-        check_validates(trainer, self)
+        check_has_validation(trainer, self)
         self._check(trainer, distiller.temperature)
         if trainer.ckpt_path is not None or trainer.global_step > 0:
             if self.best is not None:

@@ -70,7 +70,8 @@ class DistillationRun:
         return self._last_progress
 
     def set_up(self, trainer: Trainer) -> None:
-        """Load the teacher's weights and show the data to the policies, before a fit."""
+        """Check the weights of the loss, load the teacher's weights and show the data to the policies, before a fit."""
+        self.distiller.check_trains()
         self.teacher.load()
         for policy in self.distiller.policies().values():
             policy.setup_data(datamodule_of(trainer))

@@ -48,14 +48,23 @@ def call(make: Callable[..., object], **options: Any) -> Callable[[], object]:
     return lambda: make(**options)
 
 
-def fit(callback: Callback) -> Callable[[], object]:
+def weights_set_to_zero() -> None:
+    module = DistillationModule(student=nn.Linear(NUM_FEATURES, NUM_CLASSES), teacher=make_teacher())
+    module.kd_weight = module.task_weight = 0.0
+    Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False).fit(
+        module, torch.utils.data.DataLoader(make_data(8), batch_size=4)
+    )
+
+
+def fit(callback: Callback, **options: Any) -> Callable[[], object]:
     def run() -> None:
         module = DistillationModule(student=nn.Linear(NUM_FEATURES, NUM_CLASSES), teacher=make_teacher())
         trainer = Trainer(
-            max_epochs=1, callbacks=[callback], accelerator="cpu", logger=False, barebones=False,
+            **options, max_epochs=1, callbacks=[callback], accelerator="cpu", logger=False, barebones=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
-        trainer.fit(module, torch.utils.data.DataLoader(make_data(8), batch_size=4))
+        loader = torch.utils.data.DataLoader(make_data(8), batch_size=4)
+        trainer.fit(module, loader, loader if options else None)
 
     return run
 
@@ -122,6 +131,12 @@ CASES = [
              NO_VALIDATION.format(callback.__name__))
         for callback in FOLLOWING
     ),
+    Case("validation after the end", fit(callbacks.AdaptiveTemperature(), check_val_every_n_epoch=2),
+         MisconfigurationException,
+         "AdaptiveTemperature follows a metric of validation, but this run ends before its first: "
+         "check_val_every_n_epoch=2 is above max_epochs=1. Lower it, or leave the callback out."),
+    Case("weights that are set to 0", weights_set_to_zero, ValueError,
+         "kd_weight and task_weight are both 0, which trains nothing. Give one of them a weight."),
     *(
         Case(f"{name} of {count!r}", call(callbacks.AdaptiveTemperature, **{name: count}), TypeError,
              f"{name} must be a whole number, {least} or more, got {count!r}.")
