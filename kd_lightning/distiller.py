@@ -21,7 +21,7 @@ from kd_lightning.losses.task import as_targets, check_targets, is_readable, tas
 from kd_lightning.output import DistillationOutput
 from kd_lightning.schedules import ConstantSchedule, Progress, Schedule, as_schedule, weight_at
 from kd_lightning.teachers import Opinions, Teacher, extract_logits
-from kd_lightning.teachers.calls import HiddenStates, by_name, counting_positions
+from kd_lightning.teachers.calls import HiddenStates, by_name, check_sequence, counting_positions
 from kd_lightning.teachers.frozen import as_teacher
 from kd_lightning.temperature import Signals, TemperaturePolicy, as_policy
 from kd_lightning.temperature.base import Temperatures, as_terms
@@ -135,12 +135,15 @@ class Distiller(DistillerParts):
             teacher_logits = self._teaching.logits(inputs, index)
         student_logits, teacher_logits = plain(student_logits), plain(teacher_logits)
         check_labels(targets, student_logits, self.class_dim, self.task_ignore_index)
-        if is_readable() and not self.looked_at:
+        first = is_readable() and not self.looked_at
+        if first:
             self.looked_at = True
             self._check_first_batch(student_logits, teacher_logits, targets if task_loss is None else None)
         student = student_logits.movedim(self.class_dim, -1)
         named = by_name(inputs, self.input_names)
         counting = counting_positions(targets, named, student.shape[:-1])
+        if first and counting is None:
+            check_sequence(student_logits, self.class_dim, inputs)
         signals = Signals(student, student, counting, progress, self.ignore_index, extra=extra or {})
         opinions = self._teaching.opinions(teacher_logits, signals, self.class_dim, inputs)
         kd_loss, temperature = self._distil(opinions.seen(signals), opinions)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +78,7 @@ class FeatureExtractor:
             self.attached = True
             self._handles = [
                 self._module.register_forward_pre_hook(self._begin),
-                *(layer.register_forward_hook(partial(self._record, name)) for name, layer in self._layers.items()),
+                *(layer.register_forward_hook(_Record(self, name)) for name, layer in self._layers.items()),
                 self._module.register_forward_hook(self._end),  # after the record of a layer that is the network itself
             ]
         return self
@@ -143,7 +142,8 @@ class FeatureExtractor:
     def _end(self, *_: Any) -> None:
         self._recording = False
 
-    def _record(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
+    def record(self, name: str, output: Any) -> None:
+        """Keep a layer's output; called by its hook."""
         if not self._recording:
             return
         tensor = _first_tensor(output)
@@ -167,6 +167,17 @@ class FeatureExtractor:
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
         return f"{type(self).__name__}({self._kind}, layers={list(self.names)}, {state})"
+
+
+class _Record:
+    """The hook of one layer. A closure could not be pickled with the network, and a partial breaks a compiled graph."""
+
+    def __init__(self, extractor: FeatureExtractor, name: str) -> None:
+        self.extractor = extractor
+        self.name = name
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.extractor.record(self.name, output)
 
 
 def find_layers(module: nn.Module, layers: Sequence[str] | str) -> dict[str, nn.Module]:

@@ -150,7 +150,8 @@ class LayerTerm(nn.Module):
         mask: Tensor | None = None,
     ) -> LayerResult:
         """Return the term for one batch, with weight 0 unless enabled; ``mask (N, L)`` is True at tokens that count."""
-        weight = weight_at(self.weight, progress, f"the weight of {self!r}") if enabled else 0.0
+        name = f"the weight of {type(self).__name__}({self.student_layer!r} → {self.teacher_layer!r})"
+        weight = weight_at(self.weight, progress, name) if enabled else 0.0
         features = self._fitted(student_features, teacher_features), teacher_features
         given: dict[str, Tensor] = {}
         if mask is not None and all(x.dim() == 3 and x.shape[:2] == mask.shape for x in features):

@@ -64,6 +64,27 @@ def counting_positions(targets: Tensor | None, inputs: Mapping[str, Any], positi
     return mask if mask is not None and mask.shape == torch.Size(positions) else None
 
 
+def check_sequence(logits: Tensor, class_dim: int, inputs: Any) -> None:
+    """Raise if nothing tells ``(B, C, L)`` from ``(B, L, C)``, where there are neither labels nor a padding mask.
+
+    The inputs tell if one of them has the logits' first two dimensions, as tokens do, and other features than classes.
+
+    Raises:
+        ValueError: If the logits have three dimensions, and ``class_dim`` is the default that nobody may have meant.
+    """
+    if class_dim != -1 or logits.dim() != 3:
+        return
+    for leaf in tree_leaves(dict(inputs) if isinstance(inputs, Mapping) else inputs):
+        alike = isinstance(leaf, Tensor) and leaf.shape[:2] == logits.shape[:2]
+        if alike and (leaf.dim() == 2 or leaf.shape[-1] != logits.shape[-1]):
+            return
+    raise ValueError(
+        f"logits of shape {tuple(logits.shape)} without labels fit (B, C, L) and (B, L, C) alike, and no input has "
+        "their first two dimensions. Give the loss class_dim=1 or class_dim=2, or the batch labels or an "
+        "attention_mask."
+    )
+
+
 def call_model(module: Callable[..., Any], inputs: Any) -> Any:
     """Call a network: with a mapping by keyword, a tuple or list by position, a :class:`Call` by both, or one argument.
 

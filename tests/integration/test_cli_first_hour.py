@@ -228,8 +228,8 @@ TYPED = [
     Typed("a callback twice", "fit --config digits.yaml --trainer.callbacks+=DistillationCallback "
           "--trainer.callbacks.teacher=DigitsCNN --trainer.callbacks+=DistillationCallback "
           "--trainer.callbacks.teacher=DigitsCNN",
-          "--trainer.callbacks+: DistillationCallback stands more than once among the callbacks, with the same "
-          "settings. Keep one of them."),
+          "DistillationModule is to be trained with more than one DistillationCallback, and each would add a loss to "
+          "the sum of the others. Keep one of them, and give it several teachers as a TeacherEnsemble([...])."),
     Typed("a key of accumulation", "fit --config digits.yaml --trainer.callbacks+=GradientAccumulationScheduler "
           "--trainer.callbacks.scheduling={a:2}",
           "--trainer.callbacks.scheduling: must be a mapping from an integer to an integer, got …"),

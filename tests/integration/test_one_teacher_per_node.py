@@ -69,8 +69,7 @@ def run(strategy: str, weights: str, folder: Path) -> None:
     [
         ("ddp_fork", "in memory", 1),  # pages of the parent
         ("ddp_fork", "read", 2),  # each rank writes into pages that it has forked
-        ("ddp_spawn", "in memory", 1),  # torch hands tensors to spawned processes in shared memory
-        ("ddp_spawn", "read", 1),  # and all ranks read the file into it
+        ("ddp_spawn", "read", 1),  # into the shared memory in which torch hands tensors to processes
         ("ddp", "mapped", 1),  # pages of the file
     ],
 )

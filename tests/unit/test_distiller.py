@@ -4,13 +4,14 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kd_lightning import Distiller, FrozenTeacher, LayerTerm
+from kd_lightning import Distiller, FrozenTeacher, LayerTerm, functional
 from kd_lightning.losses import HintLoss, KDLoss
 from kd_lightning.teachers import TeacherCache
 from kd_lightning.temperature import (
@@ -114,10 +115,11 @@ def test_tokens(teacher: nn.Module) -> None:
 
 def test_a_padded_vocabulary_of_the_teacher_is_cut() -> None:
     student, teacher_logits = torch.randn(2, 7, 5), torch.randn(2, 7, 8)
+    tokens = torch.zeros(2, 7, dtype=torch.long)
     distiller = Distiller(None, LogitStdTemperature(), task_weight=0)
     with pytest.warns(UserWarning, match="the last 3 of the teacher are cut"):
-        out = distiller(None, student, teacher_logits=teacher_logits)
-    expected = distiller(None, student, teacher_logits=teacher_logits[..., :5])
+        out = distiller(tokens, student, teacher_logits=teacher_logits)
+    expected = distiller(tokens, student, teacher_logits=teacher_logits[..., :5])
     assert torch.equal(out.loss, expected.loss)
     assert out.teacher_logits.shape == (2, 7, 5)
 
@@ -226,3 +228,27 @@ def test_layers_and_a_cache_do_not_go_together(teacher: nn.Module, tmp_path: Pat
     frozen = FrozenTeacher(teacher, cache=TeacherCache(tmp_path / "cache.kdl"))
     with pytest.raises(ValueError, match="a cache keeps its logits only"):
         Distiller(frozen, layers=[LayerTerm("0", "0", HintLoss())])
+
+
+class TestSequencesWithoutLabels:
+    """Without labels nothing may tell (B, C, L) from (B, L, C)."""
+
+    LOGITS = torch.randn(2, 5, 7, requires_grad=True)
+
+    def distil(self, inputs: Any, **options: Any) -> float:
+        distiller = Distiller(None, 2.0, KDLoss(**options), task_weight=0.0)
+        return distiller(inputs, self.LOGITS, teacher_logits=self.LOGITS.detach().flip(0)).loss.item()
+
+    def test_inputs_that_do_not_tell(self) -> None:
+        with pytest.raises(ValueError, match=r"\(2, 5, 7\) without labels fit .* class_dim=1 or class_dim=2"):
+            self.distil(torch.randn(2, 3, 7))
+
+    def test_what_tells(self) -> None:
+        student, teacher = self.LOGITS.detach(), self.LOGITS.detach().flip(0)
+        last = 0.9 * functional.kd_loss(student, teacher, 2.0).item()
+        tokens, frames = torch.zeros(2, 5, dtype=torch.long), torch.randn(2, 5, 16)
+        for inputs in (tokens, frames, {"input_ids": tokens}, (frames, torch.randn(2, 3))):
+            assert self.distil(inputs) == pytest.approx(last)
+        assert self.distil(torch.randn(2, 3, 7), class_dim=2) == pytest.approx(last)
+        first = 0.9 * functional.kd_loss(student, teacher, 2.0, class_dim=1).item()
+        assert self.distil(torch.randn(2, 3, 7), class_dim=1) == pytest.approx(first)

@@ -138,7 +138,7 @@ def test_from_the_command_line(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["os.system", "a function traced"])
+@pytest.mark.parametrize("name", ["os.system"])
 def test_the_console_script_says_it_in_one_paragraph(name: str, tmp_path: Path) -> None:
     target = tmp_path / "touched"
     path = write(tmp_path / "evil.ckpt", settings_of(name, target))
