@@ -67,12 +67,13 @@ def counting_positions(targets: Tensor | None, inputs: Mapping[str, Any], positi
 def check_sequence(logits: Tensor, class_dim: int, inputs: Any) -> None:
     """Raise if nothing tells ``(B, C, L)`` from ``(B, L, C)``, where there are neither labels nor a padding mask.
 
-    The inputs tell if one of them has the logits' first two dimensions, as tokens do, and other features than classes.
+    The inputs, where they are given, tell if one of them has the logits' first two dimensions, as tokens do, and other
+    features than classes.
 
     Raises:
         ValueError: If the logits have three dimensions, and ``class_dim`` is the default that nobody may have meant.
     """
-    if class_dim != -1 or logits.dim() != 3:
+    if inputs is None or class_dim != -1 or logits.dim() != 3:
         return
     for leaf in tree_leaves(dict(inputs) if isinstance(inputs, Mapping) else inputs):
         alike = isinstance(leaf, Tensor) and leaf.shape[:2] == logits.shape[:2]

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from kd_lightning.cli import main
 from tests.helpers import on_ranks
@@ -17,27 +16,23 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # because each run has a folder of its own
-@pytest.mark.parametrize("whole", [True, False], ids=["one file", "a file for each rank"])
-def test_two_processes_run_the_configuration(whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_run_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "configs").symlink_to(CONFIGS)  # paths in the files start at the project's folder
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["kd-lightning"])
     configs = ["--config", "configs/lm.yaml", "--config", "configs/sharded/lm.yaml", "--resume", "auto"]
-    distributed = f"--trainer.strategy.init_args.save_distributed_checkpoint={str(not whole).lower()}"
+    distributed = "--trainer.strategy.init_args.save_distributed_checkpoint=true"
     short = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.check_val_every_n_epoch=1"]
     for epochs in (1, 2):
         main_arguments = ["fit", *configs, distributed, *short, f"--trainer.max_epochs={epochs}"]
         on_ranks(2, lambda _, arguments=main_arguments: main(arguments))
     versions = sorted(tmp_path.glob("logs/lm/version_*"))
     newest = versions[-1] / "checkpoints" / "newest.ckpt"
-    assert newest.is_file() if whole else {"__0_0.distcp", "__1_0.distcp"} <= {path.name for path in newest.iterdir()}
+    assert {"__0_0.distcp", "__1_0.distcp"} <= {path.name for path in newest.iterdir()}  # a file for each rank
     with open(versions[-1] / "metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["val_perplexity"]]
     assert [int(row["epoch"]) for row in rows] == [1]  # the second run goes on after the first
     assert 1 < float(rows[0]["val_perplexity"]) < 1000
-    if whole:
-        weights = torch.load(newest, weights_only=True)["state_dict"]
-        assert weights["student.head.weight"].shape[1] == 64
 
 
 @pytest.mark.slow
