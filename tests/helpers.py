@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
@@ -81,6 +81,21 @@ class InOrder(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self.loader(32, seed=1)
+
+
+def fit_in_order(
+    module: LightningModule, folder: Path, strategy: Any = "auto", ckpt_path: Path | None = None, **options: Any
+) -> Trainer:
+    """Fit quietly on the CPU, in one process or, with a strategy, in one of two, and return the trainer."""
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    settings: dict[str, Any] = {"max_epochs": 1, "limit_val_batches": 2, **quiet, **options}
+    devices = 1 if strategy == "auto" else 2
+    trainer = Trainer(
+        accelerator="cpu", devices=devices, strategy=strategy, use_distributed_sampler=False,
+        default_root_dir=folder, **settings,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=InOrder(), ckpt_path=ckpt_path)
+    return trainer
 
 
 class Net(nn.Module):

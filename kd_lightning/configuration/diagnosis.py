@@ -242,9 +242,10 @@ def _in_value(value: Any, annotation: Any, key: Key, walk: _Walk) -> _Mistakes:
     ):
         yield key, f"class_path is missing, which names the class.{_list('It may be', class_names(bases))}"
     elif isinstance(value, dict) and value and bases and [*callables_of(annotation)]:  # such as an optimizer's
-        option, shown = walk.written.place((*key, *value)[: len(key) + 1]), _example(class_names(bases))
-        if option.startswith("-"):
-            yield key, f"the class is missing. Write {option.rpartition('.')[0]} {shown} as well."
+        argument, shown = walk.written.place((*key, next(iter(value)))), _example(class_names(bases))
+        if argument.startswith("-"):
+            option = argument.rpartition(".")[0]
+            yield key, f"the class is missing. Write {option} {shown} as well."
         else:
             yield key, f"class_path is missing, which names the class, such as {shown}."
     elif isinstance(value, dict) and len(bases) == 1:

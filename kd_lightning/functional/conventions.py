@@ -22,25 +22,45 @@ from kd_lightning.functional.temperature import Temperature, check_weights, comp
 Convention = Literal["hinton", "trl", "modelopt", "torchdistill", "textbrewer"]
 
 
-def hinton_kd_loss(*given: Any, **options: Unpack[UnscaledOptions]) -> Tensor:
+def hinton_kd_loss(
+    student_logits: Tensor,
+    teacher_logits: TeacherTarget,
+    temperature: float | Tensor | Temperature,
+    **options: Unpack[UnscaledOptions],
+) -> Tensor:
     """Return :func:`kd_loss` with T²: mdistiller, timm, DistillKit."""
-    return kd_loss(*given, scale="student_teacher", **options)
+    return kd_loss(student_logits, teacher_logits, temperature, scale="student_teacher", **options)
 
 
-def trl_kd_loss(*given: Any, **options: Unpack[UnscaledOptions]) -> Tensor:
+def trl_kd_loss(
+    student_logits: Tensor,
+    teacher_logits: TeacherTarget,
+    temperature: float | Tensor | Temperature,
+    **options: Unpack[UnscaledOptions],
+) -> Tensor:
     """Return :func:`kd_loss` without T²: TRL."""
-    return kd_loss(*given, scale="none", **options)
+    return kd_loss(student_logits, teacher_logits, temperature, scale="none", **options)
 
 
-def modelopt_kd_loss(student_logits: Tensor, *given: Any, **options: Unpack[UnscaledOptions]) -> Tensor:
+def modelopt_kd_loss(
+    student_logits: Tensor,
+    teacher_logits: TeacherTarget,
+    temperature: float | Tensor | Temperature,
+    **options: Unpack[UnscaledOptions],
+) -> Tensor:
     """Return :func:`kd_loss` with T², averaged over the classes too and so C times smaller: NVIDIA ModelOpt."""
-    loss = kd_loss(student_logits, *given, scale="student_teacher", **options)
+    loss = kd_loss(student_logits, teacher_logits, temperature, scale="student_teacher", **options)
     return loss / student_logits.shape[options.get("class_dim", CLASS_DIM)]
 
 
-def textbrewer_kd_loss(*given: Any, **options: Unpack[UnscaledOptions]) -> Tensor:
+def textbrewer_kd_loss(
+    student_logits: Tensor,
+    teacher_logits: TeacherTarget,
+    temperature: float | Tensor | Temperature,
+    **options: Unpack[UnscaledOptions],
+) -> Tensor:
     r"""Return the soft cross-entropy :math:`-\sum_k p_t \log p_s` without T²: TextBrewer."""
-    return soft_cross_entropy_loss(*given, scale="none", **options)
+    return soft_cross_entropy_loss(student_logits, teacher_logits, temperature, scale="none", **options)
 
 
 def torchdistill_kd_loss(

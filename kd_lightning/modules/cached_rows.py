@@ -37,16 +37,16 @@ class CachedRows:
     def index(self, trainer: Trainer) -> None:
         """Have the data module's batches name their rows in the teacher's cache."""
         teacher = self.distiller.teacher
-        index_training(datamodule_of(trainer), teacher.index if teacher is not None and teacher.caches else None)
+        index_training(datamodule_of(trainer), teacher.index if teacher is not None and self.caches else None)
 
     def start_epoch(self, trainer: Trainer) -> None:
         """Select the slot of the epoch, and release a teacher whose caches have every row. A collective."""
         self.set_epoch(trainer.current_epoch)
-        whole = all(cache.complete for cache in self.caches)
         teacher = self.distiller.teacher
-        if (
-            teacher is not None and teacher.caches and trainer.strategy.reduce_boolean_decision(whole)
-        ):  # all ranks alike
+        if teacher is None or not self.caches:
+            return
+        whole = all(cache.complete for cache in self.caches)
+        if trainer.strategy.reduce_boolean_decision(whole):  # so that the ranks stay alike
             teacher.release()
 
     def set_epoch(self, epoch: int) -> None:

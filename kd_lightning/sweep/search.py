@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from tqdm.auto import tqdm
 
 from kd_lightning.callbacks.trial import quiet
+from kd_lightning.functional.rows import check_option
 from kd_lightning.functional.temperature import check_number
 from kd_lightning.ranking import check_counts, check_monitor, checked_temperatures, checked_weights
 from kd_lightning.sweep.on_ray import require_ray, share_on_ray
@@ -120,8 +121,7 @@ def sweep(
         import optuna
     except ImportError as error:
         raise ImportError("a sweep needs Optuna and matplotlib: pip install 'kd-lightning[sweep]'") from error
-    if executor not in ("local", "ray"):
-        raise ValueError(f"executor must be one of 'local', 'ray', got {executor!r}.")
+    check_option("executor", executor, ("local", "ray"))
     if executor == "ray":
         require_ray()
 

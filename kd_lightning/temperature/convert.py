@@ -33,7 +33,7 @@ def as_policy(temperature: float | Callable[[Progress], float] | TemperaturePoli
         ScheduledTemperature(schedule=CosineSchedule(init_value=8.0, end_value=1.0, until=1.0))
     """
     if isinstance(temperature, TemperaturePolicy):
-        if "_buffers" not in vars(temperature):
+        if "_modules" not in vars(temperature):
             raise TypeError(f"{type(temperature).__name__}.__init__ does not call super().__init__(). Call it first.")
         return temperature
     if isinstance(temperature, Real) and not isinstance(temperature, bool):

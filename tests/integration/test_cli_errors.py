@@ -277,7 +277,7 @@ def test_in_a_configuration(wrong: Wrong, told: Callable[..., str], tmp_path: Pa
     place = write(tmp_path, wrong)
     message = wrong.message.replace("@", place).replace("{cwd}", str(tmp_path))
     text = told("fit", "--config", "wrong.yaml", *SHORT)
-    assert text.replace("SawTooth, ", "") == message  # the class of another test's project, as long as it is alive
+    assert text.replace("SawTooth, ", "") == message  # another test's: jsonargparse keeps each class that it parsed
 
 
 @pytest.mark.parametrize("typed", TYPED, ids=lambda typed: typed.name)

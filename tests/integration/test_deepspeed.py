@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from typing_extensions import override
@@ -20,7 +19,7 @@ from kd_lightning.losses import HintLoss
 from kd_lightning.schedules import Progress
 from kd_lightning.teachers import EMATeacher
 from kd_lightning.temperature import CosineSchedule, EntropyTemperature
-from tests.helpers import InOrder, LearnedTemperature, make_data, make_network, on_ranks
+from tests.helpers import LearnedTemperature, fit_in_order, make_data, make_network, on_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # DeepSpeed calls what torch has deprecated
 
@@ -166,26 +165,14 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def fit(module: DistillationModule, folder: Path, strategy: Any = "auto", **options: Any) -> Trainer:
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    settings: dict[str, Any] = {"max_epochs": 1, "limit_val_batches": 2, **quiet, **options}
-    ckpt_path, devices = settings.pop("ckpt_path", None), 1 if strategy == "auto" else 2
-    trainer = Trainer(
-        accelerator="cpu", devices=devices, strategy=strategy, use_distributed_sampler=False,
-        default_root_dir=folder, **settings,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=InOrder(), ckpt_path=ckpt_path)
-    return trainer
-
-
 def check_strategy(deepspeed: Any, wanted: dict[str, dict[str, Tensor]], folder: Path) -> None:
     for stage in (1, 2, 3):
         for name, (make_module, options) in RUNS.items():
             module, file = make_module(), folder / f"{stage}.ckpt"
             if name == "resumed":
-                fit(make_module(), folder, OnCPU(stage=stage)).save_checkpoint(file)
+                fit_in_order(make_module(), folder, OnCPU(stage=stage)).save_checkpoint(file)
                 options = {**options, "ckpt_path": file}
-            fit(module, folder, OnCPU(stage=stage), **options)
+            fit_in_order(module, folder, OnCPU(stage=stage), **options)
             check(state_of(deepspeed, module, stage), wanted[name], f"{name}, ZeRO {stage}")
     for module, callbacks, message in (
         (make(teacher=EMATeacher()), [], "EMATeacher follows the optimiser's steps, which OnCPU hides. Take ddp"),
@@ -194,13 +181,13 @@ def check_strategy(deepspeed: Any, wanted: dict[str, dict[str, Tensor]], folder:
         (make(mean_over="step"), [], "mean_over='step' divides the accumulated gradients itself, but they are out of"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
-            fit(module, folder, OnCPU(stage=1), callbacks=callbacks)
+            fit_in_order(module, folder, OnCPU(stage=1), callbacks=callbacks)
 
 
 def test_the_strategy_trains_as_one_process(deepspeed: Any, tmp_path: Path) -> None:
     wanted = {}
     for name, (make_module, options) in RUNS.items():
         module = make_module()
-        fit(module, tmp_path, **options)
+        fit_in_order(module, tmp_path, **options)
         wanted[name] = module.state_dict()
     on_ranks(2, lambda _: check_strategy(deepspeed, wanted, tmp_path))

@@ -20,7 +20,7 @@ from kd_lightning import DistillationModule, FrozenTeacher, LayerTerm
 from kd_lightning.losses import HintLoss
 from kd_lightning.teachers import Sharded
 from kd_lightning.temperature import CosineSchedule, EntropyTemperature
-from tests.helpers import InOrder, LearnedTemperature, make_network, on_ranks
+from tests.helpers import LearnedTemperature, fit_in_order, make_network, on_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # what Lightning calls of FSDP1 is deprecated
 
@@ -61,20 +61,6 @@ MODULES: dict[str, Callable[[], DistillationModule]] = {
 OPTIONS: dict[str, dict[str, Any]] = {"clipped": {"gradient_clip_val": 0.05}, "resumed": {"max_epochs": 2}}
 
 
-def fit(
-    module: DistillationModule, folder: Path, strategy: Any = "auto", ckpt_path: Path | None = None, **options: Any
-) -> Trainer:
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    settings: dict[str, Any] = {"max_epochs": 1, "limit_val_batches": 2, **quiet, **options}
-    devices = 1 if strategy == "auto" else 2
-    trainer = Trainer(
-        accelerator="cpu", devices=devices, strategy=strategy, use_distributed_sampler=False,
-        default_root_dir=folder, **settings,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=InOrder(), ckpt_path=ckpt_path)
-    return trainer
-
-
 def check(trainer: Trainer, file: Path) -> None:
     assert isinstance(trainer.model, FullyShardedDataParallel)
     with FullyShardedDataParallel.state_dict_type(trainer.model, StateDictType.FULL_STATE_DICT):
@@ -87,17 +73,22 @@ def check(trainer: Trainer, file: Path) -> None:
 def check_ranks(folder: Path) -> None:
     for name, make_module in MODULES.items():
         wrap: set[type[nn.Module]] | None = {nn.Linear} if name in ("constant", "layers") else None
-        check(fit(make_module(), folder, OnCPU(auto_wrap_policy=wrap), **OPTIONS.get(name, {})), folder / f"{name}.pt")
+        check(
+            fit_in_order(make_module(), folder, OnCPU(auto_wrap_policy=wrap), **OPTIONS.get(name, {})),
+            folder / f"{name}.pt",
+        )
     for kind in ("full", "sharded"):
-        trainer = fit(MODULES["resumed"](), folder, OnCPU(state_dict_type=kind))
+        trainer = fit_in_order(MODULES["resumed"](), folder, OnCPU(state_dict_type=kind))
         trainer.save_checkpoint(folder / f"{kind}.ckpt")
-        trainer = fit(MODULES["resumed"](), folder, OnCPU(state_dict_type=kind), folder / f"{kind}.ckpt", max_epochs=2)
+        trainer = fit_in_order(
+            MODULES["resumed"](), folder, OnCPU(state_dict_type=kind), folder / f"{kind}.ckpt", max_epochs=2
+        )
         check(trainer, folder / "resumed.pt")
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     for name, make_module in MODULES.items():
         module = make_module()
-        fit(module, tmp_path, **OPTIONS.get(name, {}))
+        fit_in_order(module, tmp_path, **OPTIONS.get(name, {}))
         torch.save(module.state_dict(), tmp_path / f"{name}.pt")
     on_ranks(2, lambda _: check_ranks(tmp_path))

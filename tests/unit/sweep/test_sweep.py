@@ -107,7 +107,7 @@ def test_table_choice_and_test_scores_follow_from_the_runs(swept: tuple[Path, st
     assert (folder / "heatmap.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("pattern", ["{name}.{stage}"])
+@pytest.mark.parametrize("pattern", ["{stage}/{name}", "{name}.{stage}"])
 def test_metrics_under_other_names(swept: tuple[Path, str], tmp_path: Path, pattern: str) -> None:
     """The names alone differ: the scores, the choice and the test are those of the sweep without them."""
     monitor, measured = (pattern.format(stage=stage, name="acc") for stage in ("val", "test"))
