@@ -19,30 +19,6 @@ from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.parsing import collect_init_args
 from typing_extensions import override
 
-__all__ = [
-    "FIRST_LOOK",
-    "CommandLine",
-    "FirstLookModule",
-    "accumulates",
-    "attached_trainer",
-    "batches_done",
-    "callbacks_of",
-    "data_sources",
-    "datamodule_of",
-    "forget_run",
-    "init_arguments",
-    "is_compiled",
-    "is_given_by_cli",
-    "is_sequential",
-    "load_file",
-    "log_interval",
-    "logged_step",
-    "restricted_classmethod",
-    "state_key",
-    "train_loader",
-    "updates_logs",
-]
-
 # ---- public, but set by connectors, so that type checkers do not see them -----------------------------------------
 
 

@@ -20,8 +20,6 @@ from kd_lightning.modules.checkpoint_settings import read_checkpoint
 from kd_lightning.plotting import plot_temperature_history
 from kd_lightning.ranking import show, smaller_is_better
 
-__all__ = ["card_of", "write_card"]
-
 _CARD, _PLOT, _CONFIG = "card.md", "card_temperature.png", "card_config.yaml"
 
 

@@ -12,25 +12,6 @@ from typing import Literal, Protocol, TypeVar
 
 from kd_lightning.functional.temperature import is_number
 
-__all__ = [
-    "Lead",
-    "Mode",
-    "Scored",
-    "align",
-    "candidate_name",
-    "check_counts",
-    "check_mode",
-    "check_monitor",
-    "check_name",
-    "checked_temperatures",
-    "checked_weights",
-    "mean_and_std",
-    "rank",
-    "show",
-    "smaller_is_better",
-    "steady_metrics",
-]
-
 Mode = Literal["min", "max"]
 
 

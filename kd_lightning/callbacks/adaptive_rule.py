@@ -8,8 +8,6 @@ from typing import Literal, NamedTuple
 
 from kd_lightning.callbacks.common import Mode, count_checks, mean_over_ranks
 
-__all__ = ["AdaptiveRule", "AdaptiveState", "Direction", "Move", "TemperatureRange", "agree", "return_ratio"]
-
 Direction = Literal["decrease", "increase", "keep"]
 
 _LEAST_MOVE = 1e-3

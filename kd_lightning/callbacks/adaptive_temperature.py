@@ -36,8 +36,6 @@ from kd_lightning.modules.replicas import gather
 from kd_lightning.ranking import check_counts, moves_with_temperature, steady_metrics
 from kd_lightning.temperature import TemperaturePolicy
 
-__all__ = ["AdaptiveTemperature"]
-
 
 class AdaptiveTemperature(Callback):
     """A callback that moves the temperature when a validation metric stagnates or falls.

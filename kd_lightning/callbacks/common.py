@@ -16,19 +16,6 @@ from kd_lightning.modules.holds_distiller import HoldsDistiller
 from kd_lightning.modules.metric_names import has_validation
 from kd_lightning.ranking import Mode, check_counts, check_mode, check_name
 
-__all__ = [
-    "Mode",
-    "check_following",
-    "check_has_validation",
-    "check_validates",
-    "count_checks",
-    "find_distiller",
-    "find_holder",
-    "is_validation_check",
-    "mean_over_ranks",
-    "read_metric",
-]
-
 
 def find_holder(trainer: Trainer, pl_module: LightningModule) -> HoldsDistiller | None:
     """Return the module or callback of this library that distils; None for a Distiller in a module of one's own."""

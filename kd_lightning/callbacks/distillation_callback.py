@@ -29,8 +29,6 @@ from kd_lightning.teachers.calls import counting_positions
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 from kd_lightning.temperature.extra import take_extra
 
-__all__ = ["DistillationCallback"]
-
 _ABSENT: Any = object()
 
 

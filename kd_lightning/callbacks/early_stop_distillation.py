@@ -25,8 +25,6 @@ from kd_lightning.callbacks.common import (
 from kd_lightning.modules.replicas import gather
 from kd_lightning.temperature import Progress
 
-__all__ = ["EarlyStopDistillation"]
-
 
 class EarlyStopDistillation(Callback):
     """A callback that turns the distillation term off when a validation metric stops improving.

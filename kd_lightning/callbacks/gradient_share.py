@@ -20,8 +20,6 @@ from kd_lightning.functional.across_ranks import sum_over_ranks
 from kd_lightning.modules.readings import is_logging_step
 from kd_lightning.schedules import ConstantSchedule, Progress
 
-__all__ = ["GradientShare", "gradient_norms", "gradient_share"]
-
 
 class GradientShare(Callback):
     r"""A callback that sets ``kd_weight`` so that distillation keeps its share of the gradient at any temperature.

@@ -6,8 +6,6 @@ from string import Formatter
 
 from kd_lightning.modules.metric_names import NamesMetrics
 
-__all__ = ["MetricNames"]
-
 
 class MetricNames(NamesMetrics):
     """A pattern for the names of this library's metrics, such as ``val/acc`` for ``val_acc``.

@@ -13,8 +13,6 @@ from kd_lightning.callbacks.common import find_distiller, find_holder
 from kd_lightning.modules.replicas import check_replicas, distiller_state
 from kd_lightning.ranking import check_counts
 
-__all__ = ["ReplicaConsistency"]
-
 
 class ReplicaConsistency(Callback):
     """A check that stops the run when its ranks differ.

@@ -16,8 +16,6 @@ from kd_lightning.modules.non_finite import NonFiniteHandler
 from kd_lightning.modules.replicas import is_distributed
 from kd_lightning.ranking import check_counts
 
-__all__ = ["SkipNonFinite"]
-
 
 class SkipNonFinite(NonFiniteHandler):
     """A callback that skips an optimiser step on all ranks if a gradient is NaN or infinite on one.

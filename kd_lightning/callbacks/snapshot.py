@@ -16,8 +16,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-__all__ = ["Snapshot"]
-
 _WITH_ATTRIBUTES = (nn.Module, Optimizer, LRScheduler, GradScaler, DataLoader, Sampler)
 _DATA = (Dataset, LightningDataModule)  # only their loaders, samplers and generators are kept, because data is large
 _DRAWS_BATCHES = (

@@ -16,8 +16,6 @@ from kd_lightning.losses.task import as_targets
 from kd_lightning.modules.supervised import LABEL_KEYS
 from kd_lightning.teachers import Call
 
-__all__ = ["StudentCall", "changed", "choose", "find_targets", "select", "tensors", "versions"]
-
 
 @dataclass
 class StudentCall:

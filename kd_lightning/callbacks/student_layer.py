@@ -12,8 +12,6 @@ from torch import nn
 
 from kd_lightning._lightning import is_compiled
 
-__all__ = ["find_layer", "unseen"]
-
 
 def find_layer(pl_module: LightningModule, name: str | None) -> nn.Module:
     """Return the submodule of a dotted name; the module itself for None.

@@ -11,8 +11,6 @@ from kd_lightning.metrics import agreement, task_loss_among
 from kd_lightning.modules.metric_names import metric_name
 from kd_lightning.temperature import Signals
 
-__all__ = ["TeacherScores"]
-
 
 class TeacherScores:
     """``val_kd_loss``, the mean over the valid positions, and for predicted classes ``val_agreement``."""

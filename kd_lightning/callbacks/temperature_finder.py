@@ -45,8 +45,6 @@ from kd_lightning.temperature import ConstantTemperature, TemperaturePolicy
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["TemperatureFinder", "Trial"]
-
 
 @dataclass
 class Trial(Scored):

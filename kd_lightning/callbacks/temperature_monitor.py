@@ -21,8 +21,6 @@ from kd_lightning.modules.readings import TemperatureLogger
 from kd_lightning.ranking import check_counts
 from kd_lightning.temperature import ConstantTemperature
 
-__all__ = ["TemperatureMonitor", "gradient_share"]
-
 
 class TemperatureMonitor(TemperatureLogger):
     r"""A callback that logs and draws the temperature, as ``LearningRateMonitor`` logs the learning rate.

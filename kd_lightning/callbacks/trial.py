@@ -21,8 +21,6 @@ from kd_lightning._lightning import forget_run
 from kd_lightning.callbacks.common import find_distiller
 from kd_lightning.modules.non_finite import NonFiniteHandler
 
-__all__ = ["TrialWatch", "quiet", "short_run"]
-
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
 _SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 

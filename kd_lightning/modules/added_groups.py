@@ -10,8 +10,6 @@ from torch.optim import LBFGS
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 
-__all__ = ["add_groups"]
-
 _OF_SCHEDULERS = ("lr_lambdas", "max_lrs", "base_momentums", "max_momentums", "min_lrs")
 """The lists of torch's schedulers that have an entry for each group, beside ``base_lrs``."""
 _OF_GROUPS = ("max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")

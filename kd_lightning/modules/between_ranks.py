@@ -18,8 +18,6 @@ from kd_lightning.functional.rows import gathered
 from kd_lightning.modules.replicas import gather, is_distributed
 from kd_lightning.teachers import Teacher
 
-__all__ = ["average_gradients", "broadcast", "check_sharded", "check_teachers", "clip_gradients", "local_gradients"]
-
 
 def check_teachers(trainer: Trainer, teacher: Teacher) -> None:
     """Raise if the ranks have different teachers. A collective: every rank must call it.

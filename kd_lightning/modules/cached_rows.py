@@ -13,8 +13,6 @@ from kd_lightning.distiller import Distiller
 from kd_lightning.teachers import TeacherCache
 from kd_lightning.teachers.indexed import index_training, split_index
 
-__all__ = ["CachedRows"]
-
 
 class CachedRows:
     """The rows of the batch at hand in the teacher's cache, and the cache's epoch.

@@ -13,8 +13,6 @@ from torch.optim.optimizer import Optimizer
 
 from kd_lightning.temperature import TemperaturePolicy
 
-__all__ = ["fit_optimizer", "fit_policies"]
-
 _OF_A_POLICY = re.compile(r"(temperature|teacher_temperatures\.\d+|(?:layers\.\d+|outputs\.[^.]+)\.temperature)\.(.+)")
 
 

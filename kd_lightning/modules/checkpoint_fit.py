@@ -9,8 +9,6 @@ from torch.optim.optimizer import Optimizer
 
 from kd_lightning.teachers.weights import misfit
 
-__all__ = ["check_optimizers", "describe_misfit"]
-
 
 def describe_misfit(module: str, saved: Mapping[str, Any], wanted: Mapping[str, Any], networks: list[str]) -> str:
     """Return why a checkpoint's weights do not load into a module, and what to do.

@@ -23,8 +23,6 @@ from kd_lightning.schedules import Schedule
 from kd_lightning.teachers import Renormalize, Teacher, TeacherCache
 from kd_lightning.teachers.weights import no_torch_file
 
-__all__ = ["check_settings", "read_checkpoint"]
-
 _KINDS = (nn.Module, Schedule, Teacher, TeacherCache, Renormalize, Optimizer, LRScheduler)
 
 

@@ -22,8 +22,6 @@ from kd_lightning.modules.checkpoint_fit import check_optimizers, describe_misfi
 from kd_lightning.modules.checkpoint_settings import check_settings, read_checkpoint
 from kd_lightning.schedules import Schedule
 
-__all__ = ["CheckpointedModule", "states_of"]
-
 _PLAIN = (int, float, str, bool, type(None))
 _BUILT = "built_in_python"
 

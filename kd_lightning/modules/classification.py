@@ -18,8 +18,6 @@ from kd_lightning.modules.readings import is_logging_step
 from kd_lightning.modules.run import check_network
 from kd_lightning.modules.supervised import SupervisedModule
 
-__all__ = ["ClassificationModule"]
-
 
 class ClassificationModule(SupervisedModule):
     r"""Trains a network on labels: :math:`L = L_{task}(\text{model}(x), y)`.

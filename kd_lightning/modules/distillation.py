@@ -46,8 +46,6 @@ from kd_lightning.teachers.indexed import split_index
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
 from kd_lightning.temperature.extra import take_extra
 
-__all__ = ["DistillationModule"]
-
 _CHECKPOINT_KEY = "kd_lightning"
 
 

@@ -10,8 +10,6 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from kd_lightning._lightning import is_sequential
 
-__all__ = ["first_samples"]
-
 
 def first_samples(loader: Any, count: int = 2) -> Any:
     """Return a batch of a loader's first samples, in the structure of its batches.

@@ -9,8 +9,6 @@ from typing_extensions import override
 from kd_lightning.distiller import Distiller
 from kd_lightning.temperature import Progress
 
-__all__ = ["HoldsDistiller"]
-
 
 def _of_distiller(name: str, doc: str) -> Any:
     def get(self: HoldsDistiller) -> Any:

@@ -8,8 +8,6 @@ from lightning.pytorch.callbacks import Callback
 
 from kd_lightning._lightning import callbacks_of
 
-__all__ = ["NamesMetrics", "check_monitors", "has_validation", "metric_name", "naming_callbacks"]
-
 
 class NamesMetrics(Callback):
     """A callback whose ``pattern`` names the metrics of a run."""

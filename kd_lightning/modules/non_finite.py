@@ -8,8 +8,6 @@ from torch import Tensor
 
 from kd_lightning.output import DistillationOutput
 
-__all__ = ["NonFiniteHandler", "NonFiniteWatch"]
-
 
 class NonFiniteHandler(Callback):
     """A callback that handles losses that are not finite, so that :class:`NonFiniteWatch` leaves them alone."""

@@ -17,8 +17,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
 from typing_extensions import Required, TypedDict
 
-__all__ = ["LRSchedulerConfig", "check_optimization", "configure", "pass_lr_on"]
-
 
 class LRSchedulerConfig(TypedDict, total=False):
     """Lightning's ``lr_scheduler`` dictionary, with a function from the optimiser in place of the scheduler.

@@ -10,8 +10,6 @@ from kd_lightning._lightning import callbacks_of, log_interval
 from kd_lightning.distiller import DistillationOutput
 from kd_lightning.modules.metric_names import metric_name
 
-__all__ = ["TemperatureLogger", "final_scores", "is_logging_step", "step_readings"]
-
 
 class TemperatureLogger(Callback):
     """A callback that logs the temperature, so that :func:`step_readings` leaves the temperature out."""

@@ -17,8 +17,6 @@ from kd_lightning.distiller import Distiller
 from kd_lightning.functional.rows import gathered
 from kd_lightning.schedules import Progress, weight_at
 
-__all__ = ["check_replicas", "distiller_state", "gather", "is_distributed"]
-
 _T = TypeVar("_T")
 
 

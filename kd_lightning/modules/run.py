@@ -26,8 +26,6 @@ from kd_lightning.teachers import Teacher
 from kd_lightning.teachers.indexed import index_training
 from kd_lightning.temperature import Progress
 
-__all__ = ["DistillationRun", "check_network"]
-
 
 class DistillationRun:
     """The state of a run that is not the Distiller's own: progress, checks of the teacher, and their checkpoint.

@@ -10,8 +10,6 @@ from torch.utils.data import Dataset, IterableDataset
 
 from kd_lightning._lightning import batches_done, callbacks_of
 
-__all__ = ["RunLength", "check_batches"]
-
 
 def check_batches(trainer: Trainer) -> None:
     """Raise if a fit has no batches, which Lightning passes over, or takes a dataset for a loader.

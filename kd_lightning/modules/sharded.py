@@ -12,8 +12,6 @@ from kd_lightning._lightning import callbacks_of
 from kd_lightning.modules.distillation import DistillationModule
 from kd_lightning.teachers.sharded import Blocks, blocks_of, check_blocks, shard
 
-__all__ = ["ShardedDistillationModule"]
-
 
 class ShardedDistillationModule(DistillationModule):
     """A :class:`DistillationModule` whose student is sharded over the ranks of Lightning's ``ModelParallelStrategy``.

@@ -39,8 +39,6 @@ from kd_lightning.modules.run_length import check_batches
 from kd_lightning.teachers import extract_logits
 from kd_lightning.teachers.calls import by_name, call_model, padding_mask, positional_names
 
-__all__ = ["LABEL_KEYS", "SupervisedModule"]
-
 LABEL_KEYS = ("labels", "label", "targets", "target", "y", "mask")
 """The keys of a batch under which labels are looked for, the first that is there."""
 

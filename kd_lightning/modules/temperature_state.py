@@ -11,8 +11,6 @@ from typing_extensions import override
 from kd_lightning._lightning import callbacks_of
 from kd_lightning.distiller import Distiller
 
-__all__ = ["KeepsTemperatureState"]
-
 
 class KeepsTemperatureState(LightningModule):
     """A LightningModule whose temperature keeps its state under ``WeightAveraging``, because the state is no weight."""
