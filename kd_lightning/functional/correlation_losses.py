@@ -83,28 +83,46 @@ def dist_loss(
 
     if kept is not None:  # because a masked row may hold NaN, and 0 · NaN is NaN
         student_logits, teacher_logits = student_logits.masked_fill(~kept, 0.0), teacher_logits.masked_fill(~kept, 0.0)
-    known = ~masked_on_both_sides(student_logits, teacher_logits, class_dim).movedim(class_dim, -1)
+    masked = masked_on_both_sides(student_logits, teacher_logits, class_dim)
     p_s = widened_over(student_logits, temp.student).softmax(class_dim).movedim(class_dim, -1)
     p_t = widened_over(teacher_logits, temp.teacher).softmax(class_dim).movedim(class_dim, -1)
-    weight = torch.ones_like(p_s[..., :1]) if valid is None else valid.unsqueeze(-1).to(p_s.dtype)
-    between_classes = _correlation(p_s, p_t, -1, known.to(p_s.dtype))
-    seen = (known & (weight > 0)).to(p_s.dtype)
-    columns_s, columns_t, seen = (x.reshape(-1, x.shape[-1]) for x in (p_s, p_t, seen))
-    if sync:  # all three in one all-gather
-        columns_s, columns_t, seen = gather_over_ranks(torch.cat([columns_s, columns_t, seen], -1)).chunk(3, -1)
-    within_classes = _correlation(columns_s, columns_t, 0, seen)
-    classes = (seen.sum(0) > 0).to(p_s.dtype)  # without those that both sides mask everywhere
-    distance = ((1 - within_classes) * classes).sum() / classes.sum().clamp(min=1)
-    value = beta * (1 - between_classes) + gamma * distance
-    loss = value * weight.squeeze(-1) * (factor.squeeze(class_dim) if factor.dim() > 0 else factor)
+    known = None if masked is None else ~masked.movedim(class_dim, -1)
+    if sync and known is None:
+        known = torch.ones_like(p_s, dtype=torch.bool)  # because another rank may have masked classes
+    loss = beta * (1 - _correlation(p_s, p_t, -1, known)) + gamma * _column_distance(p_s, p_t, known, valid, sync)
+    loss = loss * (factor.squeeze(class_dim) if factor.dim() > 0 else factor)
+    loss = loss if valid is None else loss * valid
     return loss if reduction == "none" else loss.sum()
 
 
-def _correlation(x: Tensor, y: Tensor, dim: int, weight: Tensor) -> Tensor:
-    """Return Pearson's correlation along one dimension; it is 0 where one side is constant."""
-    total = weight.sum(dim, keepdim=True).clamp(min=1)
-    x = (x - (x * weight).sum(dim, keepdim=True) / total) * weight
-    y = (y - (y * weight).sum(dim, keepdim=True) / total) * weight
+def _column_distance(p_s: Tensor, p_t: Tensor, known: Tensor | None, valid: Tensor | None, sync: bool) -> Tensor:
+    """Return the mean over the classes of 1 − the correlation over all positions.
+
+    Positions that are not valid do not count, nor do classes that are known at no position.
+    """
+    seen = known
+    if valid is not None:
+        seen = valid.unsqueeze(-1) if known is None else known & valid.unsqueeze(-1)
+    p_s, p_t = p_s.flatten(0, -2), p_t.flatten(0, -2)
+    seen = None if seen is None else seen.flatten(0, -2)
+    if sync and seen is not None:  # all three in one all-gather
+        p_s, p_t, seen = gather_over_ranks(torch.cat([p_s, p_t, seen.to(p_s.dtype)], -1)).chunk(3, -1)
+        seen = seen > 0
+    distances = 1 - _correlation(p_s, p_t, 0, seen)
+    if seen is None or known is None:
+        return distances.mean()
+    classes = seen.any(0)
+    return (distances * classes).sum() / classes.sum().clamp(min=1)
+
+
+def _correlation(x: Tensor, y: Tensor, dim: int, counted: Tensor | None) -> Tensor:
+    """Return Pearson's correlation along one dimension, of the elements that count; 0 where one side is constant."""
+    if counted is None:
+        x, y = (z - z.mean(dim, keepdim=True) for z in (x, y))
+    else:
+        counted = counted.to(x.dtype)
+        total = counted.sum(dim, keepdim=True).clamp(min=1)
+        x, y = ((z - (z * counted).sum(dim, keepdim=True) / total) * counted for z in (x, y))
     norms = torch.linalg.vector_norm(x, dim=dim) * torch.linalg.vector_norm(y, dim=dim)
     return (x * y).sum(dim) / (norms + _EPSILON)
 

@@ -24,10 +24,10 @@ def masked_classes(logits: Tensor, dim: int = -1) -> Tensor:
         >>> masked_classes(torch.tensor([3.0, 0.0, -1e4, float("-inf")]))
         tensor([False, False,  True,  True])
     """
-    logits = logits.detach().to(compute_dtype(logits))  # because a gap overflows in float16
-    readable = logits.is_cpu and not torch.compiler.is_compiling() and not in_transform()
-    if readable and logits.numel() > 0 and logits.amin() >= _SENTINEL:  # without a host sync
+    logits = logits.detach()
+    if _none_is_masked(logits):
         return torch.zeros_like(logits, dtype=torch.bool)
+    logits = logits.to(compute_dtype(logits))  # because a gap overflows in float16
     masked = logits == -math.inf
     lowest = logits.masked_fill(masked, math.inf).amin(dim, keepdim=True)
     low = ~masked & (logits <= lowest / 2) & (lowest < _SENTINEL)
@@ -39,6 +39,15 @@ def masked_classes(logits: Tensor, dim: int = -1) -> Tensor:
     return masked | (low & apart)
 
 
-def masked_on_both_sides(student: Tensor, teacher: Tensor, dim: int = -1) -> Tensor:
-    """Return where classes are masked in both logits, of the same shape."""
+def _none_is_masked(logits: Tensor) -> bool:
+    """Return True if it is known without a host sync that no logit is low enough for a mask."""
+    readable = logits.is_cpu and logits.numel() > 0 and not torch.compiler.is_compiling() and not in_transform()
+    return readable and bool(logits.amin() >= _SENTINEL)
+
+
+def masked_on_both_sides(student: Tensor, teacher: Tensor, dim: int = -1) -> Tensor | None:
+    """Return where classes are masked in both logits, of the same shape; None if it is known that none is."""
+    student, teacher = student.detach(), teacher.detach()
+    if _none_is_masked(student) or _none_is_masked(teacher):
+        return None
     return masked_classes(student, dim) & masked_classes(teacher, dim)

@@ -93,7 +93,8 @@ def row_loss(
     check_options(scale, reduction, num_items)
     traced = torch.compiler.is_compiling() or in_transform()
     shards = None
-    student_logits, teacher_logits = plain(student_logits), plain(teacher_logits)
+    if is_sharded(student_logits, teacher_logits):
+        student_logits, teacher_logits = plain(student_logits), plain(teacher_logits)
     if is_sharded(student_logits, teacher_logits):
         from kd_lightning.functional.sharded import as_shards  # because DTensor is slow to import
 
@@ -107,7 +108,7 @@ def row_loss(
         check_logits(student_logits, teacher_logits, class_dim, divergence.min_classes, targets)
         if divergence.counts_classes:
             masked = masked_on_both_sides(student_logits, teacher_logits, class_dim)
-            if not masked.is_cpu or traced or masked.any():  # without a host sync, because the mask is on the CPU
+            if masked is not None:
                 student_logits = student_logits.masked_fill(masked, -math.inf)
                 teacher_logits = teacher_logits.masked_fill(masked, -math.inf)
         if compute_dtype(student_logits) != compute_dtype(teacher_logits):  # as float64 on one side widens both

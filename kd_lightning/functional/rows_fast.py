@@ -26,6 +26,9 @@ CHUNK_ACCELERATOR = 2**22
 """Elements of logits per chunk on an accelerator, which needs larger kernels to be busy: 64 MB of float32 scratch."""
 
 
+_NO_GRADIENT = Rows(*[False] * 7)
+
+
 def closed_form_applies(rows: Rows, class_dim: int) -> bool:
     """Return True if the fast path computes every gradient that is asked for."""
     if type(rows.student) not in (Tensor, nn.Parameter):  # a DTensor, say
@@ -45,78 +48,98 @@ def _learnt_per_class(t: Any, class_dim: int) -> bool:
 
 def closed_form(divergence: Divergence, class_dim: int, summed: bool, rows: Rows) -> Tensor:
     """Return the loss per position, or its sum, and compute its gradient in the same pass."""
-    enabled = torch.is_grad_enabled()
-    wanted = [enabled and isinstance(x, Tensor) and x.requires_grad for x in rows]
-    return _ClosedFormLoss.apply(divergence, class_dim, summed, Rows(*wanted), *rows)  # pyright: ignore
+    return _ClosedFormLoss.apply(divergence, class_dim, summed, torch.is_grad_enabled(), *rows)  # pyright: ignore
 
 
 class _ClosedFormLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, divergence: Divergence, class_dim: int, summed: bool, wanted: Rows, *tensors: Any
+        ctx: Any, divergence: Divergence, class_dim: int, summed: bool, differentiable: bool, *tensors: Any
     ) -> Tensor:
-        everything = Rows(*tensors)
-        student, valid = everything.student, everything.valid
-        parts = _chunks(student, class_dim)
-        d_student = None
-        if wanted.student and len(parts) > 1:
-            d_student = torch.empty_like(student, dtype=buffer_dtype(student))
-        per_position: list[tuple[Tensor | None, ...]] = []
-        for part in parts:
-            s, t, t_s, t_t, c, ok, labels = everything if part is ... else (_take(x, part) for x in everything)
-            form = divergence.closed_form(
-                widened_over(s, t_s), widened_over(t, t_t), class_dim, labels, wanted.teacher_temperature
+        rows = Rows(*tensors)
+        wanted = Rows(*ctx.needs_input_grad[4:]) if differentiable else _NO_GRADIENT
+        parts = _chunks(rows.student, class_dim)
+        if len(parts) == 1:
+            value, d_student, d_t_s, d_t_t = _with_gradients(divergence, class_dim, rows, wanted)
+        else:
+            value, d_student, d_t_s, d_t_t = _part_by_part(divergence, class_dim, rows, wanted, parts)
+        if rows.valid is not None:
+            value, d_t_s, d_t_t = (
+                None if x is None else torch.where(rows.valid, x, 0.0) for x in (value, d_t_s, d_t_t)
             )
-            d_t_s = d_t_t = None
-            if wanted.student_temperature:
-                d_t_s = (form.student * s).nansum(class_dim, keepdim=True) * (-c / (t_s * t_s))
-            if wanted.teacher_temperature:
-                d_t_t = (form.teacher * t).nansum(class_dim, keepdim=True) * (-c / (t_t * t_t))
-            per_position.append((form.value, d_t_s, d_t_t))
-            if wanted.student:
-                if ok is not None:  # because 0 · NaN is NaN
-                    form.student.masked_fill_(~ok, 0.0)
-                if d_student is None:
-                    d_student = form.student.mul_(c / t_s).to(buffer_dtype(student))
-                else:
-                    torch.mul(form.student, c / t_s, out=d_student[part])
-
-        value, d_t_s, d_t_t = per_position[0]
-        if len(parts) > 1:
-            value, d_t_s, d_t_t = (_joined(student, class_dim, parts, x) for x in zip(*per_position, strict=True))
-        if valid is not None:
-            value, d_t_s, d_t_t = (None if x is None else torch.where(valid, x, 0.0) for x in (value, d_t_s, d_t_t))
-        ctx.equation, ctx.wanted, ctx.d_student = (divergence, class_dim, summed), wanted, d_student
+        ctx.equation, ctx.d_student = (divergence, class_dim, summed), d_student
         ctx.constants = [None if isinstance(x, Tensor) else x for x in tensors]
-        saved = (x if isinstance(x, Tensor) else None for x in tensors)
+        saved = [x if isinstance(x, Tensor) else None for x in tensors]
         ctx.save_for_backward(*saved, value if wanted.factor else None, d_t_s, d_t_t)
-        loss = value * everything.factor  # pyright: ignore[reportOptionalOperand]
+        loss = value * rows.factor  # pyright: ignore[reportOptionalOperand]
         return loss.sum() if summed else loss
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         (g,) = upstream
         *tensors, value, d_t_s, d_t_t = ctx.saved_tensors
-        everything = Rows(*tensors)
+        rows, wanted = Rows(*tensors), Rows(*ctx.needs_input_grad[4:])
         d_student, ctx.d_student = ctx.d_student, None
-        if torch.is_grad_enabled() or (ctx.wanted.student and d_student is None):
-            pairs = zip(everything, ctx.constants, strict=True)
+        if torch.is_grad_enabled() or (wanted.student and d_student is None):
+            pairs = zip(rows, ctx.constants, strict=True)
             rows = Rows(*(constant if x is None else x for x, constant in pairs))
             divergence, class_dim, summed = ctx.equation
             loss = lambda *given: definition(divergence, class_dim, summed, Rows(*given))  # noqa: E731
-            return None, None, None, None, *gradients_of(loss, rows, ctx.wanted, g)
+            return None, None, None, None, *gradients_of(loss, rows, wanted, g)
         if d_student is not None:
-            d_student = times_upstream(d_student, g).to(everything.student.dtype)
+            d_student = times_upstream(d_student, g).to(rows.student.dtype)
         gradients = Rows(
             student=d_student,
             teacher=None,
-            student_temperature=unbroadcast(g, d_t_s, everything.student_temperature),
-            teacher_temperature=unbroadcast(g, d_t_t, everything.teacher_temperature),
-            factor=unbroadcast(g, value, everything.factor),
+            student_temperature=unbroadcast(g, d_t_s, rows.student_temperature),
+            teacher_temperature=unbroadcast(g, d_t_t, rows.teacher_temperature),
+            factor=unbroadcast(g, value, rows.factor),
             valid=None,
             labels=None,
         )
         return None, None, None, None, *gradients
+
+
+def _with_gradients(
+    divergence: Divergence, class_dim: int, rows: Rows, wanted: Rows, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the divergence of each row, and the gradients of the student's logits, its temperature and the teacher's.
+
+    The gradients are those of the divergence times the factor. ``out`` takes the gradient of the logits.
+    """
+    student, teacher, t_s, t_t, factor, valid, labels = rows
+    a, b = widened_over(student, t_s), widened_over(teacher, t_t)
+    form = divergence.closed_form(a, b, class_dim, labels, wanted.teacher_temperature)
+    d_student = d_t_s = d_t_t = None
+    if wanted.student_temperature:
+        d_t_s = (form.student * student).nansum(class_dim, keepdim=True) * (-factor / (t_s * t_s))
+    if wanted.teacher_temperature:
+        d_t_t = (form.teacher * teacher).nansum(class_dim, keepdim=True) * (-factor / (t_t * t_t))
+    if wanted.student:
+        if valid is not None:  # because 0 · NaN is NaN
+            form.student.masked_fill_(~valid, 0.0)
+        if out is None:
+            d_student = form.student.mul_(factor / t_s).to(buffer_dtype(student))
+        else:
+            d_student = torch.mul(form.student, factor / t_s, out=out)
+    return form.value, d_student, d_t_s, d_t_t
+
+
+def _part_by_part(
+    divergence: Divergence, class_dim: int, rows: Rows, wanted: Rows, parts: list[Any]
+) -> tuple[Tensor | None, ...]:
+    """Return the same for logits that are cut into parts."""
+    student = rows.student
+    d_student = torch.empty_like(student, dtype=buffer_dtype(student)) if wanted.student else None
+    found = []
+    for part in parts:
+        out = None if d_student is None else d_student[part]
+        value, _, d_t_s, d_t_t = _with_gradients(
+            divergence, class_dim, Rows(*(_take(x, part) for x in rows)), wanted, out
+        )
+        found.append((value, d_t_s, d_t_t))
+    value, d_t_s, d_t_t = (_joined(student, class_dim, parts, values) for values in zip(*found, strict=True))
+    return value, d_student, d_t_s, d_t_t
 
 
 def buffer_dtype(logits: Tensor) -> torch.dtype:
