@@ -14,8 +14,6 @@ from kd_lightning.teachers import Teacher, extract_logits
 from kd_lightning.teachers.calibration import Calibration
 from kd_lightning.teachers.frozen import as_teacher
 
-__all__ = ["calibrate"]
-
 
 def calibrate(
     teacher: nn.Module | Teacher,

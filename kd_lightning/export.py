@@ -21,8 +21,6 @@ from kd_lightning.functional.temperature import checked_number
 from kd_lightning.teachers import extract_logits
 from kd_lightning.teachers.calls import call_model
 
-__all__ = ["SUFFIXES", "ExportFormat", "ExportReport", "describe_inputs", "export_student", "inputs_like"]
-
 ExportFormat: TypeAlias = Literal["safetensors", "torch.export", "onnx"]
 
 SUFFIXES: dict[str, str] = {"safetensors": ".safetensors", "torch.export": ".pt2", "onnx": ".onnx"}

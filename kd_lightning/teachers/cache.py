@@ -15,13 +15,10 @@ from torch import Tensor
 
 from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.teachers.cache_file import Bytes, CacheFile, RowNumbers
-from kd_lightning.teachers.cache_lengths import LengthCodec
 from kd_lightning.teachers.cache_rows import DTYPES, RowCodec
 from kd_lightning.teachers.cache_shards import StoredRows
 from kd_lightning.teachers.indexed import IndexedDataset, input_fingerprints
 from kd_lightning.teachers.streams import IndexedStream, StreamWithIds
-
-__all__ = ["TeacherCache"]
 
 _PART = 40  # bits of a row number below those that tell its part
 _SAME_TEACHER = 0.1  # relative error of a row, because bfloat16 gives 0.01 and another input or teacher about 1
@@ -126,8 +123,7 @@ class TeacherCache(StoredRows):
         self.top_k = top_k
         self.temperature = temperature
         self.max_length = max_length
-        rows = RowCodec(dtype, top_k, temperature)
-        self._codec = rows if max_length is None else LengthCodec(rows, max_length)
+        self._codec = RowCodec(dtype, top_k, temperature, max_length)
         self.augmentation = augmentation
         self.seed = seed
         self.dataset: Any = None

@@ -10,8 +10,6 @@ import torch
 
 from kd_lightning.teachers.cache import TeacherCache
 
-__all__ = ["write_arrow"]
-
 _ROWS = 4096  # of a record batch
 
 

@@ -9,7 +9,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,36 +19,18 @@ try:
 except ImportError:  # Windows has no fcntl locks, so only one process may write there
     fcntl = None
 
-__all__ = ["Bytes", "CacheFile", "RowNumbers"]
-
 _MAGIC = b"KDLCACHE"
 _VERSION = 1
 _HEADER = 4096  # bytes: magic, JSON, zeros, and the CRC-32 of the preceding bytes
-_WRITTEN = 0xA5
-
+_WRITTEN = 0xA5  # the flag of a row
 _BLOCK = 2**26  # bytes that are copied or verified at a time
 
 Bytes = NDArray[np.uint8]
 RowNumbers = NDArray[np.int64]
 
 
-class _Layout(NamedTuple):
-    """Offsets of a file's parts after the header."""
-
-    checksums: int
-    rows: int
-    flags: int
-    end: int
-
-    @classmethod
-    def of(cls, count: int, row_bytes: int) -> _Layout:
-        rows = _HEADER + 4 * count
-        flags = rows + row_bytes * count
-        return cls(_HEADER, rows, flags, flags + count)
-
-
 class CacheFile:
-    """An open cache file: its checked header, and arrays over its parts.
+    """An open cache file: its checked header, and arrays over its parts: checksums, rows and flags.
 
     Args:
         path: Path of the file.
@@ -67,9 +49,9 @@ class CacheFile:
         self.row_bytes: int = header["row_bytes"]
         self.first, last = header.get("shard", (0, header["samples"] * header["slots"]))
         count = last - self.first
-        layout, size = _Layout.of(count, self.row_bytes), path.stat().st_size
-        if size != layout.end:
-            self._fail(f"is {'truncated' if size < layout.end else 'too long'}: {size} bytes, {layout.end} expected")
+        size, expected = path.stat().st_size, _file_size(count, self.row_bytes)
+        if size != expected:
+            self._fail(f"is {'truncated' if size < expected else 'too long'}: {size} bytes, {expected} expected")
         self.writable = os.access(path, os.W_OK)
         self._alone = alone
         with open(path, "r+b" if self.writable else "rb") as file:
@@ -81,10 +63,11 @@ class CacheFile:
                         f"the cache {path} is being filled by another process. Wait until it ends, or stop it."
                     ) from None
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE if self.writable else mmap.ACCESS_READ)
+        self._begin = _HEADER + 4 * count  # of the rows
         whole = np.frombuffer(self._map, np.uint8)
-        self.checksums = whole[layout.checksums : layout.rows].view(np.uint32)
-        self.rows = whole[layout.rows : layout.flags].reshape(count, self.row_bytes)
-        self.flags = whole[layout.flags :]
+        self.checksums = whole[_HEADER : self._begin].view(np.uint32)
+        self.rows = whole[self._begin : size - count].reshape(count, self.row_bytes)
+        self.flags = whole[size - count :]
         # shared with forked processes, so that rows that a loader's worker has verified are not verified again
         self._verified = np.frombuffer(mmap.mmap(-1, max(count, 1)), bool)
 
@@ -98,12 +81,7 @@ class CacheFile:
     ) -> None:
         """Create the file with all its space atomically, or keep the file that another process has created.
 
-        Args:
-            path: Path of the file.
-            identity: See :class:`CacheFile`.
-            shape: Shape of a sample's logits.
-            row_bytes: Bytes of a row.
-            shard: The rows of the file, first and last + 1; None: all.
+        ``shape`` is that of a sample's logits; ``shard``, first and last + 1, are the rows of the file, by default all.
         """
         header = {"version": _VERSION, **identity, "shape": shape, "row_bytes": row_bytes}
         header |= {} if shard is None else {"shard": shard}
@@ -115,11 +93,11 @@ class CacheFile:
                 file.write(block + zlib.crc32(block).to_bytes(4, "little"))
                 file.flush()
                 first, last = shard or (0, identity["samples"] * identity["slots"])
-                end = _Layout.of(last - first, row_bytes).end
+                size = _file_size(last - first, row_bytes)
                 if hasattr(os, "posix_fallocate"):  # because writing to a map on a full disk kills the process
-                    os.posix_fallocate(file.fileno(), 0, end)
+                    os.posix_fallocate(file.fileno(), 0, size)
                 else:
-                    file.truncate(end)
+                    file.truncate(size)
             with contextlib.suppress(FileExistsError):
                 os.link(own, path)
         finally:
@@ -131,11 +109,7 @@ class CacheFile:
         return bool(self.flags.all())
 
     def are_missing(self, rows: RowNumbers) -> NDArray[np.bool_]:
-        """Return True for each of the rows that is not written.
-
-        Raises:
-            ValueError: If a flag is neither of its two values.
-        """
+        """Return True for each of the rows that is not written, or raise if a flag is neither of its two values."""
         flags = self.flags[rows - self.first]
         wrong = (flags != 0) & (flags != _WRITTEN)
         if wrong.any():
@@ -143,11 +117,7 @@ class CacheFile:
         return flags == 0
 
     def read(self, rows: RowNumbers) -> Bytes:
-        """Return the bytes of written rows; compare each row with its checksum at the first read.
-
-        Raises:
-            ValueError: If a row does not match its checksum.
-        """
+        """Return the bytes of written rows, or raise if one, at its first read, does not match its checksum."""
         at = rows - self.first
         new = np.flatnonzero(~self._verified[at])
         found = self.rows[at]
@@ -167,7 +137,7 @@ class CacheFile:
         if not hasattr(self._map, "madvise") or not len(rows):
             return
         at = np.unique(rows) - self.first
-        begins = _HEADER + 4 * len(self.flags) + at * self.row_bytes
+        begins = self._begin + at * self.row_bytes
         starts = begins // mmap.PAGESIZE * mmap.PAGESIZE
         ends = begins + self.row_bytes
         apart = np.flatnonzero(starts[1:] > ends[:-1]) + 1  # rows on neighbouring pages are one block
@@ -175,11 +145,7 @@ class CacheFile:
             self._map.madvise(mmap.MADV_WILLNEED, int(start), int(end - start))
 
     def blocks(self) -> Iterator[RowNumbers]:
-        """Yield the numbers of written rows, in order and in blocks that are read at a time.
-
-        Raises:
-            ValueError: If a flag is neither of its two values.
-        """
+        """Yield the numbers of written rows, in order and in blocks that are read at a time."""
         size = max(_BLOCK // max(self.row_bytes, 1), 1)
         for begin in range(self.first, self.first + len(self.flags), size):
             rows = np.arange(begin, min(begin + size, self.first + len(self.flags)))
@@ -188,11 +154,7 @@ class CacheFile:
             yield rows
 
     def adopt(self, shard: CacheFile) -> None:
-        """Copy the rows of a shard, each compared with its checksum.
-
-        Raises:
-            ValueError: If a row does not match its checksum, or the rows are of another shape.
-        """
+        """Copy the rows of a shard, each compared with its checksum."""
         if (shard.shape, shard.row_bytes) != (self.shape, self.row_bytes):
             shard._fail(f"has rows of shape {tuple(shard.shape)}, but {self.path} of {tuple(self.shape)}")
         for rows in shard.blocks():
@@ -200,11 +162,7 @@ class CacheFile:
         self._map.flush()  # before the shard is deleted
 
     def write(self, rows: RowNumbers, encoded: Bytes) -> None:
-        """Write the rows that no process has written yet.
-
-        Raises:
-            PermissionError: If the file is not writable.
-        """
+        """Write the rows that no process has written yet, or raise if the file is not writable."""
         if not len(rows):
             return
         if not self.writable:
@@ -226,9 +184,8 @@ class CacheFile:
         if self._alone:  # locked since it was opened
             yield
             return
-        with open(
-            self.path, "r+b" if self.writable else "rb"
-        ) as file:  # because forked processes share an open file's lock
+        # opened anew, because forked processes share an open file's lock
+        with open(self.path, "r+b" if self.writable else "rb") as file:
             if fcntl is not None and self.writable:
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -264,7 +221,12 @@ class CacheFile:
         raise ValueError(f"the cache {self.path} {what}. {way_out} delete the file.")
 
 
+def _file_size(count: int, row_bytes: int) -> int:
+    """Return the bytes of a file of so many rows, each with a checksum of 4 bytes and a flag of one."""
+    return _HEADER + count * (4 + row_bytes + 1)
+
+
 def _checksums(rows: RowNumbers, encoded: Bytes) -> NDArray[np.uint32]:
     """Return each row's CRC-32, started with the row number so that a row in another row's place does not match."""
-    return np.array([zlib.crc32(row, int(number) & 0xFFFFFFFF) for number, row in zip(rows, encoded, strict=True)],
-                    np.uint32)  # fmt: skip
+    found = [zlib.crc32(row, int(number) & 0xFFFFFFFF) for number, row in zip(rows, encoded, strict=True)]
+    return np.array(found, np.uint32)

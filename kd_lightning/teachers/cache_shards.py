@@ -11,16 +11,9 @@ import numpy as np
 
 from kd_lightning.teachers.cache_file import CacheFile, RowNumbers
 
-__all__ = ["StoredRows"]
-
 
 class StoredRows:
-    """The rows of one dataset in a file, or in files of shards beside it until :meth:`merge`.
-
-    Args:
-        path: Path of the file.
-        slots: Rows of each sample.
-    """
+    """The rows of one dataset, ``slots`` for each sample: in a file, or in shards beside it until :meth:`merge`."""
 
     def __init__(self, path: str | Path, slots: int) -> None:
         self.path = Path(path)
@@ -60,21 +53,13 @@ class StoredRows:
         return self.rows.start + np.flatnonzero(lacks)
 
     def verify(self) -> None:
-        """Compare every written row with its checksum.
-
-        Raises:
-            ValueError: If a row does not match its checksum.
-        """
+        """Raise if a written row does not match its checksum."""
         if self._file is not None:
             for rows in self._file.blocks():
                 self._file.read(rows)
 
     def teacher_of_whole_file(self) -> str | None:
-        """Return the fingerprint of the teacher whose logits of all training data are in the file, or None.
-
-        Raises:
-            ValueError: If the file is damaged.
-        """
+        """Return the fingerprint of the teacher whose logits of all training data are in the file, or None."""
         file = CacheFile(self.path) if self.path.exists() else None
         return file.header["teacher"] if file is not None and file.whole else None
 

@@ -15,17 +15,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 from typing_extensions import override
 
-__all__ = [
-    "HasRows",
-    "Indexed",
-    "IndexedDataset",
-    "IndexesTraining",
-    "Rows",
-    "index_training",
-    "input_fingerprints",
-    "split_index",
-]
-
 _PROBES = 32  # samples that are hashed to distinguish datasets and transforms
 
 

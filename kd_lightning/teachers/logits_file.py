@@ -16,8 +16,6 @@ from kd_lightning.teachers.batch import FromBatch
 from kd_lightning.teachers.calls import extract_logits
 from kd_lightning.teachers.made_at import Output, device_of
 
-__all__ = ["LogitsFile"]
-
 
 class LogitsFile(FromBatch):
     r"""The teacher whose logits were written to a file beforehand, one row for each sample's id, in any order.

@@ -17,8 +17,6 @@ from kd_lightning.teachers.weights import fingerprint, is_without_values, load_w
 if TYPE_CHECKING:
     from kd_lightning.teachers.frozen import FrozenTeacher
 
-__all__ = ["Placement", "placement_of"]
-
 
 class Placement:
     """The place of a :class:`FrozenTeacher`'s weights. This one follows the moves of the module around: the default.

@@ -13,8 +13,6 @@ from torch.utils.data import IterableDataset, default_collate
 
 from kd_lightning.teachers.indexed import Indexed
 
-__all__ = ["IndexedStream", "StreamWithIds"]
-
 
 class StreamWithIds:
     """A stream of samples with ids for :meth:`FrozenTeacher.index <kd_lightning.FrozenTeacher.index>`.
