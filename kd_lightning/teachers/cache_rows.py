@@ -28,7 +28,7 @@ class _Row(NamedTuple):
     """The tensors that rows are made of."""
 
     values: Tensor
-    """Logits of all classes; or those of k and that of each other class; or k log-probabilities and that of the rest."""
+    """Logits of all classes; or of k, then that of each other class; or k log-probabilities, then that of the rest."""
     classes: Tensor | None
     """The numbers of the k classes; None for logits of all."""
 
