@@ -16,8 +16,6 @@ from kd_lightning.modules import DistillationModule
 from kd_lightning.teachers import TeacherCache
 from kd_lightning.teachers.indexed import HasRows, split_index
 
-__all__ = ["check_shard", "fill_caches"]
-
 
 def check_shard(num_shards: int, shard: int | None) -> None:
     """Raise unless both are left out, or the shard is one of ``num_shards``.

@@ -34,8 +34,6 @@ from kd_lightning.teachers.cache_arrow import write_arrow
 from kd_lightning.teachers.indexed import HasRows, index_training
 from kd_lightning.teachers.weights import load_weights
 
-__all__ = ["COMMANDS", "cache_teacher", "calibrate", "check", "export", "find_temperature", "plot_temperature", "sweep"]
-
 # options of a sweep that take several numbers, as in --temperatures 1 2 4 8
 _SWEPT = {"temperatures": "Temperatures to try.", "kd_weights": "Weights of the distillation term to try."}
 

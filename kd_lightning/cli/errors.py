@@ -13,8 +13,6 @@ from kd_lightning.cli.foreign import explain
 from kd_lightning.cli.project import writes
 from kd_lightning.configuration.written import CommandLineError, Key, Written
 
-__all__ = ["is_drawing", "paragraph"]
-
 _PACKAGE = str(Path(__file__).parents[1])
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 _MESSAGES = (

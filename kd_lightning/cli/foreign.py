@@ -11,8 +11,6 @@ from torch import OutOfMemoryError
 
 from kd_lightning.configuration.written import Key, Written, guess
 
-__all__ = ["explain"]
-
 
 @dataclass(frozen=True)
 class _Foreign:

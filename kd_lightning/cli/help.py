@@ -9,8 +9,6 @@ from pathlib import Path
 
 from kd_lightning.cli.project import KINDS
 
-__all__ = ["HELP", "describe_command", "describe_commands"]
-
 _PACKAGE = Path(__file__).parents[1]
 _COMMANDS = "cli/commands.py"
 

@@ -12,8 +12,6 @@ from kd_lightning.configuration.written import CommandLineError
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
 
-__all__ = ["main"]
-
 
 def main(args: ArgsType = None) -> None:
     """Run the command ``kd-lightning``.

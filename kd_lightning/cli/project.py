@@ -10,8 +10,6 @@ import yaml
 
 from kd_lightning.configuration.written import CommandLineError, guess
 
-__all__ = ["KINDS", "write_project", "writes"]
-
 KINDS = ("digits", "cifar", "text", "drop-in")
 _FILES = ("README.md", "teacher.yaml", "student.yaml", "mine.py")
 

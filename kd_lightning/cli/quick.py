@@ -6,8 +6,6 @@ from kd_lightning import __version__
 from kd_lightning.cli.help import HELP, describe_command, describe_commands
 from kd_lightning.cli.project import write_project
 
-__all__ = ["answer"]
-
 
 def answer(args: list[str]) -> bool:
     """Answer the command line if it is one of these commands.

@@ -15,16 +15,6 @@ from jsonargparse.typing import PositiveInt
 from torch import Tensor
 from typing_extensions import is_typeddict
 
-__all__ = [
-    "annotation_of",
-    "callables_of",
-    "class_names",
-    "classes_of",
-    "describe",
-    "plain_types",
-    "subclasses_of",
-]
-
 _NOUNS = {
     int: "an integer",
     PositiveInt: "a positive integer",

@@ -35,8 +35,6 @@ from kd_lightning.configuration.annotations import (
 from kd_lightning.configuration.written import Key, Written, dotted, guess
 from kd_lightning.models.named import builds_module
 
-__all__ = ["diagnose", "first_error", "import_class", "in_helps"]
-
 _SPEC = ("class_path", "init_args", "dict_kwargs")
 _SHOWN = ("DistillationModule", "DigitsDataModule", "AdamW", "CosineSchedule", "CSVLogger", "AdaptiveTemperature")
 """Classes that stand in examples."""

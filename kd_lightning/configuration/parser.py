@@ -41,8 +41,6 @@ from kd_lightning.configuration.resume import (
 from kd_lightning.configuration.written import CommandLineError, Written, dotted, guess, setting_at
 from kd_lightning.modules.checkpoint_settings import check_settings, read_checkpoint
 
-__all__ = ["Command", "KDLightningCLI", "SaveRunConfig", "find_checkpoints"]
-
 
 @dataclass(frozen=True)
 class Command:

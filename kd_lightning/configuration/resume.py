@@ -12,8 +12,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from kd_lightning.configuration.written import CommandLineError
 from kd_lightning.modules.checkpoint_settings import read_checkpoint
 
-__all__ = ["check_one_start", "checkpoint_to_measure", "checkpoint_to_resume", "newest_checkpoint", "warn_of_restarts"]
-
 
 def check_one_start(resume: str | None, ckpt_path: str | None) -> None:
     """Raise if both ``--resume`` and ``--ckpt_path`` name the checkpoint to start from.

@@ -9,8 +9,6 @@ from typing import Any
 
 import yaml
 
-__all__ = ["CommandLineError", "Key", "Written", "dotted", "guess", "setting_at"]
-
 Key = tuple[str | int, ...]
 
 _CONFIG = ("-c", "--config")

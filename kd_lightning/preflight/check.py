@@ -19,8 +19,6 @@ from kd_lightning.preflight.verdicts import judge
 from kd_lightning.progress import Progress
 from kd_lightning.ranking import check_counts
 
-__all__ = ["check"]
-
 
 def check(
     module: DistillationModule, data: Any, *, batches: int = 4, max_epochs: int = 1, compiled: bool = False
@@ -96,10 +94,9 @@ def _look(module: DistillationModule, data: Any, count: int, max_epochs: int, co
                 look_at(facts, batch)
     costs = None
     if not facts.problems:
-        length = len(train) if hasattr(train, "__len__") else 1
-        points = [Progress(part * length * max_epochs // 2, length * max_epochs, part * max_epochs // 2, max_epochs)
-                  for part in range(3)]  # fmt: skip
         if _comparable(facts):
+            steps = max_epochs * (len(train) if hasattr(train, "__len__") else 1)
+            points = [Progress(part * steps // 2, steps, part * max_epochs // 2, max_epochs) for part in range(3)]
             steps_of(facts, facts.train[0], points)
         module.eval()
         facts.evaluation = facts.train

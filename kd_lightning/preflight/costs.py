@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import statistics
 import tempfile
-import time
-import warnings
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from kd_lightning.preflight.facts import Batch, Facts, teacher_logits
 from kd_lightning.teachers import FrozenTeacher, IndexedDataset, TeacherCache
 from kd_lightning.teachers.indexed import input_fingerprints
-
-__all__ = ["Costs", "measure_costs"]
 
 _REPEATS = 5
 
@@ -75,18 +73,17 @@ def measure_costs(facts: Facts, dataset: Any, compiled: bool) -> Costs:
 
 
 def _time_variants(costs: Costs, teacher: FrozenTeacher, module: Any, batch: Batch, compiled: bool) -> None:
-    variants: dict[str, dict[str, Any]] = {"bf16": {"precision": "bf16"}, "compiled": {"compile": True}}
+    variants: dict[str, dict[str, Any]] = {"bf16": {"precision": "bf16"}}
+    if compiled:
+        variants["compiled"] = {"compile": True}
+    else:
+        costs.not_measured["compiled"] = "compiling is slow: --compiled true"
     for name, options in variants.items():
-        if name == "compiled" and not compiled:
-            costs.not_measured[name] = "compiling is slow: --compiled true"
-            continue
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                placed = {"transform": teacher.transform, "placement": teacher.placement}
-                other = FrozenTeacher(copy.deepcopy(teacher.module), **placed, **options)
-                call = lambda other=other: other.logits(batch.inputs, None, module.extract_logits)  # noqa: E731
-                costs.times[name] = _median(call, module.device)
+            placed = {"transform": teacher.transform, "placement": teacher.placement}
+            other = FrozenTeacher(copy.deepcopy(teacher.module), **placed, **options)
+            call = partial(other.logits, batch.inputs, None, module.extract_logits)
+            costs.times[name] = _median(call, module.device)
         except Exception as error:  # whatever the network does not take; it is run as it is
             costs.not_measured[name] = " ".join(str(error).split())[:100]
 
@@ -120,14 +117,12 @@ def _why_not_cacheable(dataset: Any) -> str:
 
 
 def _median(call: Callable[[], Any], device: torch.device) -> float:
-    times = []
-    for _ in range(_REPEATS + 1):
-        start = time.perf_counter()
+    def synchronised() -> None:
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+
+    return statistics.median(timeit.repeat(synchronised, number=1, repeat=_REPEATS + 1)[1:])
 
 
 def _bytes(network: nn.Module) -> int:

@@ -19,36 +19,15 @@ from kd_lightning.functional.rows import without_padding
 from kd_lightning.metrics import CalibrationError, Task, TopKAccuracy, as_two_classes, task_of
 from kd_lightning.modules import DistillationModule
 from kd_lightning.modules.supervised import SupervisedModule
+from kd_lightning.output import DistillationOutput
+from kd_lightning.preflight.report import Line
 from kd_lightning.progress import Progress
 from kd_lightning.teachers.indexed import split_index
 from kd_lightning.temperature.base import mean_temperature
 from kd_lightning.temperature.extra import take_extra
 
-__all__ = [
-    "Batch",
-    "Facts",
-    "Problem",
-    "Score",
-    "Step",
-    "batches_of",
-    "look_at",
-    "normalisations",
-    "not_finite",
-    "score_teacher",
-    "steps_of",
-    "teacher_logits",
-]
-
 _ROWS = 2048  # positions of a batch whose logits are kept
 _REFUSALS = (ValueError, TypeError, RuntimeError, LookupError, OSError)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """An error that ended a part of the preflight: the part's name, and the error's text."""
-
-    name: str
-    text: str
 
 
 @dataclass
@@ -81,13 +60,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Step:
-    """The temperatures and weights at one point of the run, and the norms of both gradients at the student's logits."""
+    """A step at one point of the run: T, its output, and the norms of both gradients at the student's logits."""
 
     temperature: float
-    kd_weight: float
-    task_weight: float
-    effective_kd_weight: float
-    loss: float
+    out: DistillationOutput
     kd_gradient: float
     task_gradient: float
 
@@ -103,14 +79,14 @@ class Facts:
     steps: list[Step] = field(default_factory=list)
     score: Score | None = None
     renormalised: dict[str, Score] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[Line] = field(default_factory=list)
 
     def attempt(self, name: str, call: Callable[[], Any]) -> Any:
-        """Return what the call returns; None, and a problem, where it raises."""
+        """Return what the call returns; None, and a line on the error, where it raises."""
         try:
             return call()
         except _REFUSALS as error:
-            self.problems.append(Problem(name, " ".join(str(error).split())))
+            self.problems.append(Line(name, "wrong", " ".join(str(error).split())))
             return None
 
     def rows(self, whose: str) -> Tensor:
@@ -138,12 +114,13 @@ def batches_of(module: SupervisedModule, data: Any, loaders: Any, count: int | N
 
 
 def _hooked(module: SupervisedModule, data: Any, batch: Any) -> Any:
+    """Return the batch on the module's device, after the batch hooks of the data module, else of the module."""
+
     def hook(name: str) -> Callable[..., Any]:
         ours = isinstance(data, LightningDataModule) and is_overridden(name, data, LightningDataModule)
         return getattr(data if ours else module, name)
 
-    batch = hook("on_before_batch_transfer")(batch, 0)
-    batch = move_data_to_device(batch, module.device)
+    batch = move_data_to_device(hook("on_before_batch_transfer")(batch, 0), module.device)
     return hook("on_after_batch_transfer")(batch, 0)
 
 
@@ -157,15 +134,14 @@ def teacher_logits(module: DistillationModule, batch: Batch, inputs: Any) -> Any
 def look_at(facts: Facts, batch: Batch) -> None:
     """Run both networks on a batch, and keep rows of their logits where they can be compared."""
     module = facts.module
-    distiller, class_dim = module.distiller, module.class_dim
+    class_dim = module.class_dim
     student = facts.attempt("student", lambda: module(batch.inputs))
     given = facts.attempt("teacher", lambda: teacher_logits(module, batch, batch.inputs))
     if student is None or given is None:
         return
     if not -student.dim() <= class_dim < student.dim():
-        facts.problems.append(
-            Problem("layout", f"class_dim={class_dim} is no dimension of the student's logits {tuple(student.shape)}")
-        )
+        text = f"class_dim={class_dim} is no dimension of the student's logits {tuple(student.shape)}"
+        facts.problems.append(Line("layout", "wrong", text))
         return
     ours = batch.student = student.detach().movedim(class_dim, -1)
     members = module.teacher.members(given)
@@ -173,8 +149,8 @@ def look_at(facts: Facts, batch: Batch) -> None:
     if len(tensors) == 1 and len(members) == 1:
         batch.teacher = tensors[0].movedim(class_dim, -1) if tensors[0].dim() == student.dim() else tensors[0]
     elif tensors:
-        call = lambda: distiller.consensus(batch.inputs, given, batch.targets)  # noqa: E731
-        batch.teacher = None if (common := facts.attempt("teacher", call)) is None else common.movedim(class_dim, -1)
+        common = facts.attempt("teacher", partial(module.distiller.consensus, batch.inputs, given, batch.targets))
+        batch.teacher = None if common is None else common.movedim(class_dim, -1)
     if batch.teacher is not None:
         batch.teacher = without_padding(ours, batch.teacher)
     _keep_rows(facts, batch)
@@ -281,10 +257,8 @@ def steps_of(facts: Facts, batch: Batch, points: list[Progress]) -> None:
             out = facts.attempt("step", call)
             if out is None:
                 return
-            temperature = float(mean_temperature(out.temperature, "teacher"))
-            numbers = (temperature, out.kd_weight, out.task_weight, float(out.effective_kd_weight), float(out.loss))
             norms = [_norm(out.kd_weight * out.kd_loss, logits), _norm(out.task_weight * out.task_loss, logits)]
-            facts.steps.append(Step(*numbers, *norms))
+            facts.steps.append(Step(float(mean_temperature(out.temperature, "teacher")), out, *norms))
 
 
 def _norm(term: Any, logits: Tensor) -> float:

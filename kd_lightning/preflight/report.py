@@ -14,8 +14,6 @@ from kd_lightning.plotting import plot_softening
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Line", "Report", "Verdict"]
-
 Verdict: TypeAlias = Literal["ok", "look", "wrong"]
 _WIDTH = 110
 

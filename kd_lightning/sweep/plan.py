@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.trial import FrozenTrial
 
-__all__ = ["BASELINE", "Plan", "comparable", "refuse_changes"]
-
 BASELINE = "no teacher"
 
 

@@ -18,8 +18,6 @@ import yaml
 import kd_lightning
 from kd_lightning.sweep.results import SweepResult
 
-__all__ = ["write_report"]
-
 _PIXELS_PER_INCH = 112  # at which the figure's smallest text, 9 points, is 14 pixels high
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222;

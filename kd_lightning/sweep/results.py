@@ -13,8 +13,6 @@ from kd_lightning.ranking import Lead, Mode, Scored, align, candidate_name, rank
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SweepCell", "SweepResult", "SweepRun"]
-
 
 @dataclass(frozen=True)
 class SweepRun:

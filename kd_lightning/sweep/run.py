@@ -21,8 +21,6 @@ from kd_lightning.configuration.parser import KDLightningCLI, find_checkpoints
 from kd_lightning.modules.distillation import DistillationModule
 from kd_lightning.modules.metric_names import metric_name, naming_callbacks
 
-__all__ = ["Outcome", "Parts", "Setting", "Validations", "attempt", "best_of", "build", "measure", "resolve", "train"]
-
 PARTS = ("seed_everything", "num_threads", "trainer", "model", "data")
 
 
