@@ -27,7 +27,7 @@ from kd_lightning.modules.run_length import check_batches
 from kd_lightning.teachers import Teacher, extract_logits
 from kd_lightning.teachers.calls import counting_positions
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
-from kd_lightning.temperature.extra import take_extra
+from kd_lightning.temperature.signals import take_extra
 
 _ABSENT: Any = object()
 

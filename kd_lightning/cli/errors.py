@@ -10,15 +10,12 @@ from pathlib import Path
 from types import FrameType
 
 from kd_lightning.cli.foreign import explain
-from kd_lightning.cli.project import writes
 from kd_lightning.configuration.written import CommandLineError, Key, Written
 
 _PACKAGE = str(Path(__file__).parents[1])
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-_MESSAGES = (
-    *("ValueError", "TypeError", "FileNotFoundError", "MisconfigurationException", "ImportError"),
-    "ModuleNotFoundError",
-)
+_MESSAGES = {"ValueError", "TypeError", "FileNotFoundError", "MisconfigurationException", "ImportError"}
+_MESSAGES |= {"ModuleNotFoundError"}
 _YAML = {"True": "true", "False": "false", "None": "null"}
 
 
@@ -53,7 +50,7 @@ def paragraph(error: Exception, args: list[str]) -> str | None:
         frame, line = own[-1]
         return f"{text} It was called from {Path(frame.f_code.co_filename).name}, line {line}."
     place = _place(error, calls, written, text)
-    return (f"{place}: {text}" if place else text) + _first_step(text, written)
+    return f"{place}: {text}" if place else text
 
 
 def is_drawing(error: Exception) -> bool:
@@ -81,16 +78,6 @@ def _as_settings(text: str, frames: list[FrameType]) -> str:
         return f"--{name}={value}" if name in options else f"{name}: {value}"
 
     return re.sub(rf"\b(\w+)=({'|'.join(_YAML)})\b", spell, text)
-
-
-def _first_step(text: str, written: Written) -> str:
-    """Return a sentence that names the configuration that writes an absent teacher, with a space before it."""
-    absent = re.match("there is no teacher checkpoint at '(.*?)'", text)
-    for file in written.files if absent else ():
-        for other in sorted(file.parent.glob("*.y*ml")):
-            if other != file and absent is not None and writes(other, Path(absent[1])):
-                return f" kd-lightning fit --config {other} writes it, without fast_dev_run, which keeps no checkpoint."
-    return ""
 
 
 def _raises(error: Exception) -> bool:

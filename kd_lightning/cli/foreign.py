@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import FrameType
-
-from torch import OutOfMemoryError
+from typing import NamedTuple
 
 from kd_lightning.configuration.written import Key, Written, guess
 
 
-@dataclass(frozen=True)
-class _Foreign:
+class _Foreign(NamedTuple):
     """An error of another package, by its type's name and a pattern of its text, and the paragraph in its place.
 
     Attributes:
         types: Names of the error's classes, its bases included.
         pattern: Searched for in the text, whose lines are joined.
-        text: Makes the paragraph of the match.
-        key: Makes the key of the setting, of the match and of what was written; None if there is none.
+        text: The paragraph, in which {0} is the match and {1}, {2} are its groups that took part, without a full stop
+            at their end; or a function that makes it of these.
+        key: The key of the setting, or a function that makes it of the first group; None if there is none.
     """
 
     types: tuple[str, ...]
     pattern: str
-    text: Callable[[re.Match[str]], str]
-    key: Callable[[re.Match[str], Written], Key | None] = lambda match, written: None
+    text: str | Callable[..., str]
+    key: Key | Callable[[Written, str], Key | None] | None = None
 
 
 def explain(error: Exception, text: str, frames: Sequence[FrameType], written: Written) -> str | None:
@@ -42,8 +40,10 @@ def explain(error: Exception, text: str, frames: Sequence[FrameType], written: W
     for foreign in _FOREIGN:
         match = re.search(foreign.pattern, text)
         if match is not None and names.intersection(foreign.types):
-            key = foreign.key(match, written)
-            return (f"{written.place(key)}: " if key else "") + foreign.text(match)
+            parts = [part.rstrip(". ") for part in (match[0], *match.groups()) if part is not None]
+            key = foreign.key(written, parts[1]) if callable(foreign.key) else foreign.key
+            told = foreign.text(*parts) if callable(foreign.text) else foreign.text.format(*parts)
+            return f"{written.place(key)}: {told}" if key else told
     for frame in frames if "RuntimeError" in names and "CUDA" not in text else ():
         if frame.f_code.co_name == "call_model" and "args" in frame.f_locals:
             network = type(frame.f_locals["module"]).__name__
@@ -63,32 +63,29 @@ def _at(name: str, written: Written) -> str:
     return f"{written.place(key)}: " if key else ""
 
 
-def _monitor_key(match: re.Match[str], written: Written) -> Key | None:
+def _monitor_key(written: Written, monitor: str) -> Key | None:
     for key, _ in written.classes():
         for inner in ((*key, "init_args", "monitor"), (*key, "monitor")):
-            if written.at(inner) == match[1]:
+            if written.at(inner) == monitor:
                 return inner
     return None
 
 
-def _no_metric(match: re.Match[str]) -> str:
-    names = [name for name in re.findall(r"[\w/-]+(?:\.\w+)*", match[2]) if name not in ("epoch", "step")]
-    return f"no metric has the name {match[1]!r}.{guess(match[1], names)} This run logs {', '.join(sorted(names))}."
+def _no_metric(_: str, monitor: str, logged: str) -> str:
+    names = [name for name in re.findall(r"[\w/-]+(?:\.\w+)*", logged) if name not in ("epoch", "step")]
+    return f"no metric has the name {monitor!r}.{guess(monitor, names)} This run logs {', '.join(sorted(names))}."
 
 
-def _os_error(match: re.Match[str]) -> str:
-    return f"the operating system refuses: {match[0].rstrip('.')}. Correct the path, or its permissions and space."
+def _no_unit(_: str, unit: str) -> str:
+    units = ("days", "hours", "minutes", "seconds", "weeks")
+    return f"max_time has no unit {unit!r}.{guess(unit, units)} It has {', '.join(units)}."
 
 
-def _not_joined(match: re.Match[str]) -> str:
-    return (
-        f"the samples of a batch cannot be joined: {match[0].rstrip('.')}. Make them tensors of one shape, by a "
-        "transform of the dataset, or give the DataLoader a collate_fn."
-    )
+def _data_key(written: Written, _: str) -> Key | None:
+    return ("data",) if written.at(("data",)) else None
 
 
 _CONFIG = ("MisconfigurationException",)
-_UNITS = ("days", "hours", "minutes", "seconds", "weeks")
 _FOREIGN = [
     _Foreign(("RuntimeError",), r"Early stopping conditioned on metric `(.*?)` .*? following: (.*)", _no_metric,
              _monitor_key),
@@ -96,38 +93,33 @@ _FOREIGN = [
              _monitor_key),
     _Foreign(_CONFIG, r"ReduceLROnPlateau conditioned on metric (\S+) which .*? are: \[(.*?)\]", _no_metric,
              _monitor_key),
-    _Foreign(_CONFIG, r"No supported gpu backend found", lambda match: "torch finds no GPU that it can use. Leave the "
-             "accelerator out to take what there is, or set it to cpu.",
-             lambda match, written: ("trainer", "accelerator")),
+    _Foreign(_CONFIG, r"No supported gpu backend found", "torch finds no GPU that it can use. Leave the accelerator "
+             "out to take what there is, or set it to cpu.", ("trainer", "accelerator")),
     _Foreign(("ValueError", "RuntimeError"), r"strategy `(fsdp)` requires a GPU|(DeepSpeed) strategy is only supported",
-             lambda match: f"Lightning's {match[1] or match[2]} strategy needs a GPU. Without one, shard the student "
-             "with lightning.pytorch.strategies.ModelParallelStrategy and kd_lightning.ShardedDistillationModule, or "
-             "take ddp.", lambda match, written: ("trainer", "strategy")),
-    _Foreign(("ValueError",), r"(\S+) is not in bounds, numpy accepts from 0 to (\d+)", lambda match: f"must be "
-             f"between 0 and {match[2]}, got {match[1]}.", lambda match, written: ("seed_everything",)),
-    _Foreign((OutOfMemoryError.__name__,), r"[^.]*\. .*?\. ", lambda match: f"the device is out of memory: "
-             f"{match[0].strip()} Take a smaller data.batch_size, with trainer.accumulate_grad_batches for the same "
-             "step, or trainer.precision bf16-mixed."),
-    _Foreign(("URLError",), r".+", lambda match: f"a download failed: {match[0]} Give a file that is there already, or "
-             "try again with a network."),
-    _Foreign(("RuntimeError",), r"more than one stateful callback of type `(\w+)`",
-             lambda match: f"{match[1]} stands more than once among the callbacks, with the same settings. Keep one of "
-             "them.", lambda match, written: ("trainer", "callbacks")),
-    _Foreign(("TypeError",), r"'(\w+)' is an invalid keyword argument for __new__",
-             lambda match: f"max_time has no unit {match[1]!r}.{guess(match[1], _UNITS)} It has {', '.join(_UNITS)}.",
-             lambda match, written: ("trainer", "max_time")),
-    _Foreign(_CONFIG, r"`Timer\(duration=(.*)\)` is not a valid", lambda match: f"must be DD:HH:MM:SS, such as "
-             f"00:00:05:00 for five minutes, or a mapping such as minutes: 5, got {match[1]}.",
-             lambda match, written: ("trainer", "max_time")),
-    _Foreign(("RuntimeError", "TypeError"), r"stack expects each tensor to be equal size.*|default_collate: batch .*|"
-             "each element in list of batch should be of equal size", _not_joined,
-             lambda match, written: ("data",) if written.at(("data",)) else None),
+             "Lightning's {1} strategy needs a GPU. Without one, shard the student with "
+             "lightning.pytorch.strategies.ModelParallelStrategy and kd_lightning.ShardedDistillationModule, or take "
+             "ddp.", ("trainer", "strategy")),
+    _Foreign(("ValueError",), r"(\S+) is not in bounds, numpy accepts from 0 to (\d+)",
+             "must be between 0 and {2}, got {1}.", ("seed_everything",)),
+    _Foreign(("OutOfMemoryError",), r"[^.]*\. .*?\. ", "the device is out of memory: {0}. Take a smaller "
+             "data.batch_size, with trainer.accumulate_grad_batches for the same step, or trainer.precision "
+             "bf16-mixed."),
+    _Foreign(("URLError",), r".+", "a download failed: {0}. Give a file that is there already, or try again with a "
+             "network."),
+    _Foreign(("RuntimeError",), r"more than one stateful callback of type `(\w+)`", "{1} stands more than once among "
+             "the callbacks, with the same settings. Keep one of them.", ("trainer", "callbacks")),
+    _Foreign(("TypeError",), r"'(\w+)' is an invalid keyword argument for __new__", _no_unit, ("trainer", "max_time")),
+    _Foreign(_CONFIG, r"`Timer\(duration=(.*)\)` is not a valid", "must be DD:HH:MM:SS, such as 00:00:05:00 for five "
+             "minutes, or a mapping such as minutes: 5, got {1}.", ("trainer", "max_time")),
+    _Foreign(("RuntimeError", "TypeError"), r"(stack expects each tensor to be equal size.*|default_collate: batch .*|"
+             "each element in list of batch should be of equal size)", "the samples of a batch cannot be joined: {1}. "
+             "Make them tensors of one shape, by a transform of the dataset, or give the DataLoader a collate_fn.",
+             _data_key),
     _Foreign(("AttributeError",), r"'(\w+)' object has no attribute '(allow_zero_length|prepare_data_per_node)",
-             lambda match: f"{match[1]}.__init__ does not call super().__init__(). Call it first.",
-             lambda match, written: written.class_key(match[1])),
-    _Foreign(("TypeError",), r"^(\w+)\.(\w+)\(\) got an unexpected keyword argument 'stage'",
-             lambda match: f"the trainer calls {match[1]}.{match[2]} with stage=\"fit\", \"validate\", \"test\" or "
-             f"\"predict\". Write def {match[2]}(self, stage).", lambda match, written: written.class_key(match[1])),
-    _Foreign(("OSError",), r".+", _os_error),
+             "{1}.__init__ does not call super().__init__(). Call it first.", Written.class_key),
+    _Foreign(("TypeError",), r"^(\w+)\.(\w+)\(\) got an unexpected keyword argument 'stage'", "the trainer calls "
+             "{1}.{2} with stage=\"fit\", \"validate\", \"test\" or \"predict\". Write def {2}(self, stage).",
+             Written.class_key),
+    _Foreign(("OSError",), r".+", "the operating system refuses: {0}. Correct the path, or its permissions and space."),
 ]  # fmt: skip
 """The first match decides. The operating system's errors come last: this library raises FileNotFoundError too."""

@@ -7,6 +7,8 @@ import re
 import textwrap
 from pathlib import Path
 
+import docstring_parser
+
 from kd_lightning.cli.project import KINDS
 
 _PACKAGE = Path(__file__).parents[1]
@@ -55,18 +57,13 @@ _COMMON = {
 def describe_commands() -> str:
     """Return the help of ``kd-lightning``."""
     own = {name: _documented(_COMMANDS, name.replace("-", "_"))[0] for name in _OWN}
-    commands = {**_LIGHTNING, **own, "init": _INIT, "card": _CARD}
-    return "\n".join(
-        [
-            "usage: kd-lightning COMMAND [--config FILE] [--NAME VALUE ...]",
-            "",
-            "Knowledge distillation with temperature as a first-class object.",
-            "",
-            *_table(commands),
-            "",
-            "kd-lightning COMMAND --help lists a command's options; kd-lightning --version prints the version.",
-        ]
-    )
+    return f"""usage: kd-lightning COMMAND [--config FILE] [--NAME VALUE ...]
+
+Knowledge distillation with temperature as a first-class object.
+
+{_table({**_LIGHTNING, **own, "init": _INIT, "card": _CARD})}
+
+kd-lightning COMMAND --help lists a command's options; kd-lightning --version prints the version."""
 
 
 def describe_command(command: str) -> str:
@@ -86,48 +83,39 @@ def describe_command(command: str) -> str:
         prefix, file, name = _OWN[command]
         summary = _documented(_COMMANDS, command.replace("-", "_"))[0]
         options = {f"--{prefix}{argument}": text for argument, text in _documented(file, name)[1].items()}
-    return "\n".join(
-        [
-            f"usage: kd-lightning {command} [--config FILE] [--NAME VALUE ...]",
-            "",
-            summary,
-            "",
-            f"options of {command}:",
-            *_table(options),
-            "",
-            "options of all commands:",
-            *_table(_COMMON),
-        ]
-    )
+    return f"""usage: kd-lightning {command} [--config FILE] [--NAME VALUE ...]
+
+{summary}
+
+options of {command}:
+{_table(options)}
+
+options of all commands:
+{_table(_COMMON)}"""
 
 
 def _documented(file: str, name: str) -> tuple[str, dict[str, str]]:
     """Return the first line of a docstring, and the first sentence about each argument, with its default."""
     tree = ast.parse((_PACKAGE / file).read_text(encoding="utf-8"))
     found = next(node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name)
-    function: ast.AST = found
-    if isinstance(found, ast.ClassDef):
-        function = next(node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
-    assert isinstance(function, ast.FunctionDef)
-    text = ast.get_docstring(found) or ""
-    arguments = text.partition("Args:\n")[2].partition("\n\n")[0]
-    entries = re.finditer(r"^    (\w+): ((?:.|\n     )+)", arguments, re.MULTILINE)
-    said = {entry[1]: " ".join(entry[2].replace("``", "").split()) for entry in entries}
+    functions = [node for node in ast.walk(found) if isinstance(node, ast.FunctionDef)]
+    function = next(function for function in functions if function.name in (name, "__init__"))
+    text = docstring_parser.parse(ast.get_docstring(found) or "")
+    said = {parameter.arg_name: parameter.description or "" for parameter in text.params}
     parameters = function.args.args
     defaults = [None] * (len(parameters) - len(function.args.defaults)) + function.args.defaults
     options = {}
     for parameter, default in zip(parameters, defaults, strict=True):
         if parameter.arg in said and parameter.arg not in _GIVEN:
-            sentence = re.split(r"(?<=[.;])\s", said[parameter.arg])[0].rstrip(".;")
+            description = " ".join(said[parameter.arg].replace("``", "").split())
+            sentence = re.split(r"(?<=[.;])\s", description)[0].rstrip(".;")
             value = "required" if default is None else f"default {ast.unparse(default)}"
             value = value.replace("True", "true").replace("False", "false")
             options[parameter.arg] = f"{sentence}." if value == "default None" else f"{sentence} ({value})."
-    return text.partition("\n")[0], options
+    return text.short_description or "", options
 
 
-def _table(rows: dict[str, str]) -> list[str]:
-    lines = []
-    for name, text in rows.items():
-        first, *rest = textwrap.wrap(text, 74)
-        lines += [f"  {name:<22} {first}", *(" " * 25 + line for line in rest)]
-    return lines
+def _table(rows: dict[str, str]) -> str:
+    texts = (textwrap.fill(text, 99, initial_indent=f"  {name:<22} ", subsequent_indent=" " * 25)
+             for name, text in rows.items())  # fmt: skip
+    return "\n".join(texts)

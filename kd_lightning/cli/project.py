@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from kd_lightning.configuration.written import CommandLineError, guess
 
@@ -39,19 +36,3 @@ def write_project(args: list[str]) -> Path:
             own = templates / kind.replace("-", "_") / name
             (folder / name).write_bytes((own if own.exists() else templates / name).read_bytes())
     return folder
-
-
-def writes(configuration: Path, checkpoint: Path) -> bool:
-    """Return True if a configuration has a ModelCheckpoint that writes a file.
-
-    Args:
-        configuration: A YAML file.
-        checkpoint: The file, as the ModelCheckpoint names it by ``dirpath`` and ``filename``.
-    """
-    try:
-        content: Any = yaml.safe_load(configuration.read_text(encoding="utf-8"))
-        callbacks = content["trainer"]["callbacks"]
-        settings = [callback.get("init_args", {}) for callback in callbacks]
-    except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError):
-        return False
-    return any(Path(one.get("dirpath") or "") / f"{one.get('filename')}.ckpt" == checkpoint for one in settings)

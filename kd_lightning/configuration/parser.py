@@ -306,7 +306,7 @@ def _check_trainer(config: Any, written: Written) -> None:
     for name, least in _LEAST.items():
         value = config.trainer.get(name)
         if isinstance(value, (int, float)) and not value >= least:
-            raise CommandLineError(f"{written.place(('trainer', name))}: must be {least} or more, got {value}.")
+            raise CommandLineError(f"{written.place(('trainer', name))}: must be {least} or more, got {value:g}.")
     interval = config.trainer.get("val_check_interval")
     if isinstance(interval, (int, float)) and interval <= 0:
         raise CommandLineError(

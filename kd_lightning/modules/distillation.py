@@ -44,7 +44,7 @@ from kd_lightning.teachers import Teacher
 from kd_lightning.teachers.calls import positional_names
 from kd_lightning.teachers.indexed import split_index
 from kd_lightning.temperature import Progress, Schedule, TemperaturePolicy
-from kd_lightning.temperature.extra import take_extra
+from kd_lightning.temperature.signals import take_extra
 
 _CHECKPOINT_KEY = "kd_lightning"
 

@@ -24,7 +24,7 @@ from kd_lightning.preflight.report import Line
 from kd_lightning.progress import Progress
 from kd_lightning.teachers.indexed import split_index
 from kd_lightning.temperature.base import mean_temperature
-from kd_lightning.temperature.extra import take_extra
+from kd_lightning.temperature.signals import take_extra
 
 _ROWS = 2048  # positions of a batch whose logits are kept
 _REFUSALS = (ValueError, TypeError, RuntimeError, LookupError, OSError)

@@ -23,7 +23,7 @@ from kd_lightning.teachers.routing import Route, Routing, check_served
 from kd_lightning.teachers.teacher import Teacher, own_temperature
 from kd_lightning.teachers.weights import hashed
 from kd_lightning.temperature.base import TemperaturePolicy
-from kd_lightning.temperature.convert import as_policy
+from kd_lightning.temperature.scheduled import as_policy
 from kd_lightning.temperature.signals import Signals
 
 Combine: TypeAlias = Literal["probs", "logits", "losses"]

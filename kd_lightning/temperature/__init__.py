@@ -16,21 +16,24 @@ from kd_lightning.temperature.asymmetric import AsymmetricTemperature, Transform
 from kd_lightning.temperature.base import TemperaturePolicy
 from kd_lightning.temperature.class_wise import ClassFrequencyTemperature, CorrectWrongTemperature
 from kd_lightning.temperature.combined import JoinedTemperature, MultiTemperature, ProductTemperature
-from kd_lightning.temperature.convert import TemperatureLike, as_policy
 from kd_lightning.temperature.dynamic import CapacityTemperature, LossGapTemperature
 from kd_lightning.temperature.energy import EnergyTemperature
 from kd_lightning.temperature.group import GroupTemperature
 from kd_lightning.temperature.layer_wise import DepthTemperature
 from kd_lightning.temperature.learnable import InstanceTemperature, LearnableTemperature
-from kd_lightning.temperature.logit_spread import LogitStandardization, LogitStdTemperature, SharpnessTemperature
-from kd_lightning.temperature.max_logit import MaxLogitTemperature
+from kd_lightning.temperature.logit_spread import (
+    LogitStandardization,
+    LogitStdTemperature,
+    MaxLogitTemperature,
+    SharpnessTemperature,
+)
 from kd_lightning.temperature.sample_wise import (
     ConfidenceTemperature,
     DisagreementTemperature,
     EntropyTemperature,
     TargetConfidenceTemperature,
 )
-from kd_lightning.temperature.scheduled import ConstantTemperature, ScheduledTemperature
+from kd_lightning.temperature.scheduled import ConstantTemperature, ScheduledTemperature, TemperatureLike, as_policy
 from kd_lightning.temperature.signals import Signals
 from kd_lightning.temperature.token_wise import TokenDifficultyTemperature
 

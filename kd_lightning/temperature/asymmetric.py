@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from torch import Tensor
 from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature, tempered_log_softmax
 from kd_lightning.schedules import Progress, Schedule
 from kd_lightning.temperature.base import Bounds, TemperaturePolicy
-from kd_lightning.temperature.convert import as_policy
+from kd_lightning.temperature.scheduled import as_policy
 from kd_lightning.temperature.signals import Signals
 
 
@@ -57,10 +56,6 @@ class AsymmetricTemperature(TemperaturePolicy):
                 "AsymmetricTemperature joins policies of one temperature each, got one that gives several."
             )
         return Temperature(student=student.student, teacher=teacher.teacher)
-
-    @override
-    def transform(self, logits: Tensor) -> Tensor:
-        return self.teacher.transform(self.student.transform(logits))
 
 
 class TransformedTeacherTemperature(TemperaturePolicy):

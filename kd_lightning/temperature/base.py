@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias, TypedDict
 
 import torch
@@ -117,7 +117,12 @@ class TemperaturePolicy(nn.Module, ABC):
         return any(part.reads_logits or type(part).transform is not TemperaturePolicy.transform for part in parts)
 
     def transform(self, logits: Tensor) -> Tensor:
-        """Return the logits that the loss sees (class dimension last): the same, unless the policy must centre them."""
+        """Return the logits that the loss sees (class dimension last).
+
+        Default: the same, transformed by the policies within this one; a class-wise policy must centre them.
+        """
+        for policy in self._inner_policies():
+            logits = policy.transform(logits)
         return logits
 
     def loss_scale(self, temperature: Temperature) -> Tensor | None:
@@ -161,15 +166,15 @@ class TemperaturePolicy(nn.Module, ABC):
 
     def _inner_policies(self) -> list[TemperaturePolicy]:
         """Return the policies directly within this one, each once."""
-        inner: dict[int, TemperaturePolicy] = {}
-        waiting = list(self.children())
-        while waiting:
-            module = waiting.pop(0)
-            if isinstance(module, TemperaturePolicy):
-                inner[id(module)] = module
-            else:
-                waiting.extend(module.children())
-        return list(inner.values())
+
+        def within(module: nn.Module) -> Iterator[TemperaturePolicy]:
+            for child in module.children():
+                if isinstance(child, TemperaturePolicy):
+                    yield child
+                else:
+                    yield from within(child)
+
+        return list(dict.fromkeys(within(self)))
 
     def forward(self, signals: Signals) -> Temperatures:
         """Compute, multiply, bound and check the temperature for one batch."""
@@ -212,9 +217,19 @@ class TemperaturePolicy(nn.Module, ABC):
             "one temperature per sample."
         )
 
-    def _check_sign(self, temperature: Tensor | float) -> None:
-        """Raise if a temperature by the policy's own rule is negative, which the bounds would hide."""
-        message = (
+    def _finish(self, computed: Temperature, signals: Signals) -> Temperature:
+        if not (isinstance(computed, Temperature) and all(isinstance(t, Tensor) or is_number(t) for t in computed[:2])):
+            raise TypeError(self._wrong_type(computed))
+        student = self._finish_side(computed.student, signals)
+        shared = computed.teacher is computed.student
+        teacher = student if shared else self._finish_side(computed.teacher, signals)
+        scale = None if computed.scale is None else _fill_left_out(computed.scale, signals)
+        scale = self.loss_scale(Temperature(student, teacher, scale))
+        temperature = Temperature(student, teacher, scale)
+        return as_temperature(temperature, signals.student_logits, f"{type(self).__name__}: ")
+
+    def _finish_side(self, temperature: Tensor | float, signals: Signals) -> Tensor:
+        message = (  # because the bounds would hide the sign
             f"{type(self).__name__}.compute returned a negative temperature. Temperatures are positive: bring "
             "values of any sign there by softplus or exp."
         )
@@ -222,22 +237,9 @@ class TemperaturePolicy(nn.Module, ABC):
             check_values(~(temperature.detach() < 0).any(), message)
         elif temperature < 0:
             raise ValueError(message)
+        return _fill_left_out(self._bound(temperature), signals)
 
-    def _finish(self, computed: Temperature, signals: Signals) -> Temperature:
-        if not (isinstance(computed, Temperature) and all(map(_is_value, computed[:2]))):
-            raise TypeError(self._wrong_type(computed))
-        self._check_sign(computed.student)
-        if computed.teacher is not computed.student:
-            self._check_sign(computed.teacher)
-        student = _fill_left_out(self._bound(computed.student), signals)
-        shared = computed.teacher is computed.student
-        teacher = student if shared else _fill_left_out(self._bound(computed.teacher), signals)
-        scale = None if computed.scale is None else _fill_left_out(computed.scale, signals)
-        scale = self.loss_scale(Temperature(student, teacher, scale))
-        temperature = Temperature(student, teacher, scale)
-        return as_temperature(temperature, signals.student_logits, f"{type(self).__name__}: ")
-
-    def _bound(self, temperature: Tensor) -> Tensor:
+    def _bound(self, temperature: Tensor | float) -> Tensor:
         return (temperature * self.multiplier).clamp(self.min_temperature, self.max_temperature)
 
     def _check_within_bounds(self, **values: float) -> None:
@@ -281,15 +283,9 @@ class TemperaturePolicy(nn.Module, ABC):
             names |= dict.fromkeys(inspect.signature(policy.__init__).parameters if "__init__" in vars(policy) else ())
         values = {name: getattr(self, name) for name in names if name not in defaults and hasattr(self, name)}
         values |= {name: getattr(self, name) for name, p in defaults.items() if getattr(self, name) != p.default}
-        if values.get("sync") is False:
-            del values["sync"]
-        return ", ".join(
-            f"{name}={_shown(value)}" for name, value in values.items() if not isinstance(value, (nn.Module, Tensor))
-        )
-
-
-def _is_value(value: object) -> bool:
-    return isinstance(value, Tensor) or is_number(value)
+        values = {name: value for name, value in values.items() if not isinstance(value, (nn.Module, Tensor))}
+        shown = (f"{name}={_shown(value)}" for name, value in values.items())
+        return ", ".join(text for text in shown if text != "sync=False")
 
 
 def _check_multiplier(policy: nn.Module, _: object) -> None:

@@ -11,12 +11,12 @@ from typing_extensions import Unpack, override
 from kd_lightning.functional import Temperature
 from kd_lightning.schedules import Progress, Schedule, Unit, check_boundaries, part_at
 from kd_lightning.temperature.base import Bounds, TemperaturePolicy, Temperatures, as_terms
-from kd_lightning.temperature.convert import as_policy
+from kd_lightning.temperature.scheduled import as_policy
 from kd_lightning.temperature.signals import Signals
 
 
 class _CombinedTemperature(TemperaturePolicy):
-    """Base of combinations: their parts, and the parts' centring one after the other."""
+    """Base of combinations: their parts."""
 
     reads_logits = False
 
@@ -31,12 +31,6 @@ class _CombinedTemperature(TemperaturePolicy):
                 f"{type(self).__name__} needs a list of numbers, schedules or policies, one or more, got {policies!r}."
             )
         self.policies = nn.ModuleList(as_policy(policy) for policy in policies)
-
-    @override
-    def transform(self, logits: Tensor) -> Tensor:
-        for policy in self._inner_policies():
-            logits = policy.transform(logits)
-        return logits
 
 
 class ProductTemperature(_CombinedTemperature):

@@ -27,7 +27,7 @@ from kd_lightning.temperature import (
     Temperature,
     TemperaturePolicy,
 )
-from kd_lightning.temperature.extra import take_extra
+from kd_lightning.temperature.signals import take_extra
 from tests.helpers import NUM_CLASSES, NUM_FEATURES
 
 LANGUAGES = ["en", "fi", "sv"]
