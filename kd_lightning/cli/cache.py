@@ -18,11 +18,7 @@ from kd_lightning.teachers.indexed import HasRows, split_index
 
 
 def check_shard(num_shards: int, shard: int | None) -> None:
-    """Raise unless both are left out, or the shard is one of ``num_shards``.
-
-    Raises:
-        ValueError: If one is given without the other, or the shard is out of range.
-    """
+    """Raise unless both are left out, or the shard is one of ``num_shards``."""
     if num_shards < 1 or (num_shards > 1) != (shard is not None) or not 0 <= (shard or 0) < num_shards:
         raise ValueError(
             f"--num_shards says into how many parts a build is divided and --shard which one this is, from 0, got "
@@ -42,9 +38,6 @@ def fill_caches(
         loaders: Loaders of the data, of which those are cached that read from ``teacher.index(dataset)``.
         num_shards: Number of builds that share the work. With more than one, files are left to be merged.
         shard: Which of them this is, from 0.
-
-    Raises:
-        ValueError: If several processes would share a stream.
     """
     parts = [part for cache in module.teacher.caches for part in cache.parts]
     indexed = [loader for loader in loaders if isinstance(getattr(loader, "dataset", None), HasRows)]
@@ -102,11 +95,7 @@ class _CacheBuilder(LightningModule):
             self.take_rows(self.trainer)
 
     def take_rows(self, trainer: Trainer | None = None) -> None:
-        """Take the rows of this process, after shards of an earlier build are merged.
-
-        Args:
-            trainer: A trainer of several ranks, each of which takes a shard.
-        """
+        """Take the rows of this process, a shard for each of a trainer's ranks, after merging an earlier build."""
         rank, ranks = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
         if self.num_shards == 1 and rank == 0:
             for part in self.parts:

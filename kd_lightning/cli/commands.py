@@ -50,9 +50,6 @@ def plot_temperature(
         model: A DistillationModule.
         datamodule: Gives the steps of an epoch and the batch whose teacher logits are drawn.
         output: The folder to write to.
-
-    Raises:
-        TypeError: If the model is not a DistillationModule.
     """
     if not isinstance(model, DistillationModule):
         raise TypeError(f"plot-temperature draws a DistillationModule's temperature, got {type(model).__name__}.")
@@ -99,11 +96,6 @@ def check(
         compiled: Whether to time a compiled teacher too, which is slow.
         json: File to write the report to as JSON.
         plot: File to draw the entropy of the teacher's targets over T to.
-
-    Raises:
-        TypeError: If the model is not a DistillationModule.
-        ValueError: If there is no data or no teacher.
-        SystemExit: With status 1, if a line of the report is wrong.
     """
     if datamodule is None:
         raise ValueError("check looks at training batches: give --data, or a configuration with them.")
@@ -137,10 +129,6 @@ def calibrate(
         output: The file to write.
         per_class: Whether to fit a temperature for each class.
         batches: How many validation batches to take; all by default.
-
-    Raises:
-        TypeError: If the model is not a DistillationModule with a FrozenTeacher.
-        ValueError: If there is no validation data, or no temperature is the best.
     """
     if not isinstance(model, DistillationModule) or not isinstance(model.teacher, FrozenTeacher):
         teacher = model.teacher if isinstance(model, DistillationModule) else model
@@ -222,11 +210,6 @@ def cache_teacher(
         num_shards: Number of jobs that share the work.
         shard: Number of this job, from 0.
         format: arrow writes each whole cache as an Arrow file beside it, too: a column of ids and one of logits.
-
-    Raises:
-        TypeError: If the model is not a DistillationModule with a teacher.
-        ValueError: If there is no data, or its training loader does not read from ``teacher.index(dataset)``; if the
-            shard is not one of ``num_shards``.
     """
     check_shard(num_shards, shard)
     teacher = model.teacher if isinstance(model, DistillationModule) else None
@@ -283,10 +266,6 @@ def export(
         dynamic_dims: Dimensions of the inputs that may have any size.
         overwrite: Whether to replace a file that is there.
         calibrate: Whether the file divides the logits by a temperature that is fitted to the validation labels.
-
-    Raises:
-        TypeError: If the model is neither a DistillationModule nor a ClassificationModule.
-        ValueError: If the checkpoint holds no weights of such a model.
     """
     if not isinstance(model, (DistillationModule, ClassificationModule)):
         raise TypeError(
@@ -335,9 +314,6 @@ def sweep(config: dict[str, Any], **arguments: Any) -> None:
     Args:
         config: The parsed configuration, of which each run builds model, data and trainer.
         arguments: Arguments of :func:`kd_lightning.sweep.sweep`.
-
-    Raises:
-        SystemExit: If the sweep is interrupted.
     """
     try:
         run_sweep(config, **arguments)

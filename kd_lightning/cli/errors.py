@@ -27,10 +27,6 @@ def paragraph(error: Exception, args: list[str]) -> str | None:
     MisconfigurationException with no line of the user's own code between. :mod:`kd_lightning.cli.foreign` has the
     paragraphs for other errors that a user's settings cause in another package. Any other error that happens without
     ``raise``, and one that the user's own code raises, is a bug.
-
-    Args:
-        error: The error.
-        args: The command line.
     """
     if isinstance(error, CommandLineError):
         return str(error)

@@ -28,14 +28,7 @@ class _Foreign(NamedTuple):
 
 
 def explain(error: Exception, text: str, frames: Sequence[FrameType], written: Written) -> str | None:
-    """Return a paragraph about an error of another package; None if it is not known here.
-
-    Args:
-        error: The error.
-        text: Its text in one line.
-        frames: The frames of its traceback, the innermost last.
-        written: The settings as the user wrote them.
-    """
+    """Return a paragraph about an error of another package; None if it is not known here."""
     names = {cls.__name__ for cls in type(error).__mro__}
     for foreign in _FOREIGN:
         match = re.search(foreign.pattern, text)

@@ -67,11 +67,7 @@ kd-lightning COMMAND --help lists a command's options; kd-lightning --version pr
 
 
 def describe_command(command: str) -> str:
-    """Return the help of a command: its own options, then those that all commands have.
-
-    Args:
-        command: A command of Lightning's or of this library.
-    """
+    """Return the help of a command: its own options, then those that all commands have."""
     if command == "init":
         return f"usage: kd-lightning init [{'|'.join(KINDS)}] DIR\n\n{_INIT}"
     if command == "card":

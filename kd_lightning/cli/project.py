@@ -16,9 +16,6 @@ def write_project(args: list[str]) -> Path:
 
     Args:
         args: The folder; before it, if it is not ``digits``, the kind of project.
-
-    Raises:
-        CommandLineError: If the kind is unknown, no folder is named, or the folder is not empty.
     """
     if len(args) not in (1, 2) or args in [[kind] for kind in KINDS] or any(arg.startswith("-") for arg in args):
         raise CommandLineError(

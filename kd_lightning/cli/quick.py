@@ -8,14 +8,7 @@ from kd_lightning.cli.project import write_project
 
 
 def answer(args: list[str]) -> bool:
-    """Answer the command line if it is one of these commands.
-
-    Args:
-        args: The command line.
-
-    Returns:
-        Whether it was.
-    """
+    """Answer the command line if it is one of these commands, and return True if it was."""
     first = args[0] if args else ""
     asks_for_help = not {"-h", "--help"}.isdisjoint(args)
     if first == "--version":

@@ -111,12 +111,7 @@ def subclasses_of(base: type) -> Iterator[type]:
 
 
 def class_names(bases: Iterable[type], own: bool = False) -> list[str]:
-    """Return the names of the classes that a user may write for one of the base classes.
-
-    Args:
-        bases: The base classes.
-        own: True leaves out the classes of other packages.
-    """
+    """Return the names that a user may write for one of the base classes, of this library alone if ``own``."""
     classes = [cls for base in bases for cls in subclasses_of(base) if cls is not base and not inspect.isabstract(cls)]
     rooms = [sys.modules.get(".".join(cls.__module__.split(".")[:2])) for cls in classes]
     return [

@@ -48,16 +48,8 @@ def diagnose(written: Written, owners: Mapping[str, Callable[..., Any]], error: 
         owners: The keys that the command accepts, each with the function that has an argument of this name.
         error: The parser's error, whose text is taken if no mistake is found here.
     """
-    if written.early:
-        return (
-            f"{' '.join(written.early)} stands before the command, where nothing is read. Write kd-lightning "
-            f"{written.command} {' '.join(written.early)}."
-        )
-    if written.stray:
-        close = " Did you mean --config?" if re.fullmatch("-{0,2}con?fi?g", written.stray[0]) else ""
-        return f"{written.stray[0]!r} belongs to no option.{close} Write --config FILE or --key=value."
-    for option, text in written.misplaced:
-        return f"{option}: {text}"
+    if written.mistakes:
+        return written.mistakes[0]
     walk = _Walk(written, owners)
     for key, text in _in_top(walk):
         return f"{written.place(key)}: {text}"
@@ -73,9 +65,6 @@ def first_error(config: Any) -> Exception | None:
     """Return the first error when each class of a parsed configuration is built, those within others first.
 
     The error has an attribute ``key``, the place of the class that raised it.
-
-    Args:
-        config: The parsed configuration.
     """
     try:
         _build(config, ())
@@ -309,11 +298,7 @@ def _find(path: str, bases: Iterable[type]) -> Any:
 
 
 def _absent_module(path: str, error: ModuleNotFoundError) -> str:
-    """Return a text about a class path whose import fails for an absent module.
-
-    Raises:
-        ModuleNotFoundError: If the user's own code imports what an installed package does not have.
-    """
+    """Return a text about a class path whose import fails for an absent module."""
     module, absent = path.rpartition(".")[0], error.name or ""
     if f"{module}.".startswith(f"{absent}."):
         close = guess(absent, [file.stem for file in Path.cwd().glob("*.py")])

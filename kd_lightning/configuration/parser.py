@@ -242,11 +242,7 @@ class KDLightningCLI(CommandLine):
         self.config["fit"]["resume"] = None  # so that the saved configuration repeats the run
 
     def _check_data(self, subcommand: str) -> None:
-        """Raise if neither the data nor the model has the loader that a command reads.
-
-        Raises:
-            CommandLineError: If there is none.
-        """
+        """Raise if neither the data nor the model has the loader that a command reads."""
         loader = f"{ {'fit': 'train', 'validate': 'val'}.get(subcommand, subcommand) }_dataloader"
         if self.datamodule is None and not is_overridden(loader, self.model):
             raise CommandLineError(
@@ -298,11 +294,7 @@ _NOTHING = {"limit_train_batches": "batch", "max_epochs": "epoch", "max_steps": 
 
 
 def _check_trainer(config: Any, written: Written) -> None:
-    """Raise if a setting of the Trainer is one that Lightning fails on later, or takes in silence and does not do.
-
-    Raises:
-        CommandLineError: If a number is below the least of its setting, or a fit has no batches.
-    """
+    """Raise if a setting of the Trainer is one that Lightning fails on later, or takes in silence and does not do."""
     for name, least in _LEAST.items():
         value = config.trainer.get(name)
         if isinstance(value, (int, float)) and not value >= least:
@@ -329,11 +321,7 @@ _ALLOW = "allow it with --weights_only=false"
 
 
 def _check_checkpoint(path: str | Path, weights_only: bool) -> dict[str, Any]:
-    """Return the content of the file of ``--ckpt_path``; empty for folders of sharded checkpoints and for URLs.
-
-    Raises:
-        CommandLineError: If there is no file, or if it is no checkpoint.
-    """
+    """Return the content of the file of ``--ckpt_path``; empty for folders of sharded checkpoints and for URLs."""
     if "://" in str(path) or any((Path(path) / name).exists() for name in ("meta.pt", "checkpoint")):
         return {}
     try:
@@ -361,11 +349,7 @@ def find_checkpoints(config: Any, files: list[Path]) -> None:
     """Resolve a ``checkpoint`` from the configuration that names it, where the current folder does not have it.
 
     A path is looked for from the current folder, from the configuration's folder, and from the folder above that,
-    because the configurations of a project stand in ``configs/``.
-
-    Args:
-        config: A part of the parsed configuration.
-        files: The configuration files, the one that counts last.
+    because the configurations of a project stand in ``configs/``. Of several files the last counts.
     """
     items: Any = vars(config) if isinstance(config, Namespace) else config
     for name, value in list(enumerate(items) if isinstance(items, list) else items.items()):
@@ -379,16 +363,7 @@ def find_checkpoints(config: Any, files: list[Path]) -> None:
 
 
 def _with_model_of_checkpoint(args: list[str], folder: Path) -> list[str]:
-    """Return the arguments with the checkpoint's model, if a checkpoint but neither model nor configuration is named.
-
-    Args:
-        args: The command and its options.
-        folder: Where to write the configuration of the checkpoint's model.
-
-    Raises:
-        CommandLineError: If there is no checkpoint at ``--ckpt_path``.
-        ValueError: If the checkpoint does not record its model's class, or names what is no part of a model.
-    """
+    """Return the arguments with the checkpoint's model, if a checkpoint but no model or configuration is named."""
     options = [arg.partition("=")[0] for arg in args]
     if any(option in ("-c", "--config", "--model") for option in options) or "--ckpt_path" not in options:
         return args

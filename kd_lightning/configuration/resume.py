@@ -14,11 +14,7 @@ from kd_lightning.modules.checkpoint_settings import read_checkpoint
 
 
 def check_one_start(resume: str | None, ckpt_path: str | None) -> None:
-    """Raise if both ``--resume`` and ``--ckpt_path`` name the checkpoint to start from.
-
-    Raises:
-        CommandLineError: If both options are given.
-    """
+    """Raise if both ``--resume`` and ``--ckpt_path`` name the checkpoint to start from."""
     if resume is not None and ckpt_path is not None:
         raise CommandLineError(
             f"--resume {resume} finds the checkpoint by itself, but --ckpt_path {ckpt_path} names one as well. Leave "
@@ -30,9 +26,6 @@ def checkpoint_to_resume(trainer: Trainer, resume: str | None, ckpt_path: str | 
     """Return the checkpoint that ``fit`` starts from, or None for a fresh start.
 
     ``--ckpt_path last`` of Lightning looks in the new run's folder, which is empty at this point.
-
-    Raises:
-        CommandLineError: If both options are given, or ``--ckpt_path last`` finds nothing.
     """
     check_one_start(resume, ckpt_path)
     if resume is None and ckpt_path != "last":
@@ -51,13 +44,6 @@ def checkpoint_to_measure(trainer: Trainer, which: str) -> str:
     """Return the newest run's last checkpoint, or the best of those that it kept.
 
     Lightning finds neither but in the process that trained.
-
-    Args:
-        trainer: The trainer, whose logger and callbacks say where runs are.
-        which: ``"last"`` or ``"best"``.
-
-    Raises:
-        CommandLineError: If there is none.
     """
     found = newest_checkpoint(trainer)
     if found is not None and which == "best":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -52,20 +53,13 @@ def setting_at(tree: Any, key: Key, default: Any = None) -> Any:
 class Written:
     """The command, its settings in one tree, and the file and line or the option that each setting comes from.
 
-    Args:
-        args: The arguments of the command line.
-
     Attributes:
         command: The command; None if there is none. A configuration before it is not read here.
         tree: The merged settings. Options stand where the YAML would have them, under ``init_args`` of a class.
         files: The configuration files, in the order in which they are read.
-        early: Arguments before the command.
-        stray: Arguments that belong to no option.
         helps: The options ``--KEY.help``, each with its key and the class that was named, or None.
-        misplaced: Options below a setting that is a plain value, or with an empty value, each with what is wrong.
-
-    Raises:
-        CommandLineError: If a configuration is absent, is not readable as YAML, has a key twice, or is no mapping.
+        mistakes: Texts on arguments that set nothing: before the command, of no option, without a value, or below a
+            setting that is a plain value.
     """
 
     def __init__(self, args: list[str]) -> None:
@@ -74,12 +68,14 @@ class Written:
         self.command = named[0] if named else None
         self.tree: dict[str, Any] = {}
         self.files: list[Path] = []
-        self.stray: list[str] = []
         self.helps: list[tuple[str, Key, str | None]] = []
-        self.misplaced: list[tuple[str, str]] = []
+        self.mistakes: list[str] = []
         self._places: dict[Key, str] = {}
-        start = 0 if self.command is None else args.index(self.command) + 1
-        self.early, rest = args[: max(start - 1, 0)], args[start:]
+        start = 0 if self.command is None else args.index(self.command)
+        early, rest = " ".join(args[:start]), args[start + (self.command is not None) :]
+        if early:
+            text = f"{early} stands before the command, where nothing is read."
+            self.mistakes.append(f"{text} Write kd-lightning {self.command} {early}.")
         while rest:
             option, equals, value = rest.pop(0).partition("=")
             values = [value] if equals else []
@@ -88,23 +84,25 @@ class Written:
             if option in _CONFIG:
                 if values == [""]:
                     raise CommandLineError("--config takes a file, as in --config digits.yaml, and got an empty name.")
-                self.stray += values[1:]
+                self._refuse(*values[1:])
                 self._read(Path(values[0])) if values else None
             elif option.endswith(".help"):
                 self.helps.append((option, tuple(option[2:-5].split(".")), values[0] if values else None))
             elif option.startswith("--") and values:
                 if values == [""]:
-                    self.misplaced.append((option, f"its value is missing. Write {option}=VALUE, or =null for none."))
+                    self.mistakes.append(f"{option}: its value is missing. Write {option}=VALUE, or =null for none.")
                 self._set(option, _load(values[0]) if len(values) == 1 else [_load(value) for value in values])
             elif not option.startswith("--"):
-                self.stray.append(option + equals + value)
+                self._refuse(option + equals + value)
+
+    def _refuse(self, *arguments: str) -> None:
+        """Record arguments that belong to no option."""
+        for argument in arguments:
+            close = " Did you mean --config?" if re.fullmatch("-{0,2}con?fi?g", argument) else ""
+            self.mistakes.append(f"{argument!r} belongs to no option.{close} Write --config FILE or --key=value.")
 
     def place(self, key: Key) -> str:
-        """Return the place of a setting: the option, or the dotted key with file and line.
-
-        Args:
-            key: Path of the setting in the tree.
-        """
+        """Return the place of a setting: the option, or the dotted key with file and line."""
         for length in range(len(key), 0, -1):
             place = self._places.get(key[:length], "")
             if place.startswith("-"):
@@ -120,17 +118,13 @@ class Written:
     def classes(self, value: Any = None, key: Key = ()) -> Iterable[tuple[Key, str]]:
         """Yield the key and the class path of each class that was written, those within others last."""
         value = self.tree if value is None and not key else value
-        if isinstance(value, dict):
-            if isinstance(value.get("class_path"), str):
-                yield key, value["class_path"]
-            for name, part in value.items():
-                if name != "class_path":
-                    yield from self.classes(part, (*key, name))
-        elif isinstance(value, list):
-            for index, part in enumerate(value):
-                yield from self.classes(part, (*key, index))
-        elif isinstance(value, str) and value.isidentifier() and key:
+        if isinstance(value, dict) and isinstance(value.get("class_path"), str):
+            yield key, value["class_path"]
+        if isinstance(value, str) and value.isidentifier() and key:
             yield key, value
+        for name, part in _parts(value):
+            if name != "class_path":
+                yield from self.classes(part, (*key, name))
 
     def class_key(self, name: str) -> Key | None:
         """Return the key of the only class of this name that was written; None if there are none or several."""
@@ -140,8 +134,7 @@ class Written:
     def empty(self, value: Any = None, key: Key = ()) -> Iterable[Key]:
         """Yield the key of each setting that is an empty mapping, which a parser ignores if it does not know it."""
         value = self.tree if value is None and not key else value
-        parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        for name, part in parts:
+        for name, part in _parts(value):
             if part == {} and name != "init_args":  # a class without arguments has none in the parsed settings
                 yield (*key, name)
             yield from self.empty(part, (*key, name))
@@ -149,11 +142,10 @@ class Written:
     def _read(self, path: Path) -> None:
         if not path.is_file():
             folder = path if path.is_dir() else path.parent
-            names = [str(other) for other in folder.glob("*.y*ml") if other.is_file()] if folder.is_dir() else []
+            names = sorted(str(other) for other in folder.glob("*.y*ml") if other.is_file())
             if path.is_dir():
-                raise CommandLineError(
-                    f"{str(path)!r} is a folder, and --config takes a file.{_listed('It holds', names)}"
-                )
+                held = f" It holds {', '.join(names)}." if names else ""
+                raise CommandLineError(f"{str(path)!r} is a folder, and --config takes a file.{held}")
             text = f"there is no configuration at {str(path)!r} (from the folder {str(Path.cwd())!r})."
             raise CommandLineError(text + guess(str(path), names))
         try:
@@ -220,8 +212,10 @@ class Written:
             if index < len(parts) - 1:
                 child = node.get(part)
                 if child is not None and not isinstance(child, (str, dict, list)):
-                    text = f"{self.place(key)} is {child!r}, which has no {'.'.join(parts[index + 1 :])}. Name a class "
-                    self.misplaced.append((option, f"{text}first, as in --{'.'.join(parts[: index + 1])}=CLASS."))
+                    self.mistakes.append(
+                        f"{option}: {self.place(key)} is {child!r}, which has no {'.'.join(parts[index + 1 :])}. Name "
+                        f"a class first, as in --{'.'.join(parts[: index + 1])}=CLASS."
+                    )
                     return
                 node[part] = {"class_path": child, "init_args": {}} if isinstance(child, str) else child or {}
                 node = node[part]
@@ -238,8 +232,9 @@ class Written:
         self._places[key] = option
 
 
-def _listed(start: str, names: list[str]) -> str:
-    return f" {start} {', '.join(sorted(names))}." if names else ""
+def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Return the entries of a mapping or list by key or index; none of another value."""
+    return value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
 
 
 def _load(text: str) -> Any:

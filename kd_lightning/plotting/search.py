@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+
 from kd_lightning.plotting.style import STUDENT, TEACHER, log_axis, pyplot, subplots, tidy
 from kd_lightning.ranking import mean_and_std, show
 
@@ -136,13 +138,11 @@ def _draw_curves(axes: Axes, trials: _Trials) -> None:
         if not curve:
             continue
         at = [candidate for candidate, _ in curve]
-        means, spreads = zip(*(mean_and_std(scores) for _, scores in curve), strict=True)
-        axes.plot(at, means, "-", color=color, linewidth=2, label=None if weight is None else f"kd_weight {weight:g}")
-        if not all(math.isnan(spread) for spread in spreads):
-            spreads = [0.0 if math.isnan(spread) else spread for spread in spreads]
-            low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
-            high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
-            axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
+        mean, std = np.array([mean_and_std(scores) for _, scores in curve]).T
+        axes.plot(at, mean, "-", color=color, linewidth=2, label=None if weight is None else f"kd_weight {weight:g}")
+        if not np.isnan(std).all():
+            std = np.nan_to_num(std)
+            axes.fill_between(at, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
         for candidate, scores in curve:
             axes.plot([candidate] * len(scores), scores, "o", color=color, markersize=4, alpha=0.7, markeredgewidth=0)
     for candidate in candidates:

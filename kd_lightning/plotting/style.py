@@ -32,32 +32,24 @@ def subplots(*shape: int, **options: Any) -> tuple[Figure, Any]:
 
 
 def draw_terms(axes: Axes, times: Sequence[float], curves: Sequence[Curve]) -> bool:
-    """Draw student and teacher of each loss term, paler for later terms; return True if student and teacher differ."""
+    """Draw each loss term's student and teacher, paler for later terms; return True if student and teacher differ.
+
+    The line is the mean, the band the range.
+    """
     differ = any(student != teacher for student, teacher in curves)
-    alone = "both" if len(curves) == 1 else "term"
+    several = len(curves) > 1
     for number, (student, teacher) in enumerate(curves):
-        shade = 1.0 if len(curves) == 1 else 1.0 - 0.65 * number / (len(curves) - 1)
-        label = "" if len(curves) == 1 else f" {number + 1}"
+        shade = 1.0 - 0.65 * number / (len(curves) - 1) if several else 1.0
+        label = f" {number + 1}" if several else ""
+        sides = [(student, STUDENT, "student" if differ else "term" if several else "both", "-")]
         if differ:
-            _draw_curve(axes, times, teacher, TEACHER, f"teacher{label}", shade, "--")
-        _draw_curve(axes, times, student, STUDENT, f"student{label}" if differ else f"{alone}{label}", shade, "-")
+            sides.insert(0, (teacher, TEACHER, "teacher", "--"))
+        for values, color, name, style in sides:
+            mean, low, high = zip(*values, strict=True)
+            axes.plot(times, mean, style, color=color, alpha=shade, linewidth=2, label=name + label)
+            if low != high:
+                axes.fill_between(times, low, high, color=color, alpha=0.15 * shade, linewidth=0)
     return differ
-
-
-def _draw_curve(
-    axes: Axes,
-    times: Sequence[float],
-    values: Sequence[Spread],
-    color: str,
-    label: str,
-    shade: float,
-    style: str,
-) -> None:
-    """Draw the mean as a line and the range as a band."""
-    mean, low, high = zip(*values, strict=True)
-    axes.plot(times, mean, style, color=color, alpha=shade, linewidth=2, label=label)
-    if low != high:
-        axes.fill_between(times, low, high, color=color, alpha=0.15 * shade, linewidth=0)
 
 
 def mark(axes: Axes, value: float, text: str) -> None:

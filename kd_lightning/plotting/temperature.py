@@ -6,7 +6,6 @@ import bisect
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,14 +62,8 @@ def plot_schedule(
         >>> figure.axes[0].get_xlabel()
         'epoch'
     """
-    for name, count in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
-        if not isinstance(count, Integral):
-            raise TypeError(f"{name} must be a whole number, got {count!r}.")
+    check_counts(epochs=epochs, steps_per_epoch=steps_per_epoch)
     check_counts(least=2, num_classes=num_classes)
-    if epochs < 1 or steps_per_epoch < 1:
-        raise ValueError(
-            f"a run has at least one epoch and one step, got epochs={epochs}, steps_per_epoch={steps_per_epoch}."
-        )
     pyplot()  # first, so that a missing matplotlib is reported before any work
     from kd_lightning.temperature import as_policy
 

@@ -60,11 +60,7 @@ class Plan:
         return [*cells, *([BASELINE] if self.baseline else [])]
 
     def jobs(self, trials: Iterable[FrozenTrial]) -> list[Job]:
-        """Return all jobs, seed by seed; a suggested cell has only its first seed until that seed has been started.
-
-        Args:
-            trials: The study's trials.
-        """
+        """Return all jobs, seed by seed; a suggested cell has only its first seed until that seed has been started."""
         known = {**self._grid(), BASELINE: {}}
         for trial in trials:
             if len(trial.params) == 2:
@@ -102,10 +98,7 @@ class Plan:
 def comparable(config: dict[str, Any], multiply: bool, **others: Any) -> dict[str, Any]:
     """Return what must not change between two starts of a sweep, as dotted names and their values.
 
-    Args:
-        config: The resolved configuration.
-        multiply: Whether the temperatures multiply the configuration's policy, which must then not change either.
-        **others: Further settings.
+    A policy that the temperatures ``multiply`` must not change either.
     """
     kept = json.loads(json.dumps(config))
     for name in ("logger", "default_root_dir", "enable_progress_bar", "enable_model_summary"):
@@ -116,11 +109,7 @@ def comparable(config: dict[str, Any], multiply: bool, **others: Any) -> dict[st
 
 
 def refuse_changes(study: Study, settings: dict[str, Any]) -> None:
-    """Store the settings and their fingerprint in a new study, and compare them with those of an existing one.
-
-    Raises:
-        ValueError: If the study was started with other settings; the message lists the differences.
-    """
+    """Store the settings and their fingerprint in a new study, and compare them with those of an existing one."""
     before = study.user_attrs.get("settings")
     if before is None:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

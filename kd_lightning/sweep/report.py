@@ -38,24 +38,16 @@ pre { background: #f6f6f6; padding: .8rem; overflow: auto; font-size: .875rem; }
 def write_report(result: SweepResult, config: dict[str, Any], fingerprint: str, path: Path) -> None:
     """Write the report: the choice, the figure, both tables, the configuration and the versions.
 
-    Args:
-        result: The result; runs are linked where their folder lies beside the file.
-        config: The configuration that all runs have.
-        fingerprint: Fingerprint of that configuration.
-        path: The file to write.
+    Runs are linked where their folder lies beside the file.
     """
-    warning = result.warning
-    verdict = "".join(
-        f'<li class="warning">{escape(line)}</li>' if line == warning else f"<li>{escape(line)}</li>"
-        for line in result.verdict()
-    )
+    marks = {result.warning: ' class="warning"'}
+    verdict = "".join(f"<li{marks.get(line, '')}>{escape(line)}</li>" for line in result.verdict())
     best = result.best
-    marks = ["best" if cell is best else "" for cell in result.cells] + ["baseline"] * (result.baseline is not None)
-    links = [
-        f"{quote(run.folder)}/" if run.folder and (path.parent / run.folder).is_dir() else "" for run in result.runs
-    ]
-    packages = ("torch", "lightning", "optuna")
-    versions = [["kd_lightning", kd_lightning.__version__], *([name, version(name)] for name in packages)]
+    classes = ["best" if cell is best else "" for cell in result.cells] + ["baseline"] * (result.baseline is not None)
+    there = [bool(run.folder) and (path.parent / run.folder).is_dir() for run in result.runs]
+    links = [f"{quote(run.folder)}/" if is_there else "" for run, is_there in zip(result.runs, there, strict=True)]
+    versions = [["kd_lightning", kd_lightning.__version__]]
+    versions += [[name, version(name)] for name in ("torch", "lightning", "optuna")]
     versions += [["Python", platform.python_version()], ["system", platform.platform()], ["configuration", fingerprint]]
     path.write_text(
         f"""<!DOCTYPE html>
@@ -74,7 +66,7 @@ the test set was measured for the chosen cell and the baseline alone, with the w
 {_figure(result)}
 <h2>Cells</h2>
 <p>Mean ± standard deviation over the seeds.</p>
-{_table(result.rows(), marks)}
+{_table(result.rows(), classes)}
 <h2>Runs</h2>
 <p>A run's number opens its folder of logs and weights.</p>
 {_table(_run_rows(result), links=links)}
@@ -107,13 +99,15 @@ def _run_rows(result: SweepResult) -> list[list[str]]:
     rows = [[*head, *names, "reason"]]
     for run in result.runs:
         temperature = "no teacher" if run.temperature is None else f"{run.temperature:.4g}"
-        numbers = [f"{run.kd_weight:.4g}", f"{run.task_weight:.4g}", f"{run.seed}", run.state]
-        score = "" if run.score is None else f"{run.score:.4f}"
-        epoch = "" if run.epoch is None else f"{run.epoch}"
-        seconds = "" if run.seconds is None else f"{run.seconds:.0f}"
-        tests = [f"{run.test[name]:.4f}" if name in run.test else "" for name in names]
-        rows.append([f"{run.number}", temperature, *numbers, score, epoch, seconds, *tests, run.reason])
+        weights = f"{run.kd_weight:.4g}", f"{run.task_weight:.4g}"
+        ended = _text(run.score, ".4f"), _text(run.epoch, ""), _text(run.seconds, ".0f")
+        tests = [_text(run.test.get(name), ".4f") for name in names]
+        rows.append([f"{run.number}", temperature, *weights, f"{run.seed}", run.state, *ended, *tests, run.reason])
     return rows
+
+
+def _text(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _table(rows: Sequence[Sequence[str]], marks: Sequence[str] = (), links: Sequence[str] = ()) -> str:

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kd_lightning.ranking import Lead, Mode, Scored, align, candidate_name, rank, show
 
@@ -118,10 +118,13 @@ class SweepResult:
         return next(iter(self.ranking), None)
 
     @property
+    def _rows(self) -> list[SweepCell]:
+        return [*self.cells, *([] if self.baseline is None else [self.baseline])]
+
+    @property
     def runs(self) -> list[SweepRun]:
         """Return all runs, including the baseline's."""
-        rows = [*self.cells, *([] if self.baseline is None else [self.baseline])]
-        return [run for cell in rows for run in cell.runs]
+        return [run for cell in self._rows for run in cell.runs]
 
     @property
     def test_metric(self) -> str:
@@ -136,7 +139,7 @@ class SweepResult:
     def rows(self) -> list[list[str]]:
         """Return the rows of the table, headings first, the baseline last."""
         rows = [["temperature", "kd_weight", self.monitor, "lowest", "highest", "runs"]]
-        for cell in [*self.cells, *([] if self.baseline is None else [self.baseline])]:
+        for cell in self._rows:
             scores = cell.scores
             extremes = [f"{value:.4f}" for value in (min(scores), max(scores))] if scores else ["", ""]
             head = ["no teacher", ""] if cell.temperature is None else [f"{cell.temperature:g}", f"{cell.kd_weight:g}"]
@@ -152,11 +155,15 @@ class SweepResult:
             without = "" if baseline is None else f"; no teacher {show(baseline.scores)}"
             return [f"no cell has all its runs complete: nothing is chosen{without}"]
         best = ranking[0]
+
+        def compare(other: SweepCell, name: str) -> str:
+            return Lead.of(best.scores, other.scores, self.mode).describe(name, "--seeds 3")
+
         lines = [f"best by {self.monitor}: {best.name}, {show(best.scores)}"]
         if len(ranking) > 1:
-            lines.append(self._compare(best, ranking[1], ranking[1].name))
+            lines.append(compare(ranking[1], ranking[1].name))
         if baseline is not None and baseline.complete:
-            lines.append(self._compare(best, baseline, f"no teacher ({show(baseline.scores)})"))
+            lines.append(compare(baseline, f"no teacher ({show(baseline.scores)})"))
         if tests := best.test_scores(self.test_metric):
             without = [] if baseline is None else baseline.test_scores(self.test_metric)
             beside = f"; no teacher {show(without)}" if without else ""
@@ -181,9 +188,6 @@ class SweepResult:
         scores = "; ".join(f"{name} {show(scores)} against {show(others)}" for name, (scores, others) in pairs.items())
         return f"the choice loses to the student without a teacher by {' and '.join(lost)}: {scores}"
 
-    def _compare(self, best: SweepCell, other: SweepCell, name: str) -> str:
-        return Lead.of(best.scores, other.scores, self.mode).describe(name, "--seeds 3")
-
     def table(self) -> str:
         """Return the rows as aligned text, followed by the verdict and the errors of failed runs."""
         failed = [f"{run.name}: {run.reason}" for run in self.runs if run.state == "failed"]
@@ -197,10 +201,8 @@ class SweepResult:
         """
         from kd_lightning.plotting import plot_sweep
 
-        cells = [(cell.temperature, cell.kd_weight, cell.scores) for cell in self.cells if cell.temperature is not None]
-        best = (
-            None if self.best is None or self.best.temperature is None else (self.best.temperature, self.best.kd_weight)
-        )
+        cells: Any = [(cell.temperature, cell.kd_weight, cell.scores) for cell in self.cells]
+        best: Any = None if self.best is None else (self.best.temperature, self.best.kd_weight)
         baseline = None if self.baseline is None else self.baseline.scores
         return plot_sweep(cells, self.monitor, baseline=baseline, best=best, mode=self.mode)
 
@@ -208,14 +210,13 @@ class SweepResult:
         """Write one line per run."""
         names = sorted({name for run in self.runs for name in run.test})
         columns = ["number", "temperature", "kd_weight", "task_weight", "seed", "state"]
+        columns += [self.monitor, "epoch", "seconds", *names, "folder", "reason"]
         with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow([*columns, self.monitor, "epoch", "seconds", *names, "folder", "reason"])
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
             for run in self.runs:
-                tests = [run.test.get(name) for name in names]
-                values = [getattr(run, column) for column in columns]
                 seconds = None if run.seconds is None else f"{run.seconds:.1f}"
-                writer.writerow([*values, run.score, run.epoch, seconds, *tests, run.folder, run.reason])
+                writer.writerow({**vars(run), **run.test, self.monitor: run.score, "seconds": seconds})
 
 
 def _cell_name(temperature: float | None, kd_weight: float) -> str:

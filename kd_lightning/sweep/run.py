@@ -62,8 +62,8 @@ class Setting:
     seed: int
     multiply: bool = False
 
-    def apply(self, config: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """Return the configuration of the run, without progress bar and with a folder of its own."""
+    def build(self, config: dict[str, Any], folder: Path, logs: bool) -> Parts:
+        """Build the freshly seeded model, data and trainer of the run, without progress bar and with its own folder."""
         config = copy.deepcopy(config)
         config["seed_everything"] = self.seed
         arguments = config["model"]["init_args"]
@@ -72,22 +72,19 @@ class Setting:
             arguments["temperature"] = self.temperature
         logger = {"save_dir": str(folder), "name": "", "version": ""}
         config["trainer"] |= {
-            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": logger},
+            "logger": logs and {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": logger},
             "default_root_dir": str(folder),
             "enable_progress_bar": False,
             "enable_model_summary": False,
         }
-        return config
+        parts = Parts(config)
+        if self.temperature is not None and self.multiply:
+            parts.model.distiller.temperature.multiplier.fill_(self.temperature)
+        return parts
 
 
 def resolve(config: str | Path | Sequence[str | Path] | Mapping[str, Any]) -> tuple[dict[str, Any], Parts]:
-    """Resolve a configuration to primitives with all defaults, and build its parts.
-
-    Raises:
-        TypeError: If ``config`` is of another type, or if the model is not a DistillationModule.
-        FileNotFoundError: If a file is missing.
-        ValueError: If the configuration has no model, or if it asks for several devices.
-    """
+    """Resolve a configuration to primitives with all defaults, and build its parts."""
     if isinstance(config, Mapping):
         if "model" not in config:
             raise ValueError(f"a sweep's configuration has a model, got the sections {', '.join(config) or 'none'}.")
@@ -171,36 +168,16 @@ class Validations(Callback):
             self.pruned = trainer.should_stop = True
 
     def check_finite(self, trainer: Trainer) -> None:
-        """Raise if the metric or the training loss is not finite.
-
-        Raises:
-            ArithmeticError: If the metric or the training loss is not finite.
-        """
+        """Raise ArithmeticError if the metric or the training loss is not finite."""
         for name in (self.monitor, metric_name(trainer, "train", "loss")):
             value = trainer.callback_metrics.get(name)
             if value is not None and not math.isfinite(float(value)):
                 raise ArithmeticError(f"{name} is {float(value)} after epoch {trainer.current_epoch}")
 
 
-def build(config: dict[str, Any], setting: Setting) -> Parts:
-    """Build the freshly seeded model, data and trainer of a run."""
-    parts = Parts(config)
-    if setting.multiply and setting.temperature is not None:
-        parts.model.distiller.temperature.multiplier.fill_(setting.temperature)
-    return parts
-
-
-def train(config: dict[str, Any], setting: Setting, folder: Path, watch: Validations, mode: str) -> tuple[float, int]:
-    """Train a run and keep the weights of its best validation in ``checkpoints/best.ckpt``.
-
-    Returns:
-        The best value of the metric and its epoch.
-
-    Raises:
-        LookupError: If validation does not log the metric, or the run has no validation.
-        ArithmeticError: If the metric or the training loss is not finite.
-    """
-    parts = build(setting.apply(config, folder), setting)
+def _train(config: dict[str, Any], setting: Setting, folder: Path, watch: Validations, mode: str) -> tuple[float, int]:
+    """Train a run, keep the weights of its best validation, and return that validation's value and epoch."""
+    parts = setting.build(config, folder, logs=True)
     trainer: Any = parts.trainer
     best = ModelCheckpoint(
         folder / "checkpoints", "best", watch.monitor, mode=mode, save_weights_only=True, enable_version_counter=False
@@ -223,14 +200,13 @@ def best_of(history: Sequence[tuple[int, float]], mode: str) -> tuple[float, int
 
 
 def attempt(config: dict[str, Any], setting: Setting, folder: Path, watch: Validations, mode: str) -> Outcome:
-    """Train a run as :func:`train` does, and return its outcome, which may be an error.
+    """Train a run, keep the weights of its best validation, and return its outcome, which may be an error.
 
-    Raises:
-        LookupError: If validation does not log the metric, because every run would fail alike.
+    A metric that validation does not log is raised as a LookupError, because every run would fail alike.
     """
     began = time.monotonic()
     try:
-        score, epoch = train(config, setting, folder, watch, mode)
+        score, epoch = _train(config, setting, folder, watch, mode)
     except Exception as error:
         if isinstance(error, LookupError) and not watch.history and watch.monitor in str(error):
             raise
@@ -243,9 +219,7 @@ def attempt(config: dict[str, Any], setting: Setting, folder: Path, watch: Valid
 
 def measure(config: dict[str, Any], setting: Setting, folder: Path) -> dict[str, float]:
     """Measure the run's best weights on the test set."""
-    config = setting.apply(config, folder)
-    config["trainer"]["logger"] = False
-    parts = build(config, setting)
+    parts = setting.build(config, folder, logs=False)
     trainer: Any = parts.trainer
     trainer.callbacks = naming_callbacks(trainer)
     results = trainer.test(

@@ -166,12 +166,7 @@ def sweep(
 
 
 class SweepProcess:
-    """The part of a sweep that this process executes.
-
-    Args:
-        queue: The runs, shared with other processes.
-        plan: The sweep's arguments.
-    """
+    """The part of a sweep that this process executes."""
 
     def __init__(self, queue: RunQueue, plan: Plan) -> None:
         self.queue, self.plan = queue, plan
@@ -185,11 +180,7 @@ class SweepProcess:
         )  # fmt: skip
 
     def do(self, share: Callable[[SweepProcess], None]) -> SweepResult:
-        """Execute the remaining runs together with the other processes, then measure and report.
-
-        Args:
-            share: Function that executes the runs.
-        """
+        """Execute the remaining runs together with the other processes, then measure and report."""
         # only the main thread receives signals
         in_main_thread = threading.current_thread() is threading.main_thread()
         handler = signal.signal(signal.SIGINT, self.interrupt) if in_main_thread else None
@@ -232,8 +223,7 @@ class SweepProcess:
     def claim(self, busy: bool = False) -> Trial | None:
         """Claim a run; return None, and look for dead processes, if nothing is left to start.
 
-        Args:
-            busy: Whether this process has runs that are not finished.
+        A process is ``busy`` that has runs that are not finished.
         """
         trial = self.queue.claim(self.plan.jobs(self.queue.trials()))
         if trial is None:
@@ -277,9 +267,10 @@ class SweepProcess:
         from optuna.exceptions import UpdateFinishedTrialError
 
         told = {"score": outcome.score, "epoch": outcome.epoch, "reason": outcome.reason or None}
+        told["seconds"] = round(outcome.seconds, 1)
         kept = False
         with suppress(UpdateFinishedTrialError):  # because another process may have found the heartbeat stale
-            for name, value in {**told, "seconds": round(outcome.seconds, 1)}.items():
+            for name, value in told.items():
                 if value is not None:
                     trial.set_user_attr(name, value)
             kept = self.queue.finish(trial.number, outcome.state, None if outcome.pruned_at else outcome.score)
@@ -331,11 +322,7 @@ class SweepProcess:
         return SweepResult(cells, baseline, self.plan.monitor, self.plan.mode, self.plan.folder, not_tested)
 
     def report(self) -> SweepResult:
-        """Measure the chosen cell and the baseline on the test set, write all files and print the table.
-
-        Raises:
-            RuntimeError: If every run failed.
-        """
+        """Measure the chosen cell and the baseline on the test set, write all files and print the table."""
         result = self.result()
         if all(run.state == "failed" for run in result.runs):
             raise RuntimeError(f"every run failed. The first: {result.runs[0].reason}")
@@ -351,11 +338,7 @@ class SweepProcess:
         return result
 
     def test(self, result: SweepResult) -> str:
-        """Measure the runs of the best cell and the baseline on the test set, once.
-
-        Returns:
-            The error, or the missing metric; empty if all were measured.
-        """
+        """Measure the best cell and the baseline on the test set once; return the error or missing metric, else ""."""
         if result.best is None:
             return ""
         runs = [*result.best.runs, *(result.baseline.runs if result.baseline is not None else [])]
@@ -375,11 +358,7 @@ class SweepProcess:
 
 
 def _optuna_object(name: str, value: Any, named: Mapping[str, Callable[[], Any]], kind: type) -> Any:
-    """Return the sampler or pruner that an argument names, holds, or describes by ``class_path`` and ``init_args``.
-
-    Raises:
-        ValueError: If the argument has another type or an unknown name.
-    """
+    """Return the sampler or pruner that an argument names, holds, or describes by ``class_path`` and ``init_args``."""
     if isinstance(value, str) and value in named:
         return named[value]()
     try:

@@ -202,13 +202,13 @@ CASES = [
          "got 'paper://a': Can't load plugin: sqlalchemy.dialects:paper."),
     *(
         Case(f"schedule over {name} {count!r}", call(plot_schedule, 4.0, **({"epochs": 2} | {name: count})), TypeError,
-             f"{name} must be a whole number, got {count!r}.")
+             f"{name} must be a whole number, 1 or more, got {count!r}.")
         for name in ("epochs", "steps_per_epoch") for count in (1.5, "3", None)
     ),
     *(
-        Case(f"schedule over {epochs} epochs of {steps} steps", call(plot_schedule, 4.0, epochs, steps), ValueError,
-             f"a run has at least one epoch and one step, got epochs={epochs}, steps_per_epoch={steps}.")
-        for epochs, steps in ((0, 1), (2, 0), (-1, 1))
+        Case(f"schedule over {name} {count}", call(plot_schedule, 4.0, **({"epochs": 2} | {name: count})), ValueError,
+             f"{name} must be 1 or more, got {count}.")
+        for name, count in (("epochs", 0), ("steps_per_epoch", 0), ("epochs", -1))
     ),
     Case("schedule of one class", call(plot_schedule, 4.0, 2, num_classes=1), ValueError,
          "num_classes must be 2 or more, got 1."),

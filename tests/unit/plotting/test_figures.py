@@ -116,7 +116,7 @@ class TestSchedule:
         assert plt.get_fignums() == before
 
     def test_errors(self):
-        with pytest.raises(ValueError, match="at least one epoch and one step, got epochs=0"):
+        with pytest.raises(ValueError, match="epochs must be 1 or more, got 0"):
             plot_schedule(4.0, epochs=0)
         with pytest.raises(TypeError, match="temperature must be a number, a schedule"):
             plot_schedule("4", epochs=2)  # pyright: ignore[reportArgumentType]
