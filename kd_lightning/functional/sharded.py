@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from typing_extensions import override
 
@@ -138,14 +137,16 @@ def as_shards(divergence: Divergence, student: Tensor, teacher: Any, class_dim: 
     classes, ranks = student.shape[class_dim], mesh.size(over[0])
     first = min(-(-classes // ranks) * mesh.get_local_rank(over[0]), classes)  # as torch.chunk cuts
     shards = Shards(divergence, mesh.get_group(over[0]), first)
-    return _sharded(student, mesh, placements), _sharded(teacher, mesh, placements), shards
+    return sharded_as(sharded[0], student), sharded_as(sharded[0], teacher), shards
 
 
-def _sharded(logits: Tensor, mesh: DeviceMesh, placements: Any) -> DTensor:
-    if isinstance(logits, DTensor):
-        return logits
-    everywhere = DTensor.from_local(logits, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return everywhere.redistribute(mesh, placements)
+def sharded_as(like: Tensor, tensor: Tensor) -> Any:
+    """Return a tensor that is equal on all ranks in the layout of another, if that is a DTensor. Sends nothing."""
+    if isinstance(tensor, DTensor) or not isinstance(like, DTensor):
+        return tensor
+    mesh = like.device_mesh
+    everywhere = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(mesh, like.placements)
 
 
 def one_hot_logits(targets: Tensor, like: DTensor, class_dim: int) -> DTensor:

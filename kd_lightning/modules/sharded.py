@@ -27,7 +27,7 @@ class ShardedDistillationModule(DistillationModule):
     Raises:
         TypeError: If ``blocks`` is neither names nor a number.
         ValueError: If ``blocks`` is empty or not positive, or if the student has no such blocks; at fit, if the
-            strategy has a tensor-parallel dimension, or if weight averaging or an EMATeacher copies the student.
+            strategy has a tensor-parallel dimension, or if a callback averages weights, since it copies the student.
 
     Example:
         >>> from kd_lightning.models import CausalTransformer
@@ -50,12 +50,11 @@ class ShardedDistillationModule(DistillationModule):
         mesh = self.device_mesh
         if mesh is None or isinstance(self.student, FSDPModule):
             return
-        copies: list[Any] = [each for each in callbacks_of(self.trainer) if isinstance(each, WeightAveraging)]
-        copies += [self.teacher] if self.teacher is not None and self.teacher.state_dict() else []
+        copies = [each for each in callbacks_of(self.trainer) if isinstance(each, WeightAveraging)]
         if copies:
             raise ValueError(
-                f"{type(copies[0]).__name__} keeps a copy of the student, which FSDP2 does not "
-                "allow for a sharded one. Leave it out, or train a whole student under another strategy, such as ddp."
+                f"{type(copies[0]).__name__} keeps a copy of the student, which FSDP2 does not allow for a sharded "
+                "one. Leave it out, or train a whole student under another strategy, such as ddp."
             )
         if (ranks := mesh["tensor_parallel"].size()) > 1:
             raise ValueError(
@@ -64,3 +63,4 @@ class ShardedDistillationModule(DistillationModule):
                 "DistillationModule and parallelise the student there."
             )
         shard(self.student, self.blocks, mesh["data_parallel"])
+        self._run.follow(self.student)  # here, because the strategy next moves a teacher that copies it to the device

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from kd_lightning._lightning import accumulates, attached_trainer, batches_done
 from kd_lightning.export import describe_inputs, inputs_like
@@ -202,6 +202,14 @@ class SupervisedModule(CheckpointedModule):
         return {**keywords, "decoder_input_ids": shift(labels)}
 
     # ---- Lightning ------------------------------------------------------------------------------------------------
+
+    @override
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
+        """Give memory to what is on the meta device, as Lightning does for a student made there, and move the rest.
+
+        torch's own would also empty the teacher and the temperature, which have values.
+        """
+        return self._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device), recurse)
 
     @override
     def forward(self, inputs: Any) -> Tensor:

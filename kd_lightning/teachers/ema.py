@@ -9,13 +9,18 @@ from typing import Any, NoReturn, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from typing_extensions import Self, override
 
+from kd_lightning.functional.rows import gathered
+from kd_lightning.functional.sharded import sharded_as
 from kd_lightning.schedules import Progress, Schedule
 from kd_lightning.teachers.calls import HiddenStates, call_model, extract_logits, hidden_states
+from kd_lightning.teachers.sharded import shard_as
 from kd_lightning.teachers.teacher import Teacher
-from kd_lightning.teachers.weights import hashed
+from kd_lightning.teachers.weights import hashed, is_without_values
 from kd_lightning.temperature import TemperaturePolicy, as_policy
 
 
@@ -33,7 +38,8 @@ class EMATeacher(Teacher):
 
     The average is in eval mode, without gradient, and in checkpoints, from which a run resumes exactly. Averages of
     bfloat16 and float16 weights are kept in float32. All ranks have the same: buffers, which differ between ranks, are
-    rank 0's. :class:`~kd_lightning.DistillationModule` and
+    rank 0's. Under FSDP2 the average is sharded as the student is, if :meth:`follow` was called before ``fully_shard``
+    and again after it, as the module does. :class:`~kd_lightning.DistillationModule` and
     :class:`~kd_lightning.callbacks.DistillationCallback` call :meth:`follow` and, after each optimiser step,
     :meth:`update`, as a loop of your own does; the callback averages the layer that ``student_layer`` names.
 
@@ -90,8 +96,14 @@ class EMATeacher(Teacher):
     def follow(self, student: nn.Module) -> None:
         """Start the average at the student's weights, unless it was updated or restored."""
         if self._student is not student:
+            if any(isinstance(part, FSDPModule) for part in student.modules()):
+                raise ValueError(
+                    "an EMATeacher copies the student, and a network that is sharded over ranks cannot be copied. Call "
+                    "teacher.follow(student) before fully_shard(student), and once more after it."
+                )
             self._average = copy.deepcopy(student).requires_grad_(False).eval()
             self._student, self._wide, self._updates = student, {}, 0
+        self._place(student)
         if self._restored is not None:
             self._restore(self._restored)
         elif not self._updates:
@@ -109,13 +121,23 @@ class EMATeacher(Teacher):
             if not average.is_floating_point():
                 average.copy_(value)
                 continue
-            averages.append(self._widened(name, average))
-            values.append(value.to(averages[-1].dtype))
+            wide = self._widened(name, average)
+            averages.append(_local(wide))
+            values.append(_local(value.to(wide.dtype)))
         get_ema_multi_avg_fn(decay)(averages, values, None)
         self._narrow()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             for buffer in self._network().buffers():
                 dist.broadcast(buffer, src=0)
+
+    def _place(self, student: nn.Module) -> None:
+        """Shard the average as the student is, and give it memory if it was copied without."""
+        average = self._network()
+        shard_as(average, student)
+        if is_without_values(average) and not is_without_values(student):
+            average.to_empty(device=next(student.parameters()).device)
+        averages = dict(_tensors(average))
+        self._wide = {name: sharded_as(averages[name], wide) for name, wide in self._wide.items()}
 
     def _pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield name, average and value of each parameter and buffer."""
@@ -149,21 +171,23 @@ class EMATeacher(Teacher):
             )
         self._restored, self._updates = None, state_dict["updates"]
         for name, average in _tensors(self._network()):
-            average.copy_(saved[name])
-            if average.dtype != saved[name].dtype:
-                self._wide[name] = saved[name].to(average.device)
+            value = sharded_as(average, saved[name].to(average.device))
+            average.copy_(value)
+            if average.dtype != value.dtype:
+                self._wide[name] = value
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        """Return the average; a sharded one is gathered, a tensor at a time, to the host of rank 0. A collective."""
         if self._average is None:
             return {}
         saved = dict(_tensors(self._average)) | self._wide
-        return {"updates": self._updates, "average": {name: tensor.clone() for name, tensor in saved.items()}}
+        return {"updates": self._updates, "average": {name: _whole_copy(tensor) for name, tensor in saved.items()}}
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        if self._average is None:
-            self._restored = state_dict  # until the student is known
+        if self._average is None or is_without_values(self._average):
+            self._restored = state_dict  # until the student is known and has values
         else:
             self._restore(state_dict)
 
@@ -242,3 +266,15 @@ class EMATeacher(Teacher):
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         yield name, cast(Tensor, tensor).detach()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole_copy(tensor: Tensor) -> Tensor:
+    """Return a copy; of a sharded tensor the whole on the host of rank 0, and no rows of it on other ranks."""
+    if not isinstance(tensor, DTensor):
+        return tensor.clone()
+    whole = gathered(tensor)  # by all ranks
+    return (whole if dist.get_rank() == 0 else whole[:0]).cpu()

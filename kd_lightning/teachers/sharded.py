@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
+from kd_lightning.functional.rows import is_sharded
 from kd_lightning.teachers.made_at import device_of
 from kd_lightning.teachers.placement import Placement
 from kd_lightning.teachers.weights import check_buffers, is_without_values, load_weights, open_safetensors
@@ -218,6 +219,30 @@ def shard(module: nn.Module, blocks: Blocks, mesh: DeviceMesh, **options: Any) -
     """Shard the blocks of a network, then the rest, by ``fully_shard`` with these options."""
     for part in (*blocks_of(module, blocks), module):
         fully_shard(part, mesh=mesh, **options)
+
+
+def shard_as(module: nn.Module, like: nn.Module) -> None:
+    """Shard the parts of a copied network that FSDP2 shards in the original, whose weights are sharded afterwards.
+
+    Raises:
+        ValueError: If a weight of the original is sharded in another way, as by tensor parallelism or FSDP1.
+    """
+    for name, part in reversed(list(like.named_modules())):
+        if isinstance(part, FSDPModule):
+            part.reshard()  # because the root's weights stay whole after a forward without a backward
+            if not isinstance(twin := module.get_submodule(name), FSDPModule):
+                mesh = next(filter(is_sharded, part.parameters())).device_mesh  # pyright: ignore
+                fully_shard(twin, mesh=mesh, reshard_after_forward=True)
+    copied, original = (
+        {name: (parameter.shape, getattr(parameter, "placements", None)) for name, parameter in each.named_parameters()}
+        for each in (module, like)
+    )
+    if differing := [name for name, layout in copied.items() if original.get(name) != layout]:
+        raise ValueError(
+            f"a copy of {type(like).__name__} follows weights that are whole or sharded by fully_shard, but "
+            f"{differing[0]} has been replaced or sharded in another way. Train the student under ddp or FSDP2 "
+            "(ShardedDistillationModule), or take a teacher that keeps no copy of it."
+        )
 
 
 @torch.no_grad()

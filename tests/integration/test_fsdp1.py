@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from kd_lightning import DistillationModule, FrozenTeacher, LayerTerm
 from kd_lightning.losses import HintLoss
-from kd_lightning.teachers import Sharded
+from kd_lightning.teachers import EMATeacher, Sharded
 from kd_lightning.temperature import CosineSchedule, EntropyTemperature
 from tests.helpers import LearnedTemperature, fit_in_order, make_network, on_ranks
 
@@ -42,10 +42,9 @@ def make(temperature: Any = 4.0, **options: Any) -> DistillationModule:
         parameter.data += 0.5 * torch.randn_like(parameter)
     return DistillationModule(
         student=student,
-        teacher=FrozenTeacher(teacher, placement=Sharded(["0", "2"])),
         temperature=copy.deepcopy(temperature),
         optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9),
-        **options,
+        **{"teacher": FrozenTeacher(teacher, placement=Sharded(["0", "2"])), **options},
     )
 
 
@@ -84,6 +83,9 @@ def check_ranks(folder: Path) -> None:
             MODULES["resumed"](), folder, OnCPU(state_dict_type=kind), folder / f"{kind}.ckpt", max_epochs=2
         )
         check(trainer, folder / "resumed.pt")
+    module = make(teacher=EMATeacher())
+    with pytest.raises(ValueError, match=r"^a copy of Sequential follows .* replaced or sharded in another way\."):
+        fit_in_order(module, folder, OnCPU())
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -21,9 +22,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, pa
 from torch.utils.data import DataLoader
 
 from kd_lightning import DistillationModule, FrozenTeacher, ShardedDistillationModule
+from kd_lightning.functional.sharded import sharded_as
 from kd_lightning.teachers import EMATeacher, Sharded
+from kd_lightning.teachers.sharded import mesh_of_all_ranks, shard
 from kd_lightning.temperature import CosineSchedule, EntropyTemperature
-from tests.helpers import InOrder, LearnedTemperature, make_network, make_teacher, on_ranks
+from tests.helpers import InOrder, LearnedTemperature, assert_same, make_network, make_teacher, on_ranks
 
 BLOCKS = ["0", "2"]
 TEMPERATURES: dict[str, Any] = {
@@ -39,7 +42,7 @@ class Doubles(InOrder):
         return [(inputs.double(), target) for inputs, target in super().dataset(count, seed)]  # pyright: ignore
 
 
-def make(temperature: Any = 4.0) -> ShardedDistillationModule:
+def make(temperature: Any = 4.0, average: bool = False) -> ShardedDistillationModule:
     torch.manual_seed(5)
     student, teacher = make_network(norm=False).double(), make_network(norm=False).double()
     for parameter in teacher.parameters():
@@ -47,7 +50,7 @@ def make(temperature: Any = 4.0) -> ShardedDistillationModule:
     return ShardedDistillationModule(
         blocks=BLOCKS,
         student=student,
-        teacher=FrozenTeacher(teacher, placement=Sharded(BLOCKS)),
+        teacher=EMATeacher(0.9) if average else FrozenTeacher(teacher, placement=Sharded(BLOCKS)),
         temperature=copy.deepcopy(temperature),
         optimizer=lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
     )
@@ -70,10 +73,13 @@ def fit(
     return trainer
 
 
-def values(module: nn.Module) -> dict[str, Tensor]:
+def values(module: DistillationModule) -> dict[str, Tensor]:
+    """The whole state of a module and its teacher."""
+    networks: list[nn.Module] = [module, *module.teacher.modules()]
     return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).clone()
-        for name, value in module.state_dict().items()
+        f"{index}.{name}": (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+        for index, network in enumerate(networks)
+        for name, value in network.state_dict().items()
     }
 
 
@@ -91,10 +97,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     module = make(TEMPERATURES["learned"])
     fit(module, 1, folder, max_epochs=2)
     torch.save(values(module), folder / "resumed.pt")
+    module = make(average=True)
+    fit(module, 1, folder, max_epochs=2)
+    torch.save(values(module), folder / "averaged.pt")
     return folder
 
 
-def check(module: nn.Module, file: Path, exact: bool = True) -> None:
+def check(module: DistillationModule, file: Path, exact: bool = True) -> None:
     have, want = values(module), torch.load(file, weights_only=True)
     assert any("student" in name for name in want)
     for name, value in want.items():
@@ -119,6 +128,7 @@ def check_ranks(world: int, folder: Path) -> None:
         module = make(TEMPERATURES["learned"])
         trainer = fit(module, world, folder, whole=whole)
         trainer.save_checkpoint(folder / f"{world}-{whole}.ckpt")
+        fit(make(average=True), world, folder, whole=whole).save_checkpoint(folder / f"{world}-{whole}-average.ckpt")
 
 
 def check_resumed(before: int, folder: Path) -> None:
@@ -127,6 +137,13 @@ def check_resumed(before: int, folder: Path) -> None:
         module = make(TEMPERATURES["learned"])
         fit(module, 6 - before, folder, folder / f"{before}-{whole}.ckpt", whole, max_epochs=2)
         check(module, folder / "resumed.pt", exact=False)
+        module = make(average=True)
+        fit(
+            module, 6 - before, folder, folder / f"{before}-{whole}-average.ckpt", whole, max_epochs=2,
+            limit_val_batches=2,
+        )  # fmt: skip
+        assert all(isinstance(parameter, DTensor) for parameter in module.teacher.parameters())
+        check(module, folder / "averaged.pt")
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -148,14 +165,8 @@ def check_errors(folder: Path) -> None:
     ):
         fit(Partly(student=make_network(norm=False), teacher=make_teacher(norm=False)), 2, folder)
     copies = "keeps a copy of the student, which FSDP2 does not allow for a sharded one. Leave it out, or train a whole"
-    warnings.simplefilter("ignore")  # Lightning warns of this too
     with pytest.raises(ValueError, match=f"^EMAWeightAveraging {re.escape(copies)}"):
         fit(make(), 2, folder, callbacks=[EMAWeightAveraging()])
-    module = make()
-    module.teacher = EMATeacher()
-    module.teacher.follow(module.student)
-    with pytest.raises(ValueError, match=f"^EMATeacher {re.escape(copies)}"):
-        fit(module, 2, folder)
     module = make()
     strategy = ModelParallelStrategy(1, 2)
     with pytest.raises(
@@ -163,10 +174,85 @@ def check_errors(folder: Path) -> None:
         r"tensor_parallel_size=2\. Set tensor_parallel_size=1, or override configure_model",
     ):  # fmt: skip
         fit(module, 2, folder, strategy=strategy)
+    parallel = ByTensor(student=make_network(norm=False), teacher=EMATeacher())
+    with pytest.raises(
+        ValueError, match=r"^a copy of Sequential follows weights that are whole or sharded by fully_shard, but "
+        r"0\.weight has been replaced or sharded in another way\. Train the student under ddp or FSDP2",
+    ):  # fmt: skip
+        fit(parallel, 2, folder, strategy=ModelParallelStrategy(1, 2), data=Same)
 
 
-def test_what_is_not_sharded_is_an_error(tmp_path: Path) -> None:
-    on_ranks(2, lambda _: check_errors(tmp_path))
+def check_average() -> None:
+    """An average in float32 of bfloat16 weights that were made on the meta device and filled later."""
+    whole = make_network().bfloat16()
+    with torch.device("meta"):
+        sharded = make_network().bfloat16()
+    start = {name: value.clone() for name, value in whole.state_dict().items()}
+    averages = []
+    for student in (whole, sharded):
+        teacher, again = EMATeacher(0.9), EMATeacher(0.9)
+        teacher.follow(student)
+        again.follow(student)
+        if student is sharded:
+            shard(student, ["0"], mesh_of_all_ranks())
+            for name, value in student.to_empty(device="cpu").state_dict().items():
+                value.copy_(sharded_as(value, start[name]))
+            with pytest.raises(
+                ValueError, match=r"^an EMATeacher copies the student, and a network that is sharded ov"
+            ):
+                EMATeacher().follow(student)
+            with torch.no_grad():
+                student.eval()(torch.ones(2, 8, dtype=torch.bfloat16))  # after it the root's weights are whole
+        teacher.follow(student)
+        for step in range(4):
+            for value in student.state_dict().values():
+                value.mul_(2).add_(step)
+            if step == 2:  # resumed
+                state = [teacher.state_dict()]
+                dist.broadcast_object_list(state)
+                again.load_state_dict(state[0])
+                again.follow(student)
+                teacher = again
+            teacher.update()
+        averages.append(teacher.state_dict())
+        assert teacher.logits(torch.ones(2, 8, dtype=torch.bfloat16)).shape == (2, 6)
+    want, have = averages
+    assert want["updates"] == have["updates"] == 4
+    assert want["average"]["0.weight"].dtype == torch.float32
+    for name, value in want["average"].items():
+        rows = (
+            0 if dist.get_rank() and name in dict(sharded.named_parameters()) else len(value) if value.dim() else None
+        )
+        assert torch.equal(have["average"][name], value if rows is None else value[:rows])
+
+
+class Unfilled(DistillationModule):
+    """A student that was made on the meta device, to which Lightning gives values."""
+
+    def configure_model(self) -> None:
+        fully_shard(self.student)
+
+
+def check_meta(folder: Path) -> None:
+    for teacher in (make_teacher(norm=False), EMATeacher()):
+        with torch.device("meta"):
+            student = make_network(norm=False)
+        module = Unfilled(student=student, teacher=teacher, temperature=3.0)
+        fit(module, 2, folder, data=InOrder, strategy=ModelParallelStrategy(2, 1))
+        if isinstance(teacher, nn.Module):
+            assert_same(module.teacher.module.state_dict(), teacher.state_dict())
+        assert module.temperature.multiplier.item() == 1.0
+        assert all(torch.isfinite(value).all() for value in values(module).values())
+
+
+def test_copies_and_what_is_not_sharded(tmp_path: Path) -> None:
+    def check_all(rank: int) -> None:
+        check_average()
+        warnings.simplefilter("ignore")  # Lightning's, of copies and of what is made on the meta device
+        check_meta(tmp_path)
+        check_errors(tmp_path)
+
+    on_ranks(2, check_all)
 
 
 class Same(Doubles):
