@@ -64,9 +64,11 @@ def warn_of_restarts() -> None:
 
     torch, up to 2.15 at least, starts them with the store of the former workers (pytorch issue 135712). A worker that
     reads an address before its owner has written it anew connects to a dead process: an error, or a wait without end.
+    A single worker reads no other's address.
     """
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    environment = os.environ
+    restarts, ranks = (int(environment.get(name, 0)) for name in ("TORCHELASTIC_MAX_RESTARTS", "WORLD_SIZE"))
+    if restarts and ranks > 1 and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         rank_zero_warn(
             f"torchrun may fail to restart this run after a failure: with --max-restarts {restarts}, new workers look "
             "for the dead ones' addresses, and fail or hang. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from kd_lightning.teachers.function import FunctionTeacher
 from kd_lightning.teachers.made_at import Output
 from kd_lightning.teachers.transforms import Renormalize, with_transform
 
+_SESSIONS: dict[int, Any] = {}  # because a fork that collects a session waits for threads that it does not have
 _FLOATING = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64}
 
 
@@ -79,7 +82,9 @@ class OnnxTeacher(FunctionTeacher):
                     f"there is no ONNX file at {self.name!r} (from the folder {str(Path.cwd())!r}). Correct the path, "
                     "or write it: torch.onnx.export(network, inputs, path)."
                 )
-            self._session = onnxruntime.InferenceSession(self.name, providers=self.providers)
+            self._session = session = onnxruntime.InferenceSession(self.name, providers=self.providers)
+            _SESSIONS[id(session)] = session
+            weakref.finalize(self, _release, id(session), os.getpid())
             self.loaded = True
         return self
 
@@ -122,6 +127,12 @@ class OnnxTeacher(FunctionTeacher):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_session": None}  # because a session is not pickled, but made again
+
+
+def _release(session: int, process: int) -> None:
+    """Let a session be collected in the process that made it, and in no fork of that process."""
+    if os.getpid() == process:
+        del _SESSIONS[session]
 
 
 def _to_numpy(tensor: Tensor, kind: str) -> Any:

@@ -226,8 +226,11 @@ def test_jobs_for_slurm_have_a_command_that_is_understood(job: Path, capfd: pyte
     assert not stop.value.code
 
 
-@pytest.mark.parametrize(("restarts", "shared"), [("0", "True"), ("3", "False")])
-def test_restarts_that_work_are_not_warned_of(restarts: str, shared: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("restarts", "shared", "world"), [("0", "True", "2"), ("3", "False", "2"), ("3", "True", "1")])
+def test_restarts_that_work_are_not_warned_of(
+    restarts: str, shared: str, world: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
     warn_of_restarts()
@@ -237,5 +240,6 @@ def test_restarts_that_work_are_not_warned_of(restarts: str, shared: str, monkey
 def test_restarts_with_the_store_of_the_dead_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.warns(UserWarning, match=r"with --max-restarts 3, .* Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in"):
         main([*RUN, "--trainer.fast_dev_run", "true"])

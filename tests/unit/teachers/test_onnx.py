@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import os
 import pickle
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,6 +108,19 @@ def test_it_is_read_when_first_needed_and_pickled_without_its_session(path: Path
     assert not missing.available()
     with pytest.raises(FileNotFoundError, match=r"there is no ONNX file at .*other\.onnx"):
         missing.logits(torch.ones(2, 8))
+
+
+def test_a_fork_may_collect_it(path: Path) -> None:
+    """A session that is collected in a fork waits for its parent's threads."""
+    teacher = OnnxTeacher(path)
+    logits = teacher.logits(torch.ones(2, 8))
+    if not (child := os.fork()):
+        signal.alarm(20)  # which ends a child that waits
+        again = pickle.loads(pickle.dumps(teacher))
+        del teacher
+        gc.collect()
+        os._exit(not torch.equal(again.logits(torch.ones(2, 8)), logits))
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_inputs_that_do_not_fit(path: Path) -> None:
