@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from json import dumps
 from pathlib import Path
 from typing import Any, Literal
@@ -57,9 +56,7 @@ def plot_temperature(
     folder.mkdir(parents=True, exist_ok=True)
     policy, steps, logits = model.distiller.temperature, 1, None
     if datamodule is not None:
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-        policy.setup_data(datamodule)
+        policy.setup_data(_set_up(datamodule))
         loader = datamodule.train_dataloader()
         steps = max(len(loader) // trainer.accumulate_grad_batches, 1)
         if model.teacher is not None:
@@ -147,11 +144,7 @@ def _validation_pairs(
     command: str, trainer: Trainer, model: SupervisedModule, datamodule: Any, count: int | None = None
 ) -> Iterator[tuple[Any, Any]]:
     """Return inputs and targets of the validation batches, on the trainer's device."""
-    loader = None
-    if datamodule is not None:
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-        loader = datamodule.val_dataloader()
+    loader = None if datamodule is None else _set_up(datamodule).val_dataloader()
     if not loader:
         raise ValueError(f"{command} fits a temperature to validation labels: give --data with a validation part.")
     model.to(trainer.strategy.root_device)
@@ -179,8 +172,7 @@ def find_temperature(
     configured = next((callback for callback in callbacks if isinstance(callback, TemperatureFinder)), None)
     if configured is None:
         callbacks.append(finder)
-    else:
-        finder = configured
+    finder = configured or finder
     finder.find_only = True
     finder.plot_path = finder.plot_path or "temperature_finder.png"
     trainer.fit(model, datamodule=datamodule)
@@ -221,9 +213,7 @@ def cache_teacher(
         teacher.caches[0].path = Path(output)
     if datamodule is None:
         raise ValueError("cache-teacher needs the training data: give --data, or a configuration with them.")
-    datamodule.prepare_data()
-    datamodule.setup("fit")
-    index_training(datamodule, teacher.index)
+    index_training(_set_up(datamodule), teacher.index)
     loaders = tree_leaves(datamodule.train_dataloader())
     others = datamodule.val_dataloader() if is_overridden("val_dataloader", datamodule, LightningDataModule) else []
     if not all(isinstance(getattr(loader, "dataset", None), HasRows) for loader in loaders):
@@ -300,9 +290,7 @@ def _example_inputs(model: SupervisedModule, datamodule: Any, shape: list[int] |
     if shape is not None:
         return torch.randn(2, *shape)
     if datamodule is not None:
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-        return model.unpack(next(iter(datamodule.train_dataloader())))[0]
+        return model.unpack(next(iter(_set_up(datamodule).train_dataloader())))[0]
     return None if recorded is None else inputs_like(recorded)
 
 
@@ -321,6 +309,13 @@ def sweep(config: dict[str, Any], **arguments: Any) -> None:
         sys.exit(130)  # without a traceback, because the sweep has printed how to resume it
 
 
+def _set_up(datamodule: LightningDataModule) -> LightningDataModule:
+    """Return the data module, set up for a fit."""
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    return datamodule
+
+
 def _add_finder(parser: LightningArgumentParser) -> list[str]:
     parser.add_class_arguments(TemperatureFinder, "finder")
     return ["finder"]
@@ -332,11 +327,6 @@ def _override_finder(config: Any, written: Mapping[str, Any]) -> None:
         if issubclass(import_class(callback.class_path), TemperatureFinder):
             for name in written.get("finder") or {}:
                 callback.init_args[name] = config.finder[name]
-
-
-def _without_logger(function: Callable[..., None], parser: LightningArgumentParser) -> list[str]:
-    parser.set_defaults({"trainer.logger": False})
-    return parser.add_function_arguments(function, skip={"trainer", "model", "datamodule"})
 
 
 def _add_sweep(parser: LightningArgumentParser) -> list[str]:
@@ -355,10 +345,10 @@ def _sweep_option(option: str) -> str:
 
 COMMANDS = {
     "plot-temperature": Command(plot_temperature),
-    "check": Command(check, partial(_without_logger, check)),
-    "calibrate": Command(calibrate, partial(_without_logger, calibrate)),
+    "check": Command(check, logs=False),
+    "calibrate": Command(calibrate, logs=False),
     "find-temperature": Command(find_temperature, _add_finder, adjust=_override_finder),
     "cache-teacher": Command(cache_teacher),
-    "export": Command(export, partial(_without_logger, export), _export_option),
+    "export": Command(export, spelling=_export_option, logs=False),
     "sweep": Command(sweep, _add_sweep, _sweep_option, builds=False, owner=run_sweep),
 }

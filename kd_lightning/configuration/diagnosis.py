@@ -11,8 +11,7 @@ import inspect
 import re
 import traceback
 from argparse import ArgumentError
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -32,7 +31,7 @@ from kd_lightning.configuration.annotations import (
     plain_types,
     subclasses_of,
 )
-from kd_lightning.configuration.written import Key, Written, dotted, guess
+from kd_lightning.configuration.written import CommandLineError, Key, Written, dotted, guess
 from kd_lightning.models.named import builds_module
 
 _SPEC = ("class_path", "init_args", "dict_kwargs")
@@ -51,14 +50,36 @@ def diagnose(written: Written, owners: Mapping[str, Callable[..., Any]], error: 
     if written.mistakes:
         return written.mistakes[0]
     walk = _Walk(written, owners)
-    for key, text in _in_top(walk):
-        return f"{written.place(key)}: {text}"
-    alone = Written([str(written.command), *(f"--config={file}" for file in written.files)])
-    for key, text in _in_top(_Walk(alone, owners)):  # an option may stand in place of what is wrong in a file
-        return f"{alone.place(key)}: {text}"
+    # an option may stand in place of what is wrong in a file
+    alone = _Walk(Written([str(written.command), *(f"--config={file}" for file in written.files)]), owners)
+    for each in (walk, alone):
+        try:
+            each.look()
+        except _Mistake as mistake:
+            return f"{each.written.place(mistake.key)}: {mistake.text}"
     for key, text in walk.absent if "expected one argument" not in str(error) else []:
         return f"{written.place(key)}: {text}" if key else text
     return _shorten(str(error))
+
+
+def refuse_helps(written: Written, owners: Mapping[str, Callable[..., Any]]) -> None:
+    """Raise CommandLineError on a mistake in the class of an option ``--KEY.help CLASS``."""
+    for option, key, named in written.helps:
+        owner, annotation = owners.get(str(key[0])), None
+        for length, name in enumerate(key, 1):
+            annotation = None if owner is None else annotation_of(owner, str(name))
+            owner = _written_class(written, key[:length], annotation)
+        if annotation is None:
+            continue
+        if named is None:
+            bases = classes_of(annotation)
+            names = class_names(bases) or [base.__name__ for base in bases]
+            text = f"name the class, as in {option} {_example(names)}.{_list('It may be', names)}"
+            raise CommandLineError(f"{option}: {text}")
+        try:
+            _Walk(written, {}).in_class(named, {}, annotation, key, key)
+        except _Mistake as mistake:
+            raise CommandLineError(f"{option}: {mistake.text}") from None
 
 
 def first_error(config: Any) -> Exception | None:
@@ -103,32 +124,130 @@ def _build(config: Any, key: Key) -> Any:
 
 # ---- the walk through the settings ---------------------------------------------------------------------------------
 
-_Mistakes = Iterator[tuple[Key, str]]
+
+class _Mistake(Exception):
+    """A mistake in the settings: its key and a text about it."""
+
+    def __init__(self, key: Key, text: str) -> None:
+        super().__init__(text)
+        self.key, self.text = key, text
 
 
-@dataclass(frozen=True)
 class _Walk:
-    """The settings to search, and the required arguments that are absent, which count if nothing else is wrong."""
+    """A walk through settings that raises the first mistake, and keeps the required arguments that are absent.
 
-    written: Written
-    owners: Mapping[str, Callable[..., Any]]
-    absent: list[tuple[Key, str]] = field(default_factory=list)
+    An absent argument counts if nothing else is wrong.
+    """
 
+    def __init__(self, written: Written, owners: Mapping[str, Callable[..., Any]]) -> None:
+        self.written, self.owners = written, owners
+        self.absent: list[tuple[Key, str]] = []
 
-def in_helps(written: Written, owners: Mapping[str, Callable[..., Any]]) -> Iterator[tuple[str, str]]:
-    """Yield the mistakes in the classes of ``--KEY.help CLASS``, each as its option and a text."""
-    for option, key, named in written.helps:
-        owner, annotation = owners.get(str(key[0])), None
-        for length, name in enumerate(key, 1):
-            annotation = None if owner is None else annotation_of(owner, str(name))
-            owner = _written_class(written, key[:length], annotation)
-        if annotation is not None and named is not None:
-            yield from ((option, text) for _, text in _in_class(named, {}, annotation, key, key, _Walk(written, {})))
-        elif annotation is not None:
-            bases = classes_of(annotation)
-            names = class_names(bases) or [base.__name__ for base in bases]
-            shown = _example(names)
-            yield option, f"name the class, as in {option} {shown}.{_list('It may be', names)}"
+    def look(self) -> None:
+        """Look at all settings."""
+        written, owners = self.written, self.owners
+        for name in written.tree:
+            if name not in owners:
+                close = guess(name, [*owners, "config"]) or self.elsewhere(name, (name,), similar=True)
+                raise _Mistake((name,), f"{written.command} has no setting {name!r}.{close}{_list('It has', owners)}")
+        for name, owner in owners.items():
+            if name in written.tree:
+                value = written.tree[name]
+                if written.place((name,)).startswith("-") and not isinstance(value, (str, list, dict)):
+                    value = [value] if describe(annotation_of(owner, name)).startswith("a list") else value
+                self.in_argument(owner, name, value, (name,))
+        required = [name for owner in {*owners.values()} for name in _required(owner) if owners.get(name) is owner]
+        missing = sorted(name for name in required if name not in written.tree)
+        if missing and not ("ckpt_path" in written.tree and missing == ["model"]):
+            options = " and ".join(f"--{name}" for name in missing)
+            text = f"{written.command} needs {options}, or a configuration with the same: --config FILE."
+            self.absent.append(((), text))
+
+    def in_arguments(self, function: Callable[..., Any], values: Mapping[str, Any], key: Key, given: int = 0) -> None:
+        """Look at arguments of a function or class, of which the first ``given`` are not for the user."""
+        accepted, title = _arguments(function)[given:], getattr(function, "__name__", str(function))
+        for name in values:
+            if name not in accepted:
+                close = guess(str(name), accepted) or self.elsewhere(str(name), (*key, name), similar=False)
+                text = f"{title} has no argument {name!r}.{close}{_list('It has', accepted)}"
+                raise _Mistake((*key, name), text)
+        for name, value in values.items():
+            self.in_argument(function, name, value, (*key, name))
+        missing = [name for name in _required(function) if name in accepted and name not in values]
+        if missing:
+            where = key[:-1] if key[-1:] == ("init_args",) else key
+            self.absent.append((where, f"{title} needs {' and '.join(missing)}."))
+
+    def in_argument(self, function: Callable[..., Any], name: str, value: Any, key: Key) -> None:
+        annotation, before = annotation_of(function, name), len(self.absent)
+        self.in_value(value, annotation, key)
+        if len(self.absent) == before and annotation is not None and _refuses(function, name, value):
+            shown = value.get("class_path", value) if isinstance(value, dict) else value
+            text = f"must be {describe(annotation)}, got {_short(repr(shown), 100)}."
+            if len(key) == 1 and describe(annotation) == "a list of numbers":
+                text += f" Write the numbers with spaces, as in --{name} 1 2."
+            raise _Mistake(key, text)
+
+    def in_value(self, value: Any, annotation: Any, key: Key) -> None:
+        bases = classes_of(annotation)
+        if isinstance(value, list):
+            for index, item in enumerate(value):
+                self.in_value(item, annotation, (*key, index))
+        elif isinstance(value, str) and bases and str not in plain_types(annotation) and not Path(value).is_file():
+            self.in_class(value, {}, annotation, key, key)
+        elif not isinstance(value, dict):
+            return
+        elif isinstance(value.get("class_path"), str):
+            for name in set(value).difference(_SPEC):
+                text = f"a class has class_path and init_args, not {name!r}.{guess(str(name), _SPEC)}"
+                raise _Mistake((*key, name), text)
+            where = (*key, "class_path"), (*key, "init_args")
+            self.in_class(value["class_path"], value.get("init_args") or {}, annotation, *where)
+        elif (bases and not set(value).isdisjoint(_SPEC)) or (value and len(bases) == 1 and not _arguments(bases[0])):
+            text = f"class_path is missing, which names the class.{_list('It may be', class_names(bases))}"
+            raise _Mistake(key, text)
+        elif value and bases and [*callables_of(annotation)]:  # such as an optimizer's
+            argument, shown = self.written.place((*key, next(iter(value)))), _example(class_names(bases))
+            if argument.startswith("-"):
+                raise _Mistake(key, f"the class is missing. Write {argument.rpartition('.')[0]} {shown} as well.")
+            raise _Mistake(key, f"class_path is missing, which names the class, such as {shown}.")
+        elif len(bases) == 1:
+            self.in_arguments(bases[0], value, key)
+
+    def in_class(self, path: str, arguments: Mapping[str, Any], annotation: Any, key: Key, arguments_key: Key) -> None:
+        bases = classes_of(annotation)
+        number = re.fullmatch(r"""['"]?([-+]?\d+(?:[.,]\d+)?(?:e[-+]?\d+)?)['"]?""", path, re.IGNORECASE)
+        if number is not None and {int, float} & {*plain_types(annotation)}:
+            way_out = f"{number[1].replace(',', '.')}, {'with a point' if ',' in path else 'without quotes'}"
+            raise _Mistake(key, f"must be {describe(annotation)}, got the text {path!r}. Write {way_out}.")
+        target = _target(path, key, annotation)
+        if isinstance(target, type) and bases and not (issubclass(target, tuple(bases)) or [*callables_of(annotation)]):
+            raise _Mistake(key, f"must be {describe(annotation)}, got {path!r}.")
+        given = 0
+        for parameters, result in callables_of(annotation):
+            of_result = isinstance(target, type) and issubclass(target, tuple(classes_of(result)))
+            given = len(parameters) if of_result and isinstance(parameters, list) else given
+        self.in_arguments(target, arguments, arguments_key, given)
+
+    def elsewhere(self, name: str, key: Key, similar: bool) -> str:
+        """Return a sentence that proposes the setting of this name in another place, with a space before it, or ""."""
+        written = self.written
+        classes = [((part,), annotation_of(owner, part)) for part, owner in self.owners.items()]
+        classes += [(where, None) for where, _ in written.classes()]
+        known: dict[str, str] = {}
+        for where, annotation in classes:
+            cls = _written_class(written, where, annotation)
+            place = dotted(tuple(part for part in where if part != "init_args" and not isinstance(part, int)))
+            for argument in () if cls is None else _arguments(cls):
+                known.setdefault(argument, f"{place}.{argument}")
+
+        def similarity(other: str) -> float:
+            return difflib.SequenceMatcher(None, name, other).ratio()
+
+        best = name if name in known else max(known, key=similarity, default="")
+        if best != name and not (similar and similarity(best) > 0.7):
+            return ""
+        return f" Did you mean {'--' if written.place(key).startswith('-') else ''}{known[best]}?"
 
 
 def _written_class(written: Written, key: Key, annotation: Any) -> type | None:
@@ -136,165 +255,38 @@ def _written_class(written: Written, key: Key, annotation: Any) -> type | None:
     bases, value = classes_of(annotation), written.at(key)
     path = value.get("class_path") if isinstance(value, dict) else value
     try:
-        found = _find(path, bases) if isinstance(path, str) else None
-    except ImportError:
-        return None
+        found = _target(path, key, annotation) if isinstance(path, str) else None
+    except (ImportError, _Mistake):
+        found = None
     return found if isinstance(found, type) else bases[0] if len(bases) == 1 else None
 
 
-def _elsewhere(walk: _Walk, name: str, key: Key, similar: bool) -> str:
-    """Return a sentence that proposes the setting of this name in another place, with a space before it; or nothing."""
-    written, known = walk.written, dict[str, str]()
-    places: list[tuple[str, type | None]] = [
-        (part, _written_class(written, (part,), annotation_of(owner, part))) for part, owner in walk.owners.items()
-    ]
-    for where, _ in written.classes():
-        place = dotted(tuple(part for part in where if part != "init_args" and not isinstance(part, int)))
-        places.append((place, _written_class(written, where, None)))
-    for place, cls in places:
-        for argument in () if cls is None else _arguments(cls):
-            known.setdefault(argument, f"{place}.{argument}")
-
-    def similarity(other: str) -> float:
-        return difflib.SequenceMatcher(None, name, other).ratio()
-
-    best = name if name in known else max(known, key=similarity, default="")
-    if best != name and not (similar and similarity(best) > 0.7):
-        return ""
-    return f" Did you mean {'--' if written.place(key).startswith('-') else ''}{known[best]}?"
-
-
-def _in_top(walk: _Walk) -> _Mistakes:
-    written, owners = walk.written, walk.owners
-    for name in written.tree:
-        if name not in owners:
-            close = guess(name, [*owners, "config"]) or _elsewhere(walk, name, (name,), similar=True)
-            yield (name,), f"{written.command} has no setting {name!r}.{close}{_list('It has', owners)}"
-    for name, owner in owners.items():
-        if name in written.tree:
-            value = written.tree[name]
-            if written.place((name,)).startswith("-") and not isinstance(value, (str, list, dict)):
-                value = [value] if describe(annotation_of(owner, name)).startswith("a list") else value
-            yield from _in_argument(owner, name, value, (name,), walk)
-    required = [name for owner in {*owners.values()} for name in _required(owner) if owners.get(name) is owner]
-    missing = sorted(name for name in required if name not in written.tree)
-    if missing and not ("ckpt_path" in written.tree and missing == ["model"]):
-        options = " and ".join(f"--{name}" for name in missing)
-        walk.absent.append(((), f"{written.command} needs {options}, or a configuration with the same: --config FILE."))
-
-
-def _in_arguments(
-    function: Callable[..., Any], values: Mapping[str, Any], key: Key, walk: _Walk, given: int = 0
-) -> _Mistakes:
-    """Yield the mistakes in arguments of a function or class, of which the first ``given`` are not for the user."""
-    accepted, title = _arguments(function)[given:], getattr(function, "__name__", str(function))
-    for name in values:
-        if name not in accepted:
-            close = guess(str(name), accepted) or _elsewhere(walk, str(name), (*key, name), similar=False)
-            text = f"{title} has no argument {name!r}.{close}{_list('It has', accepted)}"
-            yield (*key, name), text
-    for name, value in values.items():
-        yield from _in_argument(function, name, value, (*key, name), walk)
-    missing = [name for name in _required(function) if name in accepted and name not in values]
-    if missing:
-        walk.absent.append((key[:-1] if key[-1:] == ("init_args",) else key, f"{title} needs {' and '.join(missing)}."))
-
-
-def _in_argument(function: Callable[..., Any], name: str, value: Any, key: Key, walk: _Walk) -> _Mistakes:
-    annotation, before = annotation_of(function, name), len(walk.absent)
-    inner = list(_in_value(value, annotation, key, walk))
-    yield from inner
-    if not inner and len(walk.absent) == before and annotation is not None and _refuses(function, name, value):
-        shown = value.get("class_path", value) if isinstance(value, dict) else value
-        text = f"must be {describe(annotation)}, got {_short(repr(shown), 100)}."
-        if len(key) == 1 and describe(annotation) == "a list of numbers":
-            text += f" Write the numbers with spaces, as in --{name} 1 2."
-        yield key, text
-
-
-def _in_value(value: Any, annotation: Any, key: Key, walk: _Walk) -> _Mistakes:
-    bases = classes_of(annotation)
-    if isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _in_value(item, annotation, (*key, index), walk)
-    elif isinstance(value, str) and bases and str not in plain_types(annotation) and not Path(value).is_file():
-        yield from _in_class(value, {}, annotation, key, key, walk)
-    elif isinstance(value, dict) and isinstance(value.get("class_path"), str):
-        for name in set(value).difference(_SPEC):
-            yield (*key, name), f"a class has class_path and init_args, not {name!r}.{guess(str(name), _SPEC)}"
-        where = (*key, "class_path"), (*key, "init_args")
-        yield from _in_class(value["class_path"], value.get("init_args") or {}, annotation, *where, walk)
-    elif (isinstance(value, dict) and bases and not set(value).isdisjoint(_SPEC)) or (
-        isinstance(value, dict) and value and len(bases) == 1 and not _arguments(bases[0])
-    ):
-        yield key, f"class_path is missing, which names the class.{_list('It may be', class_names(bases))}"
-    elif isinstance(value, dict) and value and bases and [*callables_of(annotation)]:  # such as an optimizer's
-        argument, shown = walk.written.place((*key, next(iter(value)))), _example(class_names(bases))
-        if argument.startswith("-"):
-            option = argument.rpartition(".")[0]
-            yield key, f"the class is missing. Write {option} {shown} as well."
-        else:
-            yield key, f"class_path is missing, which names the class, such as {shown}."
-    elif isinstance(value, dict) and len(bases) == 1:
-        yield from _in_arguments(bases[0], value, key, walk)
-
-
-def _in_class(
-    path: str, arguments: Mapping[str, Any], annotation: Any, key: Key, arguments_key: Key, walk: _Walk
-) -> _Mistakes:
-    bases = classes_of(annotation)
-    number = re.fullmatch(r"""['"]?([-+]?\d+(?:[.,]\d+)?(?:e[-+]?\d+)?)['"]?""", path, re.IGNORECASE)
-    if number is not None and {int, float} & {*plain_types(annotation)}:
-        way_out = f"{number[1].replace(',', '.')}, {'with a point' if ',' in path else 'without quotes'}"
-        yield key, f"must be {describe(annotation)}, got the text {path!r}. Write {way_out}."
-        return
-    target, text = _target(path, key, annotation)
-    if text:
-        yield key, text
-        return
-    if isinstance(target, type) and bases and not (issubclass(target, tuple(bases)) or [*callables_of(annotation)]):
-        yield key, f"must be {describe(annotation)}, got {path!r}."
-        return
-    given = 0
-    for parameters, result in callables_of(annotation):
-        if isinstance(target, type) and isinstance(parameters, list) and issubclass(target, tuple(classes_of(result))):
-            given = len(parameters)
-    yield from _in_arguments(target, arguments, arguments_key, walk, given)
-
-
-def _target(path: str, key: Key, annotation: Any) -> tuple[Any, str]:
-    """Return the class or function of a path or of a short name, or a text about a name that has none."""
+def _target(path: str, key: Key, annotation: Any) -> Any:
+    """Return the class or function of a path or of a short name, or raise a mistake about a name that has none."""
     if Path(path).suffix in (".yaml", ".yml", ".json"):
-        return None, f"there is no file {path!r} (from the folder {str(Path.cwd())!r})."
+        raise _Mistake(key, f"there is no file {path!r} (from the folder {str(Path.cwd())!r}).")
     if "." not in path.strip("."):
         found = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _named(path, classes_of(annotation))}
         if len(found) > 1:
-            return None, f"{path!r} is the name of several classes. Write {' or '.join(found)}."
-        target = next(iter(found.values()), None)
-        return target, "" if found else _no_class(path, key, annotation)
+            raise _Mistake(key, f"{path!r} is the name of several classes. Write {' or '.join(found)}.")
+        if not found:
+            raise _Mistake(key, _no_class(path, key, annotation))
+        return next(iter(found.values()))
     module, _, name = path.rpartition(".")
     try:
         room = import_module(module)
     except ModuleNotFoundError as error:
-        return None, _absent_module(path, error)
+        raise _Mistake(key, _absent_module(path, error)) from None
     target = getattr(room, name, None)
-    if target is not None:
-        return target, ""
-    names = [other for other, value in vars(room).items() if callable(value) and other[0] != "_"]
-    close = f" Did you mean {name}?" if _named(name, classes_of(annotation)) else guess(name, names)
-    return None, f"the module {module} has no {name!r}.{close}"
+    if target is None:
+        names = [other for other, value in vars(room).items() if callable(value) and other[0] != "_"]
+        close = f" Did you mean {name}?" if _named(name, classes_of(annotation)) else guess(name, names)
+        raise _Mistake(key, f"the module {module} has no {name!r}.{close}")
+    return target
 
 
 def _named(name: str, bases: Iterable[type]) -> list[type]:
     return [cls for base in bases for cls in subclasses_of(base) if cls.__name__ == name]
-
-
-def _find(path: str, bases: Iterable[type]) -> Any:
-    """Return the class or function of a path or of a short name; None if there is none."""
-    if "." not in path:
-        return next(iter(_named(path, bases)), None)
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name, None)
 
 
 def _absent_module(path: str, error: ModuleNotFoundError) -> str:
@@ -318,7 +310,7 @@ def _no_class(path: str, key: Key, annotation: Any) -> str:
     """Return a text about a short name that no known class has."""
     bases = classes_of(annotation)
     names = class_names(bases)
-    argument = next(str(part) for part in reversed(key) if part != "class_path" and not isinstance(part, int))
+    argument = next((str(part) for part in reversed(key) if part != "class_path" and not isinstance(part, int)), "")
     close = guess(path, names)
     if any(issubclass(nn.Module, base) for base in bases) and builds_module(getattr(models, path, None)):
         close = f" Did you mean {models.__name__}.{path}?"

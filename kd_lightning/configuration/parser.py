@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import signal
 import sys
-import tempfile
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ import kd_lightning.models
 import kd_lightning.modules
 import kd_lightning.temperature  # noqa: F401
 from kd_lightning._lightning import CommandLine
-from kd_lightning.configuration.diagnosis import diagnose, first_error, in_helps
+from kd_lightning.configuration.diagnosis import diagnose, first_error, refuse_helps
 from kd_lightning.configuration.resume import (
     check_one_start,
     checkpoint_to_measure,
@@ -52,6 +51,7 @@ class Command:
         add_arguments: Adds the command's own arguments to its parser and returns their names. None: the arguments of
             ``function`` are added.
         spelling: Maps an option as typed, without its value, to the option of the parser.
+        logs: Whether the command writes to the trainer's logger.
         owner: The function that has the command's arguments, if ``function`` passes them on.
         builds: Whether trainer, model and data are built beforehand. Otherwise ``function`` receives the parsed
             configuration, ``config``, in their place.
@@ -61,6 +61,7 @@ class Command:
     function: Callable[..., None]
     add_arguments: Callable[[LightningArgumentParser], list[str]] | None = None
     spelling: Callable[[str], str] = str
+    logs: bool = True
     builds: bool = True
     adjust: Callable[[Any, Mapping[str, Any]], None] | None = None
     owner: Callable[..., Any] | None = None
@@ -74,12 +75,13 @@ class Command:
         """Return the arguments with every option in the parser's spelling."""
         options = [arg.partition("=") for arg in args]
         return [
-            self.spelling(name) + equals + value if name.startswith("--") else name + equals + value
-            for name, equals, value in options
+            (self.spelling(name) if name.startswith("--") else name) + equals + value for name, equals, value in options
         ]
 
     def extend(self, parser: LightningArgumentParser) -> list[str]:
         """Add the command's own arguments to the parser and return their names."""
+        if not self.logs:
+            parser.set_defaults({"trainer.logger": False})
         if self.add_arguments is not None:
             return self.add_arguments(parser)
         return parser.add_function_arguments(self.function, skip={"trainer", "model", "datamodule"})
@@ -158,14 +160,12 @@ class KDLightningCLI(CommandLine):
             trainer.add_lightning_class_args(Trainer, "trainer")
             trainer.print_help()
             trainer.exit()
-        for option, text in in_helps(written, self._owners(str(written.command))):
-            raise CommandLineError(f"{option}: {text}")
+        refuse_helps(written, self._owners(str(written.command)))
         refused: ArgumentError | None = None
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                self.config = parser.parse_args(_with_model_of_checkpoint(given, Path(folder)))
-            except ArgumentError as error:
-                refused = error  # explained below, so that an error in the user's own module has a traceback of its own
+        try:
+            self.config = parser.parse_args(_with_model_of_checkpoint(given))
+        except ArgumentError as error:
+            refused = error  # explained below, so that an error in the user's own module has a traceback of its own
         if refused is not None:
             raise CommandLineError(diagnose(written, self._owners(str(written.command)), refused)) from refused
         owners, config = self._owners(str(written.command)), self.config[str(written.command)]
@@ -203,16 +203,14 @@ class KDLightningCLI(CommandLine):
         command = self.commands.get(str(self.subcommand))
         if command is not None and not command.builds:
             return
-        refused: ValueError | None = None
         try:
             super().instantiate_classes()
         except ValueError as error:
-            refused = error
-        if refused is not None:
             # jsonargparse wraps a class's own error in one per type of a union, each with the whole configuration
             cause = first_error({part: self.setting(part) for part in ("model", "data", "trainer")})
-            known = cause is not None and " ".join(str(cause).split()) in " ".join(str(refused).split())
-            raise cause if cause is not None and known else refused
+            if cause is not None and " ".join(str(cause).split()) in " ".join(str(error).split()):
+                raise cause from None
+            raise
 
     @override
     def run_command(self, command: str) -> None:
@@ -362,7 +360,7 @@ def find_checkpoints(config: Any, files: list[Path]) -> None:
             find_checkpoints(value, files)
 
 
-def _with_model_of_checkpoint(args: list[str], folder: Path) -> list[str]:
+def _with_model_of_checkpoint(args: list[str]) -> list[str]:
     """Return the arguments with the checkpoint's model, if a checkpoint but no model or configuration is named."""
     options = [arg.partition("=")[0] for arg in args]
     if any(option in ("-c", "--config", "--model") for option in options) or "--ckpt_path" not in options:
@@ -384,7 +382,6 @@ def _with_model_of_checkpoint(args: list[str], folder: Path) -> list[str]:
             "well: --config …"
         )
     check_settings(hparams, path)
-    config = folder / "model.yaml"
     arguments = {name: value for name, value in hparams.items() if not name.startswith("_")}
-    config.write_text(yaml.safe_dump({"model": {"class_path": hparams["_class_path"], "init_args": arguments}}))
-    return [args[0], "--config", str(config), *args[1:]]
+    model = yaml.safe_dump({"class_path": hparams["_class_path"], "init_args": arguments})
+    return [args[0], f"--model={model}", *args[1:]]
