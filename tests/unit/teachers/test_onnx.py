@@ -7,6 +7,7 @@ import gc
 import os
 import pickle
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,8 +115,9 @@ def test_a_fork_may_collect_it(path: Path) -> None:
     """A session that is collected in a fork waits for its parent's threads."""
     teacher = OnnxTeacher(path)
     logits = teacher.logits(torch.ones(2, 8))
+    time.sleep(0.3)  # until the runtime's threads sleep, because those that spin end by themselves
     if not (child := os.fork()):
-        signal.alarm(20)  # which ends a child that waits
+        signal.alarm(20)  # which ends a child that waits for ever
         again = pickle.loads(pickle.dumps(teacher))
         del teacher
         gc.collect()
