@@ -154,7 +154,10 @@ class KDLightningCLI(CommandLine):
             super().parse_arguments(parser, args)
             return
         if written.command not in self.names and set(given).isdisjoint(("-h", "--help")):
-            raise CommandLineError(_no_command(written.command, [*self.names, "init", "card"]))
+            commands = [*self.names, "init", "card"]
+            named = written.command and f"{written.command!r} is no command.{guess(written.command, commands)}"
+            known = f"The commands are {', '.join(commands)}; kd-lightning COMMAND --help describes one."
+            raise CommandLineError(f"{named or 'name a command.'} {known}")
         if "--trainer.help" in given:
             trainer = self.parser_class(usage=SUPPRESS, add_help=False)
             trainer.add_lightning_class_args(Trainer, "trainer")
@@ -184,8 +187,8 @@ class KDLightningCLI(CommandLine):
         own = self.commands.get(command)
         function = getattr(Trainer, command) if own is None else own.owner or own.function
         arguments: dict[str, Any] = dict.fromkeys(self.own_arguments(command), function)
-        arguments |= {"resume": _resume} if command == "fit" else {}
-        return arguments | dict.fromkeys(inspect.signature(_settings).parameters, _settings)
+        arguments |= dict.fromkeys(inspect.signature(_settings).parameters, _settings)
+        return {name: owner for name, owner in arguments.items() if command == "fit" or name != "resume"}
 
     # ---- running ----------------------------------------------------------------------------------------------------
 
@@ -273,12 +276,9 @@ def _settings(
     seed_everything: bool | int = True,
     num_threads: Optional[PositiveInt] = None,  # noqa: UP045  # pyright: ignore[reportInvalidTypeForm]
     print_config: str = "",
+    resume: Literal["auto"] | None = None,
 ) -> None:
-    """Stand for the settings that all commands have, in messages about them."""
-
-
-def _resume(resume: Literal["auto"] | None = None) -> None:
-    """Stand for the setting that fit alone has."""
+    """Stand for the settings that all commands have, and fit's ``resume``, in messages about them."""
 
 
 _LEAST = {
@@ -315,9 +315,6 @@ _OF_A_RUN = ("best", "last", "hpc", "registry")
 """Values of ``ckpt_path`` that name no file: Lightning looks for one among those of the configured run."""
 
 
-_ALLOW = "allow it with --weights_only=false"
-
-
 def _check_checkpoint(path: str | Path, weights_only: bool) -> dict[str, Any]:
     """Return the content of the file of ``--ckpt_path``; empty for folders of sharded checkpoints and for URLs."""
     if "://" in str(path) or any((Path(path) / name).exists() for name in ("meta.pt", "checkpoint")):
@@ -325,8 +322,8 @@ def _check_checkpoint(path: str | Path, weights_only: bool) -> dict[str, Any]:
     try:
         content = read_checkpoint(path, weights_only)
     except (OSError, ValueError) as error:
-        text = str(error).replace("read it with load_from_checkpoint(..., weights_only=False)", _ALLOW)
-        raise CommandLineError(text) from error
+        in_python = "read it with load_from_checkpoint(..., weights_only=False)"
+        raise CommandLineError(str(error).replace(in_python, "allow it with --weights_only=false")) from error
     keys = ("state_dict", "pytorch-lightning_version")
     absent = next((key for key in keys if not isinstance(content, dict) or key not in content), None)
     if absent is not None:
@@ -335,12 +332,6 @@ def _check_checkpoint(path: str | Path, weights_only: bool) -> dict[str, Any]:
             "network or a teacher, FrozenTeacher(network, checkpoint=...)."
         )
     return content
-
-
-def _no_command(given: str | None, commands: list[str]) -> str:
-    """Return a text about a first argument that is no command."""
-    known = f"The commands are {', '.join(commands)}; kd-lightning COMMAND --help describes one."
-    return f"name a command. {known}" if given is None else f"{given!r} is no command.{guess(given, commands)} {known}"
 
 
 def find_checkpoints(config: Any, files: list[Path]) -> None:

@@ -163,7 +163,7 @@ class Written:
                 f"{path} must be a mapping with keys such as trainer, model and data, got a {type(content).__name__}."
             )
         self.files.append(path)
-        self._merge(self.tree, content, ())
+        _merge(self.tree, content)
         if node is not None:
             self._mark(node, (), str(path))
 
@@ -184,15 +184,6 @@ class Written:
             lines[name] = line
             self._places[(*key, name)] = f"{file}:{line}"
             self._mark(value, (*key, name), file)
-
-    def _merge(self, target: dict[str, Any], source: dict[str, Any], key: Key) -> None:
-        if "class_path" in source and source["class_path"] != target.get("class_path"):
-            target.pop("init_args", None)
-        for name, value in source.items():
-            if isinstance(value, dict) and isinstance(target.get(name), dict):
-                self._merge(target[name], value, (*key, name))
-            else:
-                target[name] = value
 
     def _set(self, option: str, value: Any) -> None:
         parts = option[2:].rstrip("+").split(".")
@@ -223,13 +214,24 @@ class Written:
         if option.endswith("+"):
             node[last] = [*old, value] if isinstance(old, list) else [value]
         elif isinstance(old, dict) and isinstance(value, dict):
-            self._merge(old, value, key)
+            _merge(old, value)
         elif isinstance(old, dict) and isinstance(value, str) and "class_path" in old:
             node[last] = {"class_path": value, "init_args": {}}
         else:
             node[last] = value
         self._places = {other: place for other, place in self._places.items() if other[: len(key)] != key}
         self._places[key] = option
+
+
+def _merge(target: dict[str, Any], source: dict[str, Any]) -> None:
+    """Put settings over others; those of another class are dropped."""
+    if "class_path" in source and source["class_path"] != target.get("class_path"):
+        target.pop("init_args", None)
+    for name, value in source.items():
+        if isinstance(value, dict) and isinstance(target.get(name), dict):
+            _merge(target[name], value)
+        else:
+            target[name] = value
 
 
 def _parts(value: Any) -> Iterable[tuple[Any, Any]]:

@@ -6,6 +6,7 @@ import bisect
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -275,19 +276,15 @@ def _trace(
     from kd_lightning.temperature.base import as_terms
 
     policy = copy.deepcopy(policy).cpu().train()
-    times: list[float] = []
-    curves: list[tuple[list[Spread], list[Spread]]] = []
+    times, rows = [], []
     for signals in _stand_ins(epochs, steps_per_epoch, num_classes, seed, learns):
         with torch.no_grad():
-            computed = policy(signals)
-        terms = as_terms(computed)
-        while len(curves) < len(terms):  # because a joined policy may return more terms later
-            curves.append(([_ABSENT] * len(times), [_ABSENT] * len(times)))
-        for number, curve in enumerate(curves):
-            for side, values in enumerate(curve):
-                t = terms[number][side] if number < len(terms) else None
-                values.append(_ABSENT if t is None else (t.mean().item(), t.min().item(), t.max().item()))
+            terms = as_terms(policy(signals))
+        rows.append([[(t.mean().item(), t.min().item(), t.max().item()) for t in term[:2]] for term in terms])
         times.append(signals.progress.step / steps_per_epoch)
+    # a joined policy may return more terms at one time than at another
+    by_term = zip_longest(*rows, fillvalue=(_ABSENT, _ABSENT))
+    curves: Any = [tuple(zip(*of_term, strict=True)) for of_term in by_term]
     return times, curves
 
 

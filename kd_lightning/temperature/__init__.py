@@ -18,8 +18,7 @@ from kd_lightning.temperature.class_wise import ClassFrequencyTemperature, Corre
 from kd_lightning.temperature.combined import JoinedTemperature, MultiTemperature, ProductTemperature
 from kd_lightning.temperature.dynamic import CapacityTemperature, LossGapTemperature
 from kd_lightning.temperature.energy import EnergyTemperature
-from kd_lightning.temperature.group import GroupTemperature
-from kd_lightning.temperature.layer_wise import DepthTemperature
+from kd_lightning.temperature.group import DepthTemperature, GroupTemperature
 from kd_lightning.temperature.learnable import InstanceTemperature, LearnableTemperature
 from kd_lightning.temperature.logit_spread import (
     LogitStandardization,

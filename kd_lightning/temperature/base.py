@@ -263,6 +263,11 @@ class TemperaturePolicy(nn.Module, ABC):
         self.min_value = float(min_value)
         self.max_value = float(max_value)
 
+    def _within_range(self, share: Tensor) -> Temperature:
+        """Return a share of the way from ``min_value`` to ``max_value`` as the temperature of both sides."""
+        temperature = self.min_value + (self.max_value - self.min_value) * share
+        return Temperature(temperature, temperature)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemperaturePolicy:
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

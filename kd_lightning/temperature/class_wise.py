@@ -114,9 +114,7 @@ class ClassFrequencyTemperature(TemperaturePolicy):
         rarity = torch.where(spread > 0, rarity, 0.5)
         if self.direction == "rare_low":
             rarity = 1.0 - rarity
-        temperature = self.min_value + (self.max_value - self.min_value) * rarity
-        temperature = temperature.reshape((1,) * (logits.dim() - 1) + (-1,))
-        return Temperature(student=temperature, teacher=temperature)
+        return self._within_range(rarity.reshape((1,) * (logits.dim() - 1) + (-1,)))
 
     @override
     def transform(self, logits: Tensor) -> Tensor:

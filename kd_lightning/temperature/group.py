@@ -1,4 +1,4 @@
-"""The temperature by what the batch says of each sample."""
+"""Policies that look at where the logits come from: the group of a sample, the depth of a layer."""
 
 from __future__ import annotations
 
@@ -96,14 +96,11 @@ class GroupTemperature(TemperaturePolicy):
                 f"collate function put it there, or call the Distiller with extra={{{self.key!r}: …}}; the logits of "
                 "layers have no groups."
             )
-        column, now = signals.extra[self.key], signals.progress
-        by_group = {group: value_at(schedule, now) for group, schedule in self._schedules.items()}
-        default = math.nan if self._default is None else value_at(self._default, now)
-        logits = signals.student_logits
-        if isinstance(column, Tensor):
-            values = self._of_tensor(column.to(logits.device, non_blocking=True), by_group, default, logits.dtype)
-        else:
-            values = self._of_list(column, by_group, default, logits.dtype).to(logits.device, non_blocking=True)
+        column, logits = signals.extra[self.key], signals.student_logits
+        by_group = {group: value_at(schedule, signals.progress) for group, schedule in self._schedules.items()}
+        default = math.nan if self._default is None else value_at(self._default, signals.progress)
+        of_column = self._of_tensor if isinstance(column, Tensor) else self._of_list
+        values = of_column(column, by_group, default, logits)
         positions = logits.shape[:-1]
         if values.shape not in (positions, positions[:1]):
             raise ValueError(
@@ -113,23 +110,25 @@ class GroupTemperature(TemperaturePolicy):
         temperature = values.reshape(*values.shape, *[1] * (len(positions) + 1 - values.dim()))
         return Temperature(temperature, temperature)
 
-    def _of_tensor(self, column: Tensor, by_group: dict[Any, float], default: float, dtype: torch.dtype) -> Tensor:
+    def _of_tensor(self, column: Tensor, by_group: dict[Any, float], default: float, like: Tensor) -> Tensor:
         if column.is_floating_point() or column.is_complex():
             raise TypeError(self._unusable(f"a tensor of {column.dtype}"))
-        values = torch.full(column.shape, default, dtype=dtype, device=column.device)
+        column = column.to(like.device, non_blocking=True)
+        values = like.new_full(column.shape, default)
         for group, value in by_group.items():
             if isinstance(group, int):
                 values = torch.where(column == group, value, values)
         check_values(values.isnan().logical_not().all(), self._unknown("another"))
         return values
 
-    def _of_list(self, column: Any, by_group: dict[Any, float], default: float, dtype: torch.dtype) -> Tensor:
+    def _of_list(self, column: Any, by_group: dict[Any, float], default: float, like: Tensor) -> Tensor:
         if isinstance(column, str) or not isinstance(column, Sequence):
             raise TypeError(self._unusable(type(column).__name__))
         unknown = [group for group in column if group not in by_group]
         if unknown and math.isnan(default):
             raise ValueError(self._unknown(repr(unknown[0])))
-        return torch.tensor([by_group.get(group, default) for group in column], dtype=dtype)
+        values = torch.tensor([by_group.get(group, default) for group in column], dtype=like.dtype)
+        return values.to(like.device, non_blocking=True)
 
     def _unusable(self, received: str) -> str:
         return (
@@ -143,3 +142,50 @@ class GroupTemperature(TemperaturePolicy):
             f"GroupTemperature knows the groups {known} of {self.key!r} and has no default, got {received}. Name its "
             "temperature, or give a default."
         )
+
+
+class DepthTemperature(TemperaturePolicy):
+    r"""One temperature for shallow layers, another for deep ones: :math:`T = T_0 + (T_1 - T_0) \, d`.
+
+    .. math:: T_s = T_t = T, \qquad d \in [0, 1]
+
+    :math:`d` is the depth of the student's layer among those with a :class:`~kd_lightning.LayerTerm`, in the order of
+    the network's modules: 0 for the first, 1 for the last, evenly between, 0.5 for one alone. The logits are at 1. One
+    policy may serve all terms.
+
+    Shapes:
+        ``(1,)``.
+
+    Args:
+        shallow: :math:`T_0`, within the bounds.
+        deep: :math:`T_1`, within the bounds.
+        bounds: See :class:`TemperaturePolicy`.
+
+    Raises:
+        ValueError: If a temperature is outside the bounds.
+
+    Suggested values: 8 and 2 for channel-wise losses, by the thought that shallow features are alike in kind rather
+    than in place. To move it along the run: ``ProductTemperature([DepthTemperature(), CosineSchedule(1.0, 0.5)])``.
+
+    Interacts badly with: terms of different losses: rows of cosines need a T far below that of activations.
+
+    Source: ours.
+
+    Example:
+        >>> policy, logits = DepthTemperature(shallow=8.0, deep=2.0), torch.zeros(2, 3)
+        >>> [policy(Signals(logits, logits, depth=depth)).student.item() for depth in (0.0, 0.5, 1.0)]
+        [8.0, 5.0, 2.0]
+    """
+
+    reads_logits = False
+
+    def __init__(self, shallow: float = 8.0, deep: float = 2.0, **bounds: Unpack[Bounds]) -> None:
+        super().__init__(**bounds)
+        self._check_within_bounds(shallow=shallow, deep=deep)
+        self.shallow = float(shallow)
+        self.deep = float(deep)
+
+    @override
+    def compute(self, signals: Signals) -> Temperature:
+        temperature = signals.full(self.shallow + (self.deep - self.shallow) * signals.depth)
+        return Temperature(student=temperature, teacher=temperature)

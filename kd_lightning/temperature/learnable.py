@@ -49,7 +49,7 @@ class _BoundedTemperature(TemperaturePolicy):
         return math.log(share / (1.0 - share))
 
     def _temperature(self, raw: Tensor, progress: Progress) -> Temperature:
-        temperature = self.min_value + (self.max_value - self.min_value) * torch.sigmoid(raw)
+        temperature = self._within_range(torch.sigmoid(raw)).student
         if self.adversarial:
             fixed = temperature.detach()
             temperature = fixed - self._strength(progress, fixed) * (temperature - fixed)  # gradient times −λ

@@ -141,9 +141,7 @@ class EntropyTemperature(TemperaturePolicy):
         logits = signals.teacher_logits
         entropy = predictive_entropy(logits).unsqueeze(-1)
         num_classes = (~masked_classes(logits)).sum(-1, keepdim=True).clamp(min=2)
-        share = (entropy / num_classes.to(entropy.dtype).log()).clamp(0.0, 1.0)
-        temperature = self.min_value + (self.max_value - self.min_value) * share
-        return Temperature(student=temperature, teacher=temperature)
+        return self._within_range((entropy / num_classes.to(entropy.dtype).log()).clamp(0.0, 1.0))
 
 
 class DisagreementTemperature(TemperaturePolicy):
@@ -294,6 +292,4 @@ class TargetConfidenceTemperature(TemperaturePolicy):
     def compute(self, signals: Signals) -> Temperature:
         targets = class_targets(signals, type(self).__name__)
         p_target = signals.teacher_logits.softmax(-1).gather(-1, targets.unsqueeze(-1))
-        share = 0.5 * (1.0 + self.beta * torch.cos(math.pi * (1.0 - p_target)))
-        temperature = self.min_value + (self.max_value - self.min_value) * share
-        return Temperature(student=temperature, teacher=temperature)
+        return self._within_range(0.5 * (1.0 + self.beta * torch.cos(math.pi * (1.0 - p_target))))
