@@ -335,20 +335,14 @@ def _add_sweep(parser: LightningArgumentParser) -> list[str]:
     return [*_SWEPT, *parser.add_function_arguments(run_sweep, skip={"config", *_SWEPT}, as_group=False)]
 
 
-def _export_option(option: str) -> str:
-    return "--ckpt_path" if option == "--ckpt" else option
-
-
-def _sweep_option(option: str) -> str:
-    return "--" + option[2:].replace("-", "_")
-
-
 COMMANDS = {
     "plot-temperature": Command(plot_temperature),
     "check": Command(check, logs=False),
     "calibrate": Command(calibrate, logs=False),
     "find-temperature": Command(find_temperature, _add_finder, adjust=_override_finder),
     "cache-teacher": Command(cache_teacher),
-    "export": Command(export, spelling=_export_option, logs=False),
-    "sweep": Command(sweep, _add_sweep, _sweep_option, builds=False, owner=run_sweep),
+    "export": Command(export, spelling=lambda option: "--ckpt_path" if option == "--ckpt" else option, logs=False),
+    "sweep": Command(
+        sweep, _add_sweep, lambda option: "--" + option[2:].replace("-", "_"), builds=False, owner=run_sweep
+    ),
 }

@@ -62,9 +62,8 @@ def _sentence(error: Exception) -> str:
 
 def _as_settings(text: str, frames: list[FrameType]) -> str:
     """Return a message with arguments such as ``overwrite=True`` as options of the command, or as YAML has them."""
-    codes = [
-        frame.f_code for frame in frames if frame.f_code.co_filename == str(Path(__file__).with_name("commands.py"))
-    ]
+    commands = str(Path(__file__).with_name("commands.py"))
+    codes = [frame.f_code for frame in frames if frame.f_code.co_filename == commands]
     options = {name for code in codes for name in code.co_varnames[: code.co_argcount]}
 
     def spell(match: re.Match[str]) -> str:
@@ -92,17 +91,10 @@ def _of_user(frame: FrameType) -> bool:
 def _place(error: Exception, frames: list[FrameType], written: Written, text: str) -> str:
     """Return the place of the class that raised the error, or of its argument that the text names."""
     key: Key | None = getattr(error, "key", None)
-    named_first = re.match(r"(\w+)(?:\.\w+)?(?::| returned| must)", text)
-    if key is None and named_first is not None:  # a policy or loss whose value somebody else refuses
-        key = written.class_key(named_first[1])
-    for frame in reversed(frames if key is None else []):
-        owners = [type(frame.f_locals.get(name)).__name__ for name in ("self", "callback")]
-        key = next((found for owner in owners if (found := written.class_key(owner)) is not None), None)
-        if key is not None:
-            break
-    found = written.at(("trainer",) if key is None else key)
+    if key is None:
+        key = _class_key(frames, written, text)
     inner: Key = key or ("trainer",)
-    if isinstance(found, dict) and "init_args" in found:
+    if written.at((*inner, "init_args")) is not None:
         inner = (*inner, "init_args")
     arguments = written.at(inner)
     if isinstance(arguments, dict):
@@ -113,6 +105,19 @@ def _place(error: Exception, frames: list[FrameType], written: Written, text: st
         if named or len(same) == 1:
             return written.place((*inner, (named or same)[0]))
     return "" if key is None else written.place(key)
+
+
+def _class_key(frames: list[FrameType], written: Written, text: str) -> Key | None:
+    """Return the key of the class that the text begins with, or else of the innermost one that was at work."""
+    named_first = re.match(r"(\w+)(?:\.\w+)?(?::| returned| must)", text)
+    if named_first is not None and (key := written.class_key(named_first[1])) is not None:
+        return key  # a policy or loss whose value another class refuses
+    for frame in reversed(frames):
+        for name in ("self", "callback"):
+            key = written.class_key(type(frame.f_locals.get(name)).__name__)
+            if key is not None:
+                return key
+    return None
 
 
 def _same(value: object, text: str) -> bool:

@@ -54,7 +54,14 @@ def measure_costs(facts: Facts, dataset: Any, compiled: bool) -> Costs:
     on_device = module.device.type == "cuda"
     if on_device:
         torch.cuda.reset_peak_memory_stats(module.device)
-    costs = Costs(_median(lambda: _student_step(facts, batch), module.device))
+    parameters = [p for p in module.student.parameters() if p.requires_grad]
+
+    def student_step() -> None:
+        with torch.enable_grad():
+            loss = module(batch.inputs).float().square().mean()
+            torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    costs = Costs(_median(student_step, module.device))
     costs.times["live"] = _median(lambda: teacher_logits(module, batch, batch.inputs), module.device)
     if on_device:
         costs.peak_bytes = torch.cuda.max_memory_allocated(module.device)
@@ -86,14 +93,6 @@ def _time_variants(costs: Costs, teacher: FrozenTeacher, module: Any, batch: Bat
             costs.times[name] = _median(call, module.device)
         except Exception as error:  # whatever the network does not take; it is run as it is
             costs.not_measured[name] = " ".join(str(error).split())[:100]
-
-
-def _student_step(facts: Facts, batch: Batch) -> None:
-    module = facts.module
-    parameters = [p for p in module.student.parameters() if p.requires_grad]
-    with torch.enable_grad():
-        loss = module(batch.inputs).float().square().mean()
-        torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
 def _try_cache(logits: Tensor, device: torch.device) -> tuple[float, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import signal
 import threading
 import time
@@ -19,7 +18,7 @@ from tqdm.auto import tqdm
 
 from kd_lightning.callbacks.trial import quiet
 from kd_lightning.functional.rows import check_option
-from kd_lightning.functional.temperature import check_number
+from kd_lightning.functional.temperature import check_weights
 from kd_lightning.ranking import check_counts, check_monitor, checked_temperatures, checked_weights
 from kd_lightning.sweep.on_ray import require_ray, share_on_ray
 from kd_lightning.sweep.plan import BASELINE, Plan, comparable, refuse_changes
@@ -113,7 +112,12 @@ def sweep(
     kd_weights = checked_weights("kd_weights", kd_weights)
     check_counts(seeds=seeds, trials=trials)
     check_monitor(monitor, mode, "a sweep")
-    _check_task_weight(task_weight, kd_weights)
+    if task_weight is None and max(kd_weights) > 1:
+        raise ValueError(
+            f"task_weight is 1 − kd_weight by default, which is negative for kd_weight={max(kd_weights):g}: give "
+            "task_weight a number, the same in every cell."
+        )
+    check_weights(task_weight=0.0 if task_weight is None else task_weight)
     try:
         import matplotlib  # noqa: F401
         import optuna
@@ -245,7 +249,9 @@ class SweepProcess:
         except LookupError:
             self.queue.give_up(trial.number)
             raise
-        _free_memory()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         self.end(trial, outcome)
 
     def begin(self, trial: Trial) -> tuple[Setting, Path]:
@@ -369,24 +375,6 @@ def _optuna_object(name: str, value: Any, named: Mapping[str, Callable[[], Any]]
         choices = ", ".join(map(repr, named))
         raise ValueError(f"{name} must be one of {choices}, or an Optuna {kind.__name__}, got {value!r}.")
     return made
-
-
-def _check_task_weight(task_weight: float | None, kd_weights: Sequence[float]) -> None:
-    if task_weight is None and max(kd_weights) > 1:
-        raise ValueError(
-            f"task_weight is 1 − kd_weight by default, which is negative for kd_weight={max(kd_weights):g}: give "
-            "task_weight a number, the same in every cell."
-        )
-    if task_weight is not None:
-        check_number("task_weight", task_weight)
-        if not 0 <= task_weight < math.inf:
-            raise ValueError(f"task_weight must be finite and not negative, got {task_weight}.")
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _test(number: int) -> str:

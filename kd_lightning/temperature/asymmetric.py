@@ -86,9 +86,8 @@ class TransformedTeacherTemperature(TemperaturePolicy):
     Raises:
         ValueError: If ``gamma`` is not positive, or ``1 / gamma`` lies outside the bounds.
 
-    Suggested values: γ = 0.25 is the usual T = 4; the authors' WTTM example has γ = 0.2. Without the factor T² the
-    gradient is smaller, so ``kd_weight`` must be larger: they use 36 to 45 for TTM, and 4 for WTTM, whose weight w
-    does part of that.
+    Suggested values: γ = 0.25 is the usual T = 4; the authors' WTTM example has γ = 0.2. Without the factor T²
+    ``kd_weight`` must be larger: they use 36 to 45 for TTM, and 4 for WTTM, whose weight w does part of that.
 
     Interacts badly with: the ``kd_weight`` of a constant-T recipe (0.9), with which distillation almost vanishes; and
     with ``weighted=True`` and thousands of classes a scale of hundreds.

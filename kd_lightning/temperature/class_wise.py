@@ -52,14 +52,12 @@ class ClassFrequencyTemperature(TemperaturePolicy):
 
     Suggested values: none are published; keep the range narrow (2 to 6) and try both directions.
 
-    Interacts badly with: other long-tail remedies (re-sampling, logit adjustment, re-weighting): they correct for the
-    same counts a second time. A T of its own also moves a class's share of the softmax, so class-wise T is
-    a change of the targets, not only of their softness.
+    Interacts badly with: other long-tail remedies (re-sampling, logit adjustment, re-weighting), which correct for the
+    same counts. A T of its own also moves a class's share of the softmax: the targets change, not only their softness.
 
-    Source: none tests frequency → T in teacher distillation. What there is contradicts itself: RIDE (ICLR 2021, arXiv
-    2010.01809) has frequent classes hotter in a repulsive term between experts, TAM (graphs) rare ones, and A. Kukleva
-    et al. (ICLR 2023, arXiv 2303.13664) find small T good for rare classes in contrastive learning. The direction is
-    therefore an argument. No published evidence for this rule.
+    Source: no published evidence for this rule. Its relatives contradict each other, so the direction is an argument:
+    RIDE (ICLR 2021, arXiv 2010.01809) has frequent classes hotter in a repulsive term between experts, TAM (graphs)
+    rare ones, and A. Kukleva et al. (ICLR 2023, arXiv 2303.13664) find small T good for rare classes.
 
     Example:
         >>> policy = ClassFrequencyTemperature([1000, 100, 10], min_value=2.0, max_value=6.0)
@@ -156,10 +154,9 @@ class CorrectWrongTemperature(TemperaturePolicy):
         T_{t,ik} = \begin{cases} T_\text{correct} & k = y_i \\ T_\text{wrong} & k \ne y_i \end{cases},
         \qquad T_s = 1, \qquad \text{loss scale } T_s^2 = 1
 
-    with the label :math:`y_i`. A large teacher is over-confident on the label and flat on the rest, which is what a
-    small student learns from: the higher T on the label lowers that confidence, the lower T on the rest sharpens the
-    differences between wrong classes. The loss sees logits centred over the classes, since a class-wise T is not
-    shift invariant; the publication divides the raw logits, which agrees where their mean is 0.
+    with the label :math:`y_i`. A large teacher is over-confident on the label and flat on the rest: the higher T on the
+    label lowers that confidence, the lower T on the rest sharpens the differences between wrong classes. The loss sees
+    centred logits; the publication divides the raw logits, which agrees where their mean is 0.
 
     Shapes:
         Logits ``(…, C)``, targets ``(…)`` → T_t ``(…, C)``, T_s and scale ``(1,)``.

@@ -112,8 +112,7 @@ class JoinedTemperature(_CombinedTemperature):
 
     Suggested values: a few epochs of constant T before a policy that reads the student's logits.
 
-    Interacts badly with: momentum in the optimiser: the loss's size jumps where T does. If one part centres the logits
-    (class-wise), all of training sees centred logits, which changes nothing for the other parts.
+    Interacts badly with: momentum in the optimiser: the loss's size jumps where T does.
 
     Source: ours; for schedules the pattern is common (warm-up, then decay).
 
@@ -179,8 +178,8 @@ class MultiTemperature(_CombinedTemperature):
 
     Interacts badly with: memory for large vocabularies: one softmax per side and temperature.
 
-    Source: Y. Jin, J. Wang, D. Lin, "Multi-Level Logit Distillation", CVPR 2023: the instance-level part. Its batch-
-    and class-level terms are losses of their own, and its confidence masks are not included.
+    Source: Y. Jin, J. Wang, D. Lin, "Multi-Level Logit Distillation", CVPR 2023: the instance-level part, without its
+    confidence masks.
 
     Example:
         >>> policy = MultiTemperature([2.0, 4.0])

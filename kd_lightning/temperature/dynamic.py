@@ -61,10 +61,9 @@ class LossGapTemperature(_MovingTemperature):
     labels of the batch (at temperature 1, over the valid positions of all ranks), :math:`e` of :math:`E` epochs
     finished. In evaluation T stays.
 
-    What the formula does, beside what it is meant to do: g differs from 1 only while :math:`d < -1`, that is, while
-    the student's cross-entropy is more than 1 above the teacher's. There it is **not monotone**: with the gap
-    :math:`-d` between 1 and 2 it is 1.35, at 2 it jumps to 2, and falls back towards 1 for larger gaps. a is singular
-    at :math:`d = -1`. In the rest of training T is a smoothed cosine decay.
+    g differs from 1 only while :math:`d < -1`, the student's cross-entropy more than 1 above the teacher's, and is not
+    **monotone** there: 1.35 for gaps :math:`-d` between 1 and 2, 2 at a gap of 2, falling back towards 1 beyond. Else T
+    is a smoothed cosine decay.
 
     Shapes:
         Logits ``(…, C)``, targets ``(…)`` → T ``(1,)``. State: the buffer ``value`` ``(1,)``. With several ranks each
@@ -73,10 +72,8 @@ class LossGapTemperature(_MovingTemperature):
     Args:
         init_value: :math:`T_0`, and T before the first step.
         min_value: :math:`T_\min`. The decay reaches 0, so this is what T ends at.
-        max_value: :math:`T_\max`. With ``max_value = init_value``, as published, the gate delays the decay and nothing
-            else.
-        curve: :math:`\kappa`, the speed of the decay. 0: none; 1: half a cosine over the run; above 1 T* rises again
-            before the end.
+        max_value: :math:`T_\max`. At ``init_value``, as published, the gate only delays the decay.
+        curve: :math:`\kappa`, the speed of the decay. 0: none; 1: half a cosine over the run; above 1 it rises again.
         momentum: :math:`\mu` in [0, 1): the share that stays at each step. 0 follows at once.
         bounds: See :class:`TemperaturePolicy`.
 
@@ -160,10 +157,7 @@ class CapacityTemperature(_MovingTemperature):
 
     **Ours, without published evidence.** r itself falls when T rises (KL shrinks as 1/T² while H goes to log C), so the
     rule reinforces itself: below ``underload`` T tends to run to ``max_value``, above ``overload`` to ``min_value``.
-    It is a choice between two ends that is made during training more than a control loop.
-
-    ``python benchmarks/capacity_temperature.py`` measured no gain: it finds out the student that is too small and takes
-    T to 1, but too late to matter.
+    ``python benchmarks/capacity_temperature.py`` measured no gain: the student that is too small gets T = 1 too late.
 
     Shapes:
         Logits ``(…, C)`` → T ``(1,)``. State: the buffers ``value``, ``ratio`` (:math:`\bar r`; −1 before the first

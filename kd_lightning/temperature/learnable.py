@@ -100,15 +100,14 @@ class LearnableTemperature(_BoundedTemperature):
         ValueError: If ``init_value`` is not strictly between the bounds, the bounds are out of order or range,
             ``warmup_epochs`` is negative, or ``lr`` is not positive.
 
-    Suggested values: the defaults (CIFAR-100); ``warmup_epochs=5`` on ImageNet. Published runs start at 15.6, are at
-    about 3 after the first epochs and end at 3.4 to 4.0, so that a constant T of 4 is close: the gain over the best
-    constant is 0.2 to 0.4 points of CIFAR-100 accuracy on four pairs, and on others CTKD is below constant T = 4.
+    Suggested values: the defaults (CIFAR-100); ``warmup_epochs=5`` on ImageNet. Published runs fall from 15.6 to 3
+    within epochs and end at 3.4 to 4.0: the gain over the best constant is 0.2 to 0.4 points of CIFAR-100 accuracy on
+    four pairs, and on others CTKD is below constant T = 4.
 
     Interacts badly with: weight decay, which pulls T to the middle of its range: give the optimiser
     ``policy.param_groups()``, which has none (:class:`DistillationModule` does); ``adversarial=False``, where T finds
     the value at which T²·KL is small, not the one that teaches well; a constant ``scale`` in the loss, with which the
-    adversary runs to low T; a callback's ``multiplier`` that moves T to ``min_temperature`` or ``max_temperature``,
-    where the gradient stops.
+    adversary runs to low T; a ``multiplier`` that moves T to a bound, where the gradient stops.
 
     Source: Z. Li et al., "Curriculum Temperature for Knowledge Distillation", AAAI 2023, arXiv 2211.16231. Values after
     the authors' code.
@@ -171,8 +170,7 @@ class InstanceTemperature(_BoundedTemperature):
         ValueError: If :class:`LearnableTemperature` raises, or there are fewer than two classes or no hidden unit; on
             the call, if the logits have another number of classes.
 
-    Suggested values: the published network is not in the released code; 32 to 128 hidden units are enough for a
-    function of 2C inputs. T should be averaged when it is logged.
+    Suggested values: 32 to 128 hidden units. The published network is not in the released code.
 
     Interacts badly with: what :class:`LearnableTemperature` lists; thousands of classes, where the first layer
     outgrows a small student.

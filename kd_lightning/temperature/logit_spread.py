@@ -35,8 +35,8 @@ class LogitStdTemperature(TemperaturePolicy):
 
     Suggested values: 2 on CIFAR-100 (cross-entropy weight 0.1, distillation 0.9); 1 on ImageNet (0.5 and 0.5).
 
-    Interacts badly with: a loss weight tuned for constant T. The scale is the teacher's ``T_t²`` per sample, so that
-    teachers with large logits get a large weight; compare by the logged ``kd_weight · scale``.
+    Interacts badly with: a loss weight tuned for constant T, since teachers with large logits get a large scale
+    ``T_t²``; compare by the logged ``kd_weight · scale``.
 
     Source: Z. Chi et al., "NormKD: Normalized Logits for Knowledge Distillation", 2023, arXiv 2308.00520. Formula and
     values after the authors' code.
@@ -95,9 +95,8 @@ class LogitStandardization(TemperaturePolicy):
 
     Suggested values: T = 2 with ``kd_weight=9, task_weight=1`` (the authors' CIFAR-100 setting for most pairs).
 
-    Interacts badly with: a comparison that leaves the weight alone. The published gain compares ``kd_weight · scale``
-    of 9 · 2² = 36 with 0.9 · 4² = 14.4 for the baseline. And with losses that need the logits' size, such as
-    regression on logits.
+    Interacts badly with: a comparison that leaves the weight alone: the published gain compares ``kd_weight · scale``
+    of 9 · 2² = 36 with the baseline's 0.9 · 4² = 14.4; and losses that need the logits' size, such as regression.
 
     Source: S. Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv 2403.01427.
 
@@ -154,9 +153,8 @@ class SharpnessTemperature(TemperaturePolicy):
     1 and cross-entropy with weight 1, warmed up over 20 epochs). ``MultiTemperature([SharpnessTemperature(4.0), 4.0])``
     adds the two with equal weights.
 
-    Interacts badly with: a student at the start of training, whose logits are nearly constant: T_s is then near 0 and
-    T_t near 2T, and the gradient ``scale / T_s = T_t`` twice as large. A warm-up of the loss weight, as published,
-    covers that.
+    Interacts badly with: a student at the start of training, whose nearly constant logits make T_s nearly 0 and the
+    gradient ``scale / T_s = T_t ≈ 2T`` twice as large. A warm-up of the loss weight, as published, covers that.
 
     Source: Y. Wei, Y. Bai, "Dynamic Temperature Knowledge Distillation", 2024, arXiv 2404.12711. The paper measures
     sharpness by logsumexp, its code by the maximum, which is the formula here; its authors note that the derivation
@@ -220,9 +218,8 @@ class MaxLogitTemperature(TemperaturePolicy):
     ``KDLoss(scale="none")`` switches that off.
 
     Source: H.-C. Luong et al., "Consistently Informative Soft-Label Temperature for Knowledge Distillation", 2026,
-    arXiv 2605.20357, as its abstract describes the temperatures. The paper also weighs samples by the teacher's
-    confidence and the student's difficulty; the equation of these weights was not available, so that this policy has
-    none beyond the loss's ``T_s T_t``.
+    arXiv 2605.20357, as its abstract describes the temperatures. Its weights of samples, by the teacher's confidence
+    and the student's difficulty, are left out, since their equation was not available.
 
     Example:
         >>> import torch

@@ -47,9 +47,8 @@ class ConfidenceTemperature(TemperaturePolicy):
     Suggested values: the defaults keep confident samples sharp; try ``confident=1`` and ``unsure=4`` first, which is
     nearer to what constant T does on CIFAR-100. A threshold near the median of m splits the batch in halves.
 
-    Interacts badly with: an over-confident teacher (trained without label smoothing or calibration), for which nearly
-    all samples pass; and the T² factor, which weighs an unsure sample ``(unsure / confident)²`` times as much: 16 by
-    default. ``KDLoss(scale="none")`` switches that off.
+    Interacts badly with: an over-confident teacher, for which nearly all samples pass; and the T² factor, which weighs
+    an unsure sample ``(unsure / confident)²`` times as much, 16 by default (``KDLoss(scale="none")``: once).
 
     Source: the thresholding of pseudo-labels (K. Sohn et al., "FixMatch", NeurIPS 2020, arXiv 2001.07685), turned into
     a temperature here. No published evidence as a temperature rule.
@@ -176,8 +175,7 @@ class DisagreementTemperature(TemperaturePolicy):
         ValueError: If ``base`` is outside the bounds, ``gamma`` not positive, ``beta`` not finite, or ``by`` unknown.
 
     Suggested values: the authors list β of 10 to 80 and γ of 0.25 to 1. With w between 0 and 1.4, β of 2 to 4 keeps
-    T positive for nearly every sample. With β = 40 a sample of w = 1.4 in a batch of mean 0.4 is at T₀ − 40: raise
-    ``min_temperature`` to 1 for such values.
+    T positive for nearly every sample; raise ``min_temperature`` to 1 for larger ones.
 
     Interacts badly with: small batches (the mean jumps) and batch statistics in general: the T of a sample depends on
     the others. The publication uses no T² factor; ``KDLoss(scale="none")`` is how it trained.
