@@ -1,20 +1,20 @@
 """The distillation loss from hidden states and output heads, without ever holding all the logits.
 
-With a vocabulary of 150 000 the logits take more memory than the model. Here both heads, the loss and the gradients of
-hidden states and head are computed for a chunk of rows at a time, whose logits are then freed. Memory grows with the
-chunk, not with the batch.
+With a vocabulary of 150 000 the logits take more memory than the model. Here both heads, the loss and its gradients are
+computed for a chunk of rows at a time, whose logits are then freed. Memory grows with the chunk, not with the batch.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from typing_extensions import TypedDict, Unpack
+from typing_extensions import TypedDict, Unpack, override
 
-from kd_lightning.functional.divergences import Divergence, ForwardKL, check_fusible
+from kd_lightning.functional.divergences import ClosedForm, Divergence, ForwardKL, check_fusible
 from kd_lightning.functional.rows import (
     Reduction,
     Rows,
@@ -24,8 +24,10 @@ from kd_lightning.functional.rows import (
     check_whole,
     definition,
     in_compute_dtype,
+    is_sharded,
     labels_of,
     loss_factor,
+    plain,
     valid_positions,
 )
 from kd_lightning.functional.rows_fast import buffer_dtype, gradients_of, times_upstream, unbroadcast
@@ -83,6 +85,10 @@ def fused_linear_kd_loss(
     They are computed in the forward, so that no logits are kept for the backward. A second derivative, or a second
     backward through one graph, is computed from the whole logits. Defaults: :func:`fused_linear_kd_terms`.
 
+    Weights and biases may be DTensors sharded by class, ``Shard(0)``, and ``teacher_logits`` with ``Shard(-1)``, as
+    tensor parallelism leaves them; plain tensors count as equal on these ranks. Each chunk of a term then takes three
+    all-reduces of a few numbers per row, and backward one of the hidden states' gradient. No second derivative then.
+
     Args:
         student_hidden: ``(N, H)`` or ``(B, L, H)``: the input of the student's output layer.
         student_weight: ``(V, H)``: the weight of that output layer.
@@ -108,8 +114,8 @@ def fused_linear_kd_loss(
 
     Raises:
         ValueError: If shapes do not fit together, if the teacher is given twice or not at all, if the teacher requires
-            gradients, if the cross-entropy lacks targets, if the divergence needs labels, or if an option has an
-            unknown value.
+            gradients, if the cross-entropy lacks targets, if the divergence needs labels, if an option has an unknown
+            value, or if DTensors are not sharded alike by class.
 
     Source: the chunked losses of P. Hsu et al., "Liger Kernel", 2024, arXiv 2410.10989, in closed form.
 
@@ -157,13 +163,17 @@ def fused_linear_kd_terms(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     check_fusible(divergence)
-    check_whole("the fused loss", student_hidden, student_weight, teacher_hidden, teacher_weight, teacher_logits)
+    student_hidden, teacher_hidden = plain(student_hidden), plain(teacher_hidden)
+    check_whole("hidden states of the fused loss", student_hidden, teacher_hidden)
     if isinstance(teacher_logits, Sparse):
         raise TypeError("the fused loss takes the logits of all classes, got Sparse targets: take kd_loss for them.")
     heads = _Heads(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, teacher_logits
     )
     heads.check()
+    cross_entropy, shards = _LabelCrossEntropy(), None
+    if is_sharded(*heads):
+        heads, shards, cross_entropy = _sharded_heads(divergence, heads)
     heads = heads.in_one_dtype().without_padding()
 
     shape = (*student_hidden.shape[:-1], student_weight.shape[0])
@@ -178,14 +188,16 @@ def fused_linear_kd_terms(
     task_factor = loss_factor(one, logits_like, "none", -1, valid, reduction, num_items) * task_weight
     labels = labels_of(targets, valid, -1) if task_weight and targets is not None else None
 
-    t_t = temp.teacher.view_as(temp.teacher)  # a shared T twice among the arguments would break the compiled graph
-    rows = _Flat(*(_flat(x, shape) for x in (temp.student, t_t, factor, task_factor, valid, labels)))
+    t_s, t_t = temp.student, temp.teacher.view_as(temp.teacher)  # a T twice would break the compiled graph
+    if shards is not None:
+        divergence, (t_s, t_t) = shards, (shards.part(t, -1, heads.weight.shape[0]) for t in (t_s, t_t))
+    rows = _Flat(*(_flat(x, shape) for x in (t_s, t_t, factor, task_factor, valid, labels)))
     tensors = (*heads.flattened(), *rows)
     if in_transform():
-        loss, kd, task = _definition(divergence, *tensors)
+        loss, kd, task = _definition(divergence, cross_entropy, *tensors)
     else:
         wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors)
-        loss, kd, task = _FusedLinear.apply(divergence, chunk_size, wanted, *tensors)  # pyright: ignore
+        loss, kd, task = _FusedLinear.apply(divergence, cross_entropy, chunk_size, wanted, *tensors)  # pyright: ignore
     return FusedTerms(loss, kd / (kd_weight or 1), task / (task_weight or 1))
 
 
@@ -288,7 +300,19 @@ def _flat(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     return x.expand(*shape[:-1], x.shape[-1]).reshape(-1, x.shape[-1])
 
 
-def _definition(divergence: Divergence, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _sharded_heads(divergence: Divergence, heads: _Heads) -> tuple[_Heads, Any, Any]:
+    """Return the heads with this rank's classes, and both terms on them."""
+    from kd_lightning.functional.sharded import shards_of_heads  # because DTensor is slow to import
+
+    if not is_sharded(heads.teacher_weight, heads.teacher_logits):
+        heads = heads.without_padding()
+    hidden, weight, bias, teacher_hidden, *teacher = heads
+    dims = (0, 0, 0, 0, hidden.dim() - 1)
+    local, shards, cross_entropy = shards_of_heads(divergence, list(zip((weight, bias, *teacher), dims, strict=True)))
+    return _Heads(shards.summed(hidden), *local[:2], teacher_hidden, *local[2:]), shards, cross_entropy  # pyright: ignore
+
+
+def _definition(divergence: Divergence, cross_entropy: Divergence, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss and its two terms as constants, from the whole logits in differentiable torch."""
     heads, rows = _Heads(*tensors[:7]), _Flat(*tensors[7:])
     s, t = heads.logits(slice(None))
@@ -297,15 +321,14 @@ def _definition(divergence: Divergence, *tensors: Any) -> tuple[Tensor, Tensor, 
     task = torch.zeros_like(kd)
     if rows.labels is not None:
         s = s if rows.valid is None else s.masked_fill(~rows.valid, 0.0)
-        cross_entropy = s.logsumexp(-1, keepdim=True) - s.gather(-1, rows.labels)
-        task = _counted(cross_entropy * rows.task_factor, rows.valid).sum()
+        task = _counted(cross_entropy.definition(s, s, -1, rows.labels) * rows.task_factor, rows.valid).sum()
     return kd + task, kd.detach(), task.detach()
 
 
 class _FusedLinear(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, divergence: Divergence, chunk_size: int, wanted: tuple[bool, ...], *tensors: Any
+        ctx: Any, divergence: Divergence, cross_entropy: Divergence, chunk_size: int, wanted: Any, *tensors: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         heads, rows = _Heads(*tensors[:7]), _Flat(*tensors[7:])
         want: Any = _Heads(*wanted[:7])  # pyright: ignore[reportArgumentType]
@@ -325,7 +348,7 @@ class _FusedLinear(torch.autograd.Function):
                 part = slice(start, start + chunk_size)
                 t_s, t_t, c, task_c, ok, labels = rows.of(part)
                 s, t = heads.logits(part)
-                task_value, task_gradient = _cross_entropy(s, labels, task_c)
+                task = None if labels is None else cross_entropy.closed_form(s, s, -1, labels, False)
                 s, t = s.div_(t_s), t.div_(t_t)
                 kept_s = s.clone() if want_row.student_temperature else None
                 kept_t = t.clone() if want_row.teacher_temperature else None
@@ -333,8 +356,8 @@ class _FusedLinear(torch.autograd.Function):
                 del s, t
                 value = _counted(form.value, ok)
                 kd_total += (value * c).sum()
-                if task_value is not None:
-                    task_total += _counted(task_value, ok).sum()
+                if task is not None:
+                    task_total += _counted(task.value * task_c, ok).sum()
                 if want_row.factor:
                     values.append(value)
                 if kept_s is not None:
@@ -343,13 +366,13 @@ class _FusedLinear(torch.autograd.Function):
                     d_t_t.append(_counted((form.teacher * kept_t).nansum(-1, keepdim=True) * (-c / t_t), ok))
                 if want.hidden or want.weight or want.bias:
                     gradient = form.student.mul_(c / t_s)
-                    if task_gradient is not None:
-                        gradient += task_gradient
+                    if task is not None:
+                        gradient += task.student.mul_(task_c)
                     if ok is not None:
                         gradient.masked_fill_(~ok, 0.0)
                     _through_linear(gradient, hidden[part], weight, part, d_hidden, d_weight, d_bias)
 
-        ctx.divergence, ctx.wanted, ctx.gradients = divergence, wanted, (d_hidden, d_weight, d_bias)
+        ctx.terms, ctx.wanted, ctx.gradients = (divergence, cross_entropy), wanted, (d_hidden, d_weight, d_bias)
         ctx.save_for_backward(*tensors, *(torch.cat(parts) if parts else None for parts in (values, d_t_s, d_t_t)))
         ctx.mark_non_differentiable(kd_total, task_total)
         return kd_total + task_total, kd_total, task_total
@@ -360,8 +383,8 @@ class _FusedLinear(torch.autograd.Function):
         *tensors, value, d_t_s, d_t_t = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
         if torch.is_grad_enabled() or gradients is None:
-            loss = lambda *given: _definition(ctx.divergence, *given)[0]  # noqa: E731
-            return None, None, None, *gradients_of(loss, tensors, ctx.wanted, g)
+            loss = lambda *given: _definition(*ctx.terms, *given)[0]  # noqa: E731
+            return None, None, None, None, *gradients_of(loss, tensors, ctx.wanted, g)
         student = [
             None if x is None else times_upstream(x, g).to(like.dtype)
             for x, like in zip(gradients, tensors[:3], strict=True)
@@ -375,21 +398,31 @@ class _FusedLinear(torch.autograd.Function):
             valid=None,
             labels=None,
         )
-        return None, None, None, *student, None, None, None, None, *by_row
+        return None, None, None, None, *student, None, None, None, None, *by_row
 
 
 def _counted(values: Tensor, valid: Tensor | None) -> Tensor:
     return values if valid is None else torch.where(valid, values, 0.0)
 
 
-def _cross_entropy(s: Tensor, labels: Tensor | None, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return the cross-entropy per row and its gradient, both multiplied by the factor."""
-    if labels is None:
-        return None, None
-    p = s.softmax(-1)
-    log_z = s.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
-    value = (log_z - s.gather(-1, labels)) * factor
-    return value, p.scatter_add_(-1, labels, -torch.ones_like(value)).mul_(factor)
+@dataclass(frozen=True)
+class _LabelCrossEntropy(Divergence):
+    """The cross-entropy with the labels, which looks at no teacher."""
+
+    needs_labels: ClassVar[bool] = True
+
+    @override
+    def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
+        assert labels is not None
+        return a.logsumexp(dim, keepdim=True) - a.gather(dim, labels)
+
+    @override
+    def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
+        assert labels is not None
+        p = a.softmax(dim)
+        log_z = a.amax(dim, keepdim=True) - p.amax(dim, keepdim=True).log()
+        value = log_z - a.gather(dim, labels)
+        return ClosedForm(value, p.scatter_add_(dim, labels, -torch.ones_like(value)))
 
 
 def _through_linear(

@@ -6,6 +6,7 @@ and the sums of the divergence with those that its gradient needs. A learned tem
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from typing_extensions import override
 
 from kd_lightning.functional.divergences import ClosedForm, Divergence, SoftCrossEntropy
@@ -32,7 +34,7 @@ class Shards(Divergence):
 
     @override
     def definition(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None) -> Tensor:
-        return _OverShards.apply(self, dim, a, b)  # pyright: ignore[reportReturnType]
+        return _OverShards.apply(self, dim, labels, a, b)  # pyright: ignore[reportReturnType]
 
     @override
     def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
@@ -58,16 +60,29 @@ class Shards(Divergence):
     def local(self, rows: Rows, dim: int) -> Rows:
         """Return the rows with this rank's classes of the logits and of temperatures by class."""
         student, teacher = rows.student.to_local(), rows.teacher.to_local()
+        t_s, t_t = (self.part(t, dim, student.shape[dim]) for t in rows[2:4])
+        return rows._replace(student=student, teacher=teacher, student_temperature=t_s, teacher_temperature=t_t)
 
-        def part(t: Any) -> Any:
-            if not isinstance(t, Tensor):
-                return t
-            if t.requires_grad:
-                t = _SummedGradient.apply(t, self.group)
-            return t.narrow(dim, self.first, student.shape[dim]) if t.dim() and t.shape[dim] > 1 else t  # pyright: ignore
+    def part(self, value: Any, dim: int, size: int) -> Any:
+        """Return this rank's classes of a value that all ranks have, such as a temperature."""
+        value = self.summed(value)
+        has_classes = isinstance(value, Tensor) and value.dim() and value.shape[dim] > 1
+        return value.narrow(dim, self.first, size) if has_classes else value
 
-        temperatures = {name: part(getattr(rows, name)) for name in ("student_temperature", "teacher_temperature")}
-        return rows._replace(student=student, teacher=teacher, **temperatures)
+    def summed(self, value: Any) -> Any:
+        """Return a value that all ranks have, whose gradient is the sum of those of their classes."""
+        wanted = isinstance(value, Tensor) and value.requires_grad
+        return _SummedGradient.apply(value, self.group) if wanted else value
+
+
+@dataclass(frozen=True)
+class LabelShards(Shards):
+    """The cross-entropy with labels, on rows of which each rank has some classes, as with a teacher sure of them."""
+
+    @override
+    def closed_form(self, a: Tensor, b: Tensor, dim: int, labels: Tensor | None, teacher: bool) -> ClosedForm:
+        assert labels is not None
+        return super().closed_form(a, one_hot(labels, a, dim, self.first), dim, None, False)
 
 
 def _amax(z: Tensor, dim: int) -> Tensor:
@@ -77,15 +92,15 @@ def _amax(z: Tensor, dim: int) -> Tensor:
 
 class _OverShards(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shards: Shards, dim: int, a: Tensor, b: Tensor) -> Tensor:  # pyright: ignore
-        form = shards.closed_form(a, b, dim, None, ctx.needs_input_grad[3])
-        ctx.save_for_backward(form.student if ctx.needs_input_grad[2] else None, form.teacher)
+    def forward(ctx: Any, shards: Shards, dim: int, labels: Any, a: Tensor, b: Tensor) -> Tensor:  # pyright: ignore
+        form = shards.closed_form(a, b, dim, labels, ctx.needs_input_grad[4])
+        ctx.save_for_backward(form.student if ctx.needs_input_grad[3] else None, form.teacher)
         return form.value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, None, *(None if saved is None else g * saved for saved in ctx.saved_tensors)
+        return None, None, None, *(None if saved is None else g * saved for saved in ctx.saved_tensors)
 
 
 class _SummedGradient(torch.autograd.Function):
@@ -134,29 +149,81 @@ def as_shards(divergence: Divergence, student: Tensor, teacher: Any, class_dim: 
             f"{what}. Give the teacher the student's classes, or gather the logits: logits.full_tensor()."
         )
     divergence.per_class(torch.zeros(1), torch.zeros(1))  # raises if the divergence is no such sum
-    classes, ranks = student.shape[class_dim], mesh.size(over[0])
-    first = min(-(-classes // ranks) * mesh.get_local_rank(over[0]), classes)  # as torch.chunk cuts
-    shards = Shards(divergence, mesh.get_group(over[0]), first)
+    shards = Shards(divergence, *_group_and_first(mesh, over[0], student.shape[class_dim]))
     return sharded_as(sharded[0], student), sharded_as(sharded[0], teacher), shards
+
+
+def _group_and_first(mesh: DeviceMesh, dim: int, classes: int) -> tuple[Any, int]:
+    """Return the ranks that share a row, and the first class of this one, as torch.chunk cuts."""
+    return mesh.get_group(dim), min(-(-classes // mesh.size(dim)) * mesh.get_local_rank(dim), classes)
+
+
+def shards_of_heads(
+    divergence: Divergence, tensors: Sequence[tuple[Tensor | None, int]]
+) -> tuple[list[Any], Shards, LabelShards]:
+    """Return this rank's classes of the tensors of output layers, and both terms of the fused loss on them.
+
+    Plain tensors beside a DTensor count as equal on all ranks.
+
+    Args:
+        divergence: The divergence of whole rows.
+        tensors: Weights, biases and logits with their class dimension, one of them a DTensor.
+
+    Raises:
+        ValueError: If a DTensor is not sharded by class, or not as the others, if their classes differ in number, or if
+            the divergence cannot be computed on shards.
+    """
+    sharded = [(x, dim) for x, dim in tensors if isinstance(x, DTensor)]
+    mesh, placements = sharded[0][0].device_mesh, sharded[0][0].placements
+    over = [dim for dim, placement in enumerate(placements) if placement.is_shard(sharded[0][1])]
+
+    def layout(class_dim: int) -> tuple[Any, ...]:
+        return tuple(Shard(class_dim) if dim == over[0] else Replicate() for dim in range(mesh.ndim))
+
+    if len(over) != 1 or any(x.device_mesh != mesh or x.placements != layout(dim) for x, dim in sharded):
+        raise ValueError(
+            "the fused loss takes output layers whose classes are sharded alike in one dimension of one mesh, weights "
+            f"and biases with Shard(0), logits by their last, got {', '.join(str(x.placements) for x, _ in sharded)}. "
+            "Parallelise both output layers by ColwiseParallel, or give whole tensors: tensor.full_tensor()."
+        )
+    classes = {x.shape[dim] for x, dim in tensors if x is not None}
+    if len(classes) > 1:
+        raise ValueError(
+            "output layers that are sharded by class must have the same number of classes, got "
+            f"{' and '.join(map(str, sorted(classes)))}. Cut the teacher's padding of the vocabulary before it is "
+            "sharded."
+        )
+    divergence.per_class(torch.zeros(1), torch.zeros(1))  # raises if the divergence is no such sum
+    where = _group_and_first(mesh, over[0], classes.pop())
+    local = [None if x is None else _sharded(x, mesh, layout(dim)).to_local() for x, dim in tensors]
+    return local, Shards(divergence, *where), LabelShards(SoftCrossEntropy(), *where)
 
 
 def sharded_as(like: Tensor, tensor: Tensor) -> Any:
     """Return a tensor that is equal on all ranks in the layout of another, if that is a DTensor. Sends nothing."""
     if isinstance(tensor, DTensor) or not isinstance(like, DTensor):
         return tensor
-    mesh = like.device_mesh
+    return _sharded(tensor, like.device_mesh, like.placements)
+
+
+def _sharded(tensor: Tensor, mesh: DeviceMesh, placements: Any) -> DTensor:
+    if isinstance(tensor, DTensor):
+        return tensor
     everywhere = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return everywhere.redistribute(mesh, like.placements)
+    return everywhere.redistribute(mesh, placements)
 
 
 def one_hot_logits(targets: Tensor, like: DTensor, class_dim: int) -> DTensor:
     """Return logits whose softmax is 1 for the target and 0 for other classes, sharded as other logits are."""
     _, _, shards = as_shards(SoftCrossEntropy(), like, like, class_dim)
-    local = like.to_local()
-    size = local.shape[class_dim]
-    classes = torch.arange(shards.first, shards.first + size, device=targets.device)
-    hot = targets.unsqueeze(-1) == classes
-    values = torch.zeros_like(hot, dtype=like.dtype).masked_fill_(~hot, -torch.inf).movedim(-1, class_dim)
+    values = one_hot(targets.unsqueeze(class_dim), like.to_local(), class_dim, shards.first)
     return DTensor.from_local(
         values, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+
+
+def one_hot(labels: Tensor, like: Tensor, dim: int, first: int) -> Tensor:
+    """Return logits of some classes whose softmax over all is 1 for the label, which has a class dimension of 1."""
+    classes = torch.arange(first, first + like.shape[dim], device=labels.device)
+    hot = labels == classes.view(-1, *[1] * (-1 - dim if dim < 0 else like.dim() - 1 - dim))
+    return torch.zeros_like(like).masked_fill_(~hot, -torch.inf)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from kd_lightning.functional.rows import gathered
+from kd_lightning.functional.rows import gathered, is_sharded, plain
 
 
 class Call(NamedTuple):
@@ -241,20 +241,27 @@ def hidden_states(module: nn.Module, inputs: Any) -> HiddenStates:
         ValueError: If FSDP2 shards the output layer of a student apart from the module.
     """
     body, head = _body_and_head(module)
-    if not _is_sharded(module):
-        return HiddenStates(_last_hidden(call_model(body, inputs), module), head.weight, head.bias)
-    head.forward = lambda input: input  # the whole module runs, because its hooks gather the output layer's weight
-    try:
-        hidden = extract_logits(call_model(module, inputs))
-    finally:
-        del head.forward
-    if _is_sharded(head) and torch.is_grad_enabled():
-        raise ValueError(
-            f"the fused loss reads the output layer's weight after the forward, but the output layer of "
-            f"{type(module).__name__} is sharded by itself. Leave it to the root: shard the blocks, then the model."
-        )
-    weight, bias = (head.weight, head.bias) if torch.is_grad_enabled() else map(gathered, (head.weight, head.bias))
-    return HiddenStates(hidden, weight, bias)
+    if _is_sharded(module) and is_sharded(head.weight):
+        module.reshard()  # pyright: ignore  (so that a weight that the forward gathers is another tensor after it)
+    before = head.weight
+    if _is_sharded(module):
+        head.forward = lambda input: input  # the whole module runs, because its hooks gather the output layer's weight
+        try:
+            hidden = extract_logits(call_model(module, inputs))
+        finally:
+            del head.forward
+    else:
+        hidden = _last_hidden(call_model(body, inputs), module)
+    weight, bias = head.weight, head.bias
+    in_fsdp = is_sharded(weight) and any(_is_sharded(part) and head in part.modules() for part in module.modules())
+    if in_fsdp and weight is before:
+        if torch.is_grad_enabled():
+            raise ValueError(
+                f"the fused loss reads the output layer's weight after the forward, but the output layer of "
+                f"{type(module).__name__} is sharded by itself. Leave it to the root: shard the blocks, then the model."
+            )
+        weight, bias = gathered(weight), gathered(bias)
+    return HiddenStates(plain(hidden), weight, bias)
 
 
 def check_hidden_states(module: nn.Module, inputs: Any) -> None:
@@ -273,6 +280,7 @@ def check_hidden_states(module: nn.Module, inputs: Any) -> None:
             hook.remove()
 
     def alike(a: Tensor, b: Tensor) -> bool:
+        a, b = gathered(a), gathered(b)
         return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-4, equal_nan=True)
 
     both_ran = "body" in seen and "head" in seen

@@ -15,8 +15,20 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kd_lightning import Distiller, functional
+from kd_lightning.functional import Temperature
+from kd_lightning.functional.divergences import (
+    Divergence,
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    SoftCrossEntropy,
+    SquaredError,
+    TotalVariation,
+)
 from kd_lightning.losses import CrossEntropyLoss
 from kd_lightning.temperature import (
     EnergyTemperature,
@@ -46,6 +58,10 @@ def everywhere(z: Tensor) -> DTensor:
 def sharded(z: Tensor, dim: int = -1) -> DTensor:
     whole = everywhere(z)
     return whole.redistribute(whole.device_mesh, [Shard(dim % z.dim())])
+
+
+def as_it_is(z: Tensor) -> Tensor:
+    return z
 
 
 def values(loss: Any, given: list[Tensor], place: Any) -> list[Tensor]:
@@ -92,6 +108,75 @@ def check_traffic(rank: int) -> None:
     functional.kd_loss(student, teacher.full_tensor(), 4.0).backward()  # a whole teacher beside it
 
 
+def check_fused_case(classes: int, t: tuple[int, ...], divergence: Divergence, place: Any, place_teacher: Any) -> None:
+    temperatures = [2 + torch.rand(t, dtype=torch.float64) for _ in range(2)]
+    learned = [] if t == (1, 7) else temperatures  # by class the fused loss has no gradient
+    given = [logits(5, 4), logits(classes, 4), logits(classes), *learned]
+    teacher_hidden, teacher_weight = logits(5, 6), logits(classes, 6)
+
+    def values(place: Any, place_weight: Any, place_logits: Any, **options: Any) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in given]
+        teacher: Any = teacher_hidden, place_weight(teacher_weight)
+        if place_teacher is None:
+            teacher, options["teacher_logits"] = (None, None), place_logits(teacher_hidden @ teacher_weight.T)
+        terms = functional.fused_linear_kd_terms(
+            leaves[0], place(leaves[1]), teacher[0], teacher[1], Temperature(*(leaves[3:] or temperatures)),
+            student_bias=place(leaves[2]), targets=torch.tensor([0, 1, -100, 2, 2]), kd_weight=0.7,
+            task_weight=0.4, divergence=divergence, **options,
+        )  # fmt: skip
+        once = torch.autograd.grad(terms.loss, leaves, retain_graph=True)
+        return [*terms, *once, *torch.autograd.grad(terms.loss, leaves)]
+
+    want = values(as_it_is, as_it_is, as_it_is)
+    for have, value in zip(values(place, place_teacher or as_it_is, sharded, chunk_size=2), want, strict=True):
+        torch.testing.assert_close(have, value, rtol=1e-11, atol=1e-13)
+
+
+def check_fused(rank: int) -> None:
+    """The fused loss and its gradients are those of whole output layers, whichever of them are sharded."""
+    by_class = functools.partial(sharded, dim=0)
+    cases: list[tuple[int, tuple[int, ...], Divergence, Any, Any]] = [
+        (7, (), ForwardKL(), by_class, by_class),
+        (7, (5, 1), ReverseKL(), by_class, as_it_is),
+        (7, (1, 7), ForwardKL(), as_it_is, by_class),
+        (3, (), JensenShannon(0.3), by_class, by_class),  # not all ranks have a class
+        (7, (), SoftCrossEntropy(), by_class, None),  # the teacher's logits
+        (7, (), TotalVariation(), as_it_is, None),
+    ]
+    for case in cases:
+        check_fused_case(*case)
+    padded = functional.fused_linear_kd_loss(logits(5, 4), by_class(logits(7, 4)), logits(5, 4), logits(9, 4), 4.0)
+    assert padded.isfinite()
+
+
+def check_fused_traffic(rank: int, world: int) -> None:
+    """A chunk of rows has three all-reduces for each term, backward one of the hidden states' gradient."""
+    student, teacher = [(logits(8, 2), sharded(logits(700, 2), 0)) for _ in range(2)]
+    hidden, weight = (x.requires_grad_() for x in student)
+    with CommDebugMode() as traffic, Largest() as largest:
+        terms = functional.fused_linear_kd_terms(
+            hidden, weight, *teacher, 4.0, targets=torch.arange(8), task_weight=1.0, chunk_size=2
+        )
+        terms.loss.backward()
+    assert {str(kind): count for kind, count in traffic.get_comm_counts().items()} == {"c10d.allreduce_": 4 * 6 + 1}
+    assert weight.grad.placements == (Shard(0),)  # pyright: ignore
+    assert (
+        largest.bytes == 8 * 2 * 700 // world
+    )  # a chunk's logits, as large as the weight here, of this rank's classes
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of a tensor that an operation has returned."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        plain = [x for x in tree_leaves(result) if type(x) is Tensor]
+        self.bytes = max(self.bytes, *(x.untyped_storage().nbytes() for x in plain), 0)
+        return result
+
+
 def check_distiller(rank: int) -> None:
     policies = (4.0, LearnableTemperature())
     for policy, shape in itertools.product(policies, ((4, 6), (2, 3, 6))):
@@ -114,7 +199,7 @@ def check_errors(rank: int) -> None:
     whole, z = logits(4, 6), sharded(logits(4, 6))
     labels = torch.zeros(4, dtype=torch.long)
     sparse = functional.Sparse(torch.zeros(4, 2, dtype=torch.long), torch.full((4, 2), -1.0))
-    kd = functional.kd_loss
+    kd, fused = functional.kd_loss, functional.fused_linear_kd_loss
     no_sum = (
         "is no sum over classes of a function of both probabilities, so that it cannot be computed on logits whose "
         "classes are sharded over ranks. Take KDLoss, ReverseKDLoss, JSDLoss, TotalVariationLoss or "
@@ -129,7 +214,22 @@ def check_errors(rank: int) -> None:
         (lambda: functional.dkd_loss(z, z, 4.0, targets=labels), f"DecoupledKL {no_sum}"),
         (lambda: functional.dist_loss(z, z, 4.0), f"dist_loss {as_whole}"),
         (lambda: functional.hard_label_loss(z, z, 4.0), f"hard_label_loss {as_whole}"),
-        (lambda: functional.fused_linear_kd_loss(whole, z, whole, z, 4.0), f"the fused loss {as_whole}"),
+        (lambda: fused(z, whole, whole, whole, 4.0), f"hidden states of the fused loss {as_whole}"),
+        (
+            lambda: fused(whole, z, whole, sharded(whole, 0), 4.0),
+            "the fused loss takes output layers whose classes are sharded alike in one dimension of one mesh, weights "
+            "and biases with Shard(0), logits by their last, got (Shard(dim=1),), (Shard(dim=0),). Parallelise both "
+            "output layers by ColwiseParallel, or give whole tensors: tensor.full_tensor().",
+        ),
+        (
+            lambda: fused(whole, sharded(whole, 0), whole, sharded(logits(5, 6), 0), 4.0),
+            "output layers that are sharded by class must have the same number of classes, got 4 and 5. Cut the "
+            "teacher's padding of the vocabulary before it is sharded.",
+        ),
+        (
+            lambda: fused(whole, sharded(whole, 0), whole, whole, 4.0, divergence=SquaredError()),
+            f"SquaredError {no_sum}",
+        ),
         (
             lambda: kd(sharded(whole, 0), whole, 4.0),
             "logits that are a DTensor must be sharded by class in one dimension of the mesh, Shard(1), and replicated "
@@ -172,7 +272,8 @@ def check_errors(rank: int) -> None:
 def test_sharded_classes_are_as_whole_ones(world: int) -> None:
     def check(rank: int) -> None:
         torch.manual_seed(0)
-        for part in (check_losses, check_traffic, check_distiller, check_errors):
+        for part in (check_losses, check_traffic, check_fused, check_distiller, check_errors):
             part(rank)
+        check_fused_traffic(rank, world)
 
     on_ranks(world, check)

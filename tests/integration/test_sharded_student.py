@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader
 
 from kd_lightning import DistillationModule, FrozenTeacher, ShardedDistillationModule
 from kd_lightning.functional.sharded import sharded_as
+from kd_lightning.losses import FusedLinearKDLoss
 from kd_lightning.teachers import EMATeacher, Sharded
 from kd_lightning.teachers.sharded import mesh_of_all_ranks, shard
-from kd_lightning.temperature import CosineSchedule, EntropyTemperature
+from kd_lightning.temperature import CosineSchedule, EntropyTemperature, LearnableTemperature
 from tests.helpers import InOrder, LearnedTemperature, assert_same, make_network, make_teacher, on_ranks
 
 BLOCKS = ["0", "2"]
@@ -289,5 +290,65 @@ def test_tensor_parallel_ranks_train_as_one(tmp_path: Path) -> None:
         check(module, tmp_path / "one.pt")
         assert trainer.callback_metrics["val_acc"].item() == pytest.approx(accuracy)
         assert "train_acc" not in trainer.callback_metrics
+
+    on_ranks(2, check_two)
+
+
+class Tokens(Same):
+    """Sequences of 5 tokens out of 13, each of them its own label."""
+
+    def dataset(self, count: int, seed: int) -> Any:
+        tokens = torch.randint(13, (count, 5), generator=torch.Generator().manual_seed(seed))
+        return [(row, row) for row in tokens]
+
+
+class Language(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_model = nn.Sequential(nn.Embedding(13, 8), nn.Linear(8, 8), nn.Tanh())
+        self.head = nn.Linear(8, 13)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.head
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.base_model(tokens))
+
+
+class LanguageByTensor(DistillationModule):
+    """Both networks are parallel, and leave the logits sharded by class."""
+
+    def configure_model(self) -> None:
+        assert self.device_mesh is not None
+        plan: dict[str, ParallelStyle] = {
+            "base_model.0": ColwiseParallel(output_layouts=Replicate()),
+            "base_model.1": ColwiseParallel(output_layouts=Replicate()),
+            "head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
+        }
+        for network in (self.student, self.teacher.module):
+            parallelize_module(network, self.device_mesh["tensor_parallel"], plan)
+
+
+def test_the_fused_loss_trains_tensor_parallel_ranks_as_one(tmp_path: Path) -> None:
+    def train(kind: type[DistillationModule], **options: Any) -> tuple[DistillationModule, Trainer]:
+        torch.manual_seed(3)
+        student, teacher = Language().double(), Language().double()
+        for parameter in teacher.parameters():
+            parameter.data += torch.randn_like(parameter)
+        module = kind(
+            student=student, teacher=teacher, temperature=LearnableTemperature(), kd_loss=FusedLinearKDLoss(7),
+            shift_labels=True, optimizer=functools.partial(torch.optim.SGD, lr=0.5, momentum=0.9),
+        )  # fmt: skip
+        return module, fit(module, options.pop("world", 1), tmp_path, data=Tokens, limit_val_batches=2, **options)
+
+    module, trainer = train(DistillationModule)
+    torch.save(values(module), tmp_path / "one.pt")
+    loss = trainer.callback_metrics["val_loss"].item()
+
+    def check_two(rank: int) -> None:
+        module, trainer = train(LanguageByTensor, world=2, strategy=ModelParallelStrategy(1, 2))
+        assert all(isinstance(part, DTensor) for part in [*module.student.parameters(), *module.teacher.parameters()])
+        check(module, tmp_path / "one.pt", exact=False)
+        assert trainer.callback_metrics["val_loss"].item() == pytest.approx(loss)
 
     on_ranks(2, check_two)
