@@ -32,7 +32,7 @@ from kd_lightning.callbacks.common import (
     read_metric,
 )
 from kd_lightning.functional.temperature import check_number
-from kd_lightning.modules.replicas import gather
+from kd_lightning.modules.between_ranks import gather
 from kd_lightning.ranking import check_counts, moves_with_temperature, steady_metrics
 from kd_lightning.temperature import TemperaturePolicy
 

@@ -12,8 +12,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from kd_lightning._lightning import callbacks_of
 from kd_lightning.distiller import Distiller
 from kd_lightning.functional.temperature import check_number
-from kd_lightning.modules.holds_distiller import HoldsDistiller
-from kd_lightning.modules.metric_names import has_validation
+from kd_lightning.modules.readings import has_validation
+from kd_lightning.modules.run import HoldsDistiller
 from kd_lightning.ranking import Mode, check_counts, check_mode, check_name
 
 

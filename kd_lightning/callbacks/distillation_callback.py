@@ -13,16 +13,24 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from kd_lightning._lightning import FIRST_LOOK, callbacks_of
-from kd_lightning.callbacks.student_call import StudentCall, changed, choose, find_targets, select, tensors, versions
-from kd_lightning.callbacks.student_layer import find_layer, unseen
+from kd_lightning.callbacks.student_call import (
+    StudentCall,
+    changed,
+    choose,
+    find_layer,
+    find_targets,
+    select,
+    tensors,
+    unseen,
+    versions,
+)
 from kd_lightning.callbacks.teacher_scores import TeacherScores
 from kd_lightning.distiller import DistillationOutput, Distiller
 from kd_lightning.losses.task import as_targets, check_scalar
-from kd_lightning.modules.added_groups import add_groups
 from kd_lightning.modules.between_ranks import average_gradients, broadcast, check_teachers
-from kd_lightning.modules.holds_distiller import HoldsDistiller
+from kd_lightning.modules.optimization import add_groups
 from kd_lightning.modules.readings import is_logging_step, step_readings
-from kd_lightning.modules.run import DistillationRun
+from kd_lightning.modules.run import DistillationRun, HoldsDistiller
 from kd_lightning.modules.run_length import check_batches
 from kd_lightning.teachers import Teacher, extract_logits
 from kd_lightning.teachers.calls import counting_positions
@@ -108,7 +116,6 @@ class DistillationCallback(HoldsDistiller, Callback):
         self.targets = targets
         self.forward_call = forward_call
         self.validate = validate
-        self.distiller.keeps_output = True
         self._run = DistillationRun(self.distiller, type(self).__name__)
         self._scores = TeacherScores()
         self._is_set_up = False
@@ -149,11 +156,9 @@ class DistillationCallback(HoldsDistiller, Callback):
                 "student in a LightningModule of its own."
             )
         self._trainer = trainer
-        if self._run.teacher.caches:
-            self._run.cache.set_epoch(0)
-            self._run.cache.index(trainer)
-            self._wrap(pl_module, FIRST_LOOK, self._taking_rows)
         self._run.set_up(trainer)
+        if self._run.teacher.caches:
+            self._wrap(pl_module, FIRST_LOOK, self._taking_rows)
         self._wrap(pl_module, "training_step", self._distilling)
         self._wrap(pl_module, "configure_optimizers", self._configuring)
 
@@ -185,7 +190,7 @@ class DistillationCallback(HoldsDistiller, Callback):
         check_teachers(trainer, self._run.teacher)
         broadcast(trainer, self.distiller)
         self._layer = find_layer(pl_module, self.student_layer)
-        self._run.follow(self._layer)  # before its forward is wrapped, because a teacher may copy the layer
+        self._run.teacher.follow(self._layer)  # before its forward is wrapped, because a teacher may copy the layer
         self._wrap(self._layer, "forward", self._recording)
 
     def _wrap(self, module: nn.Module, name: str, wrapper: Callable[..., Callable[..., Any]]) -> None:
@@ -311,13 +316,11 @@ class DistillationCallback(HoldsDistiller, Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._layer is not None
         check_batches(trainer)
-        self._run.cache.set_epoch(trainer.current_epoch)
         self._run.start(trainer, self._layer)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._run.check_replicas(trainer)
-        self._run.cache.start_epoch(trainer)
+        self._run.start_epoch(trainer)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

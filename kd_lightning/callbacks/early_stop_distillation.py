@@ -22,7 +22,7 @@ from kd_lightning.callbacks.common import (
     mean_over_ranks,
     read_metric,
 )
-from kd_lightning.modules.replicas import gather
+from kd_lightning.modules.between_ranks import gather
 from kd_lightning.temperature import Progress
 
 

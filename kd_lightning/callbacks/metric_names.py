@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from string import Formatter
 
-from kd_lightning.modules.metric_names import NamesMetrics
+from kd_lightning.modules.readings import NamesMetrics
 
 
 class MetricNames(NamesMetrics):

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from kd_lightning._lightning import callbacks_of
 from kd_lightning.callbacks.common import find_distiller, find_holder
-from kd_lightning.modules.replicas import check_replicas, distiller_state
+from kd_lightning.modules.between_ranks import check_replicas, distiller_state
 from kd_lightning.ranking import check_counts
 
 

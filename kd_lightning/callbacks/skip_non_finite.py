@@ -11,9 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
-from kd_lightning.modules.between_ranks import local_gradients
+from kd_lightning.modules.between_ranks import is_distributed, local_gradients
 from kd_lightning.modules.non_finite import NonFiniteHandler
-from kd_lightning.modules.replicas import is_distributed
 from kd_lightning.ranking import check_counts
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kd_lightning.distiller import DistillationOutput
 from kd_lightning.metrics import agreement, task_loss_among
-from kd_lightning.modules.metric_names import metric_name
+from kd_lightning.modules.readings import metric_name
 from kd_lightning.temperature import Signals
 
 

@@ -25,8 +25,8 @@ from kd_lightning.callbacks.common import (
 from kd_lightning.callbacks.snapshot import Snapshot
 from kd_lightning.callbacks.trial import TrialWatch, short_run
 from kd_lightning.distiller import Distiller
-from kd_lightning.modules.metric_names import naming_callbacks
-from kd_lightning.modules.replicas import gather
+from kd_lightning.modules.between_ranks import gather
+from kd_lightning.modules.readings import naming_callbacks
 from kd_lightning.ranking import (
     Lead,
     Mode,

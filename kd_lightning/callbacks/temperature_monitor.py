@@ -16,8 +16,7 @@ from kd_lightning._lightning import accumulates, callbacks_of, logged_step, upda
 from kd_lightning.callbacks.common import check_validates, find_distiller, is_validation_check, read_metric
 from kd_lightning.callbacks.gradient_share import gradient_share
 from kd_lightning.distiller import DistillationOutput
-from kd_lightning.modules.metric_names import metric_name
-from kd_lightning.modules.readings import TemperatureLogger
+from kd_lightning.modules.readings import TemperatureLogger, metric_name
 from kd_lightning.ranking import check_counts
 from kd_lightning.temperature import ConstantTemperature
 

@@ -12,9 +12,8 @@ from kd_lightning.functional.rows import check_labels, check_layout
 from kd_lightning.losses import CrossEntropyLoss
 from kd_lightning.losses.first_batch import check_first_batch
 from kd_lightning.losses.task import as_loss, check_scalar, is_readable, task_term
-from kd_lightning.modules.metric_names import metric_name
 from kd_lightning.modules.optimization import LRSchedulerConfig
-from kd_lightning.modules.readings import is_logging_step
+from kd_lightning.modules.readings import is_logging_step, metric_name
 from kd_lightning.modules.run import check_network
 from kd_lightning.modules.supervised import SupervisedModule
 

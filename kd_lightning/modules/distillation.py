@@ -33,11 +33,9 @@ from kd_lightning.modules.between_ranks import (
 )
 from kd_lightning.modules.checkpoints import states_of
 from kd_lightning.modules.first_samples import first_samples
-from kd_lightning.modules.holds_distiller import HoldsDistiller
-from kd_lightning.modules.metric_names import metric_name
 from kd_lightning.modules.optimization import LRSchedulerConfig
-from kd_lightning.modules.readings import final_scores, is_logging_step, step_readings
-from kd_lightning.modules.run import DistillationRun
+from kd_lightning.modules.readings import final_scores, is_logging_step, metric_name, step_readings
+from kd_lightning.modules.run import DistillationRun, HoldsDistiller
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.modules.temperature_state import KeepsTemperatureState
 from kd_lightning.teachers import Teacher
@@ -130,11 +128,11 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
         self._save_plain_hyperparameters()
         self.student = student
         self.distiller = make_distiller(teacher, temperature, kd_loss, task_loss, kd_weight, task_weight, layers)
-        self.distiller.keeps_output = True
         self._run = DistillationRun(self.distiller, type(self).__name__)
         self._run.check_student(student)
         self.distiller.input_names = positional_names(student)
-        self._run.follow(student)
+        if self.teacher is not None:
+            self.teacher.follow(student)
         if shift_labels and self.distiller.ignore_index is None:
             raise ValueError(
                 "shift_labels=True marks positions that do not count, the last one and padding, by ignore_index, but "
@@ -255,8 +253,6 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
                     f"fit needs a teacher, but {type(self).__name__} was made without one: "
                     "DistillationModule(student=..., teacher=FrozenTeacher(network, checkpoint=...))."
                 )
-            self._run.cache.set_epoch(0)
-            self._run.cache.index(self.trainer)
             self._run.set_up(self.trainer)
             self._watch_layers()
         elif stage in ("validate", "test") and teacher is not None:
@@ -279,8 +275,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
 
     @override
     def on_train_epoch_start(self) -> None:
-        self._run.check_replicas(self.trainer)
-        self._run.cache.start_epoch(self.trainer)
+        self._run.start_epoch(self.trainer)
 
     @override
     def on_fit_start(self) -> None:
@@ -314,7 +309,6 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
     def on_train_start(self) -> None:
         super().on_train_start()
         self.distiller.train()  # because Lightning keeps the mode of module.eval(), which leaves out the layers' terms
-        self._run.cache.set_epoch(self.trainer.current_epoch)  # resumed in an epoch, no on_train_epoch_start comes
         self._run.start(self.trainer, self.student)
 
     @override

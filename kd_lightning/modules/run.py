@@ -16,11 +16,11 @@ from typing_extensions import override
 
 from kd_lightning._lightning import callbacks_of, datamodule_of
 from kd_lightning.distiller import DistillationOutput, Distiller
+from kd_lightning.modules.between_ranks import check_replicas, distiller_state
 from kd_lightning.modules.cached_rows import CachedRows
-from kd_lightning.modules.changed_policies import fit_optimizer, fit_policies
+from kd_lightning.modules.checkpoint_fit import fit_optimizer, fit_policies
 from kd_lightning.modules.non_finite import NonFiniteHandler, NonFiniteWatch
 from kd_lightning.modules.readings import is_logging_step
-from kd_lightning.modules.replicas import check_replicas, distiller_state
 from kd_lightning.modules.run_length import RunLength
 from kd_lightning.teachers import Teacher
 from kd_lightning.teachers.indexed import index_training
@@ -37,6 +37,7 @@ class DistillationRun:
 
     def __init__(self, distiller: Distiller, owner: str) -> None:
         self.distiller = distiller
+        self.distiller.keeps_output = True
         self.owner = owner
         self._length = RunLength()
         self._finite = NonFiniteWatch()
@@ -68,7 +69,9 @@ class DistillationRun:
         return self._last_progress
 
     def set_up(self, trainer: Trainer) -> None:
-        """Check the weights of the loss, load the teacher's weights and show the data to the policies, before a fit."""
+        """Check the weights of the loss, load the teacher and show the data to cache and policies, before a fit."""
+        self.cache.set_epoch(0)
+        self.cache.index(trainer)
         self.distiller.check_trains()
         self.teacher.load()
         for policy in self.distiller.policies().values():
@@ -81,12 +84,7 @@ class DistillationRun:
         rank_zero_info(f"Teacher: {self.teacher!r}, fingerprint {self.teacher.fingerprint()[:8]}")
 
     def check_student(self, student: nn.Module) -> None:
-        """Raise if the student is no network, or shares parameters with the teacher.
-
-        Raises:
-            TypeError: If the student is no nn.Module.
-            ValueError: If student and teacher share parameters.
-        """
+        """Raise if the student is no network, or shares parameters with the teacher."""
         check_network("student", student)
         teacher = self.distiller.teacher
         taught = set() if teacher is None else {id(parameter) for parameter in teacher.parameters()}
@@ -97,11 +95,6 @@ class DistillationRun:
                 f"{', …' if len(shared) > 5 else ''}. Give the teacher its own: copy.deepcopy(network)."
             )
 
-    def follow(self, student: nn.Module) -> None:
-        """Tell the teacher of the student."""
-        if self.distiller.teacher is not None:
-            self.distiller.teacher.follow(student)
-
     def can_ask(self, batch: Any) -> bool:
         """Return True if there is a teacher for a batch of evaluation, or a cache that has it."""
         teacher = self.distiller.teacher
@@ -109,14 +102,10 @@ class DistillationRun:
         return known and self.teacher.serves(batch)
 
     def start(self, trainer: Trainer, student: nn.Module) -> None:
-        """Check the teacher of a resumed run, and have it follow the optimiser's steps, when training begins.
-
-        Raises:
-            RuntimeError: If the teacher differs from the checkpoint's.
-            ValueError: If the teacher changes with the optimiser's steps, which the strategy hides.
-        """
-        self.check_resumed()
-        self.follow(student)
+        """Check the teacher of a resumed run, and have it follow the optimiser's steps, when training begins."""
+        self.cache.set_epoch(trainer.current_epoch)  # resumed in an epoch, no on_train_epoch_start comes
+        self._check_resumed()
+        self.teacher.follow(student)
         # a hook of the optimiser, because a checkpoint may be written before any later hook of the trainer
         with_hooks = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Optimizer)]
         if len(with_hooks) < len(trainer.optimizers) and self.teacher.state_dict():  # it changes
@@ -153,12 +142,7 @@ class DistillationRun:
             )
 
     def check_step(self, trainer: Trainer, out: DistillationOutput) -> None:
-        """Stop at a loss that is not finite, unless a callback handles it; call it before backward.
-
-        Raises:
-            ValueError: If the student's logits carry no gradient.
-            FloatingPointError: If a loss was NaN or infinite.
-        """
+        """Raise before backward if the student cannot learn, or if a loss is not finite and no callback handles that."""
         if out.student_logits.numel() and not out.student_logits.requires_grad:
             raise ValueError(
                 "the student's logits carry no gradient, so the student would not learn: the network detaches them, "
@@ -167,17 +151,13 @@ class DistillationRun:
         if not any(isinstance(callback, NonFiniteHandler) for callback in callbacks_of(trainer)):
             self._finite.check(out, trainer.global_step, is_logging_step(trainer))
 
-    def check_replicas(self, trainer: Trainer) -> None:
-        """Raise if the ranks no longer agree on the temperature, the weights or the teacher. A collective."""
+    def start_epoch(self, trainer: Trainer) -> None:
+        """Check that ranks agree on temperature, weights and teacher, and select the cache's epoch. A collective."""
         if trainer.world_size > 1:
             check_replicas(trainer, distiller_state(self.distiller, self.progress(trainer)))
+        self.cache.start_epoch(trainer)
 
-    def check_resumed(self) -> None:
-        """Raise at the start of training if the teacher is not the resumed checkpoint's.
-
-        Raises:
-            RuntimeError: If the teacher differs from the checkpoint's.
-        """
+    def _check_resumed(self) -> None:
         before = self._restored.pop("resumed_teacher", None)
         if before is not None and before["fingerprint"] != self.teacher.fingerprint():
             raise RuntimeError(
@@ -205,7 +185,7 @@ class DistillationRun:
         return saved
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Restore the progress; :meth:`check_resumed` compares the teacher and the settings."""
+        """Restore the progress; teacher and settings are compared when training starts."""
         self._restored = dict(saved)
         state = self._restored.pop("teacher_state", None)
         if state is not None and self.distiller.teacher is not None:
@@ -221,10 +201,7 @@ class DistillationRun:
     def fit_policies(self, checkpoint: dict[str, Any], *states: dict[str, Any], prefix: str = "") -> None:
         """Make a checkpoint of other temperature policies loadable: what fits is loaded, what does not is warned of.
 
-        Args:
-            checkpoint: The whole checkpoint, of which :meth:`fit_optimizer` takes the optimiser's state.
-            states: State dicts of the Distiller in the checkpoint, changed in place.
-            prefix: The prefix of the Distiller's names in them.
+        ``states`` are the Distiller's state dicts in the checkpoint, under ``prefix``, and are changed in place.
         """
         self._misfit = None
         for state in states:
@@ -266,16 +243,44 @@ class DistillationRun:
         settings = "" if distiller.teacher is None else distiller.teacher.settings
         return {name: repr(part) for name, part in parts.items()} | ({"teacher": settings} if settings else {})
 
-    @override
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.owner})"
-
 
 def check_network(name: str, value: object) -> None:
-    """Raise if the network to train is no nn.Module.
-
-    Raises:
-        TypeError: If the value is no nn.Module.
-    """
+    """Raise if the network to train is no nn.Module."""
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name} must be an nn.Module, the network to train, got {value!r}. Build the network first.")
+
+
+def _of_distiller(name: str, doc: str) -> Any:
+    def get(self: HoldsDistiller) -> Any:
+        return getattr(self.distiller, name)
+
+    def set(self: HoldsDistiller, value: Any) -> None:
+        setattr(self.distiller, name, value)
+
+    return property(get, set, doc=doc)
+
+
+class HoldsDistiller:
+    """The settings of a Distiller, read and set on the object that holds it."""
+
+    distiller: Distiller
+    teacher: Any = _of_distiller("teacher", "The :class:`~kd_lightning.teachers.Teacher`, or None.")
+    temperature: Any = _of_distiller("temperature", "The temperature policy.")
+    kd_loss: Any = _of_distiller("kd_loss", "The distillation loss.")
+    kd_weight: Any = _of_distiller("kd_weight", "The schedule of the distillation term's weight.")
+    task_weight: Any = _of_distiller("task_weight", "The schedule of the task term's weight.")
+    last_output: Any = _of_distiller(
+        "last_output", "The output for the current training batch, until the ``on_train_batch_end`` of callbacks."
+    )
+
+    @property
+    def progress(self) -> Progress:
+        """The progress of training."""
+        raise NotImplementedError
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, (nn.Module, Tensor)) and isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)  # because nn.Module registers a network past the property
+        else:
+            super().__setattr__(name, value)

@@ -25,16 +25,16 @@ from kd_lightning.functional import next_token_targets
 from kd_lightning.functional.rows import gathered, is_sharded
 from kd_lightning.losses.task import as_targets
 from kd_lightning.metrics import ClassificationMetrics, Task, task_of
-from kd_lightning.modules.added_groups import add_groups
 from kd_lightning.modules.between_ranks import local_gradients
 from kd_lightning.modules.checkpoints import CheckpointedModule, as_code
-from kd_lightning.modules.metric_names import check_monitors, metric_name
 from kd_lightning.modules.optimization import (
     LRSchedulerConfig,
+    add_groups,
     check_optimization,
     configure,
     pass_lr_on,
 )
+from kd_lightning.modules.readings import check_monitors, metric_name
 from kd_lightning.modules.run_length import check_batches
 from kd_lightning.teachers import extract_logits
 from kd_lightning.teachers.calls import by_name, call_model, padding_mask, positional_names

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from kd_lightning.configuration.parser import KDLightningCLI, find_checkpoints
 from kd_lightning.modules.distillation import DistillationModule
-from kd_lightning.modules.metric_names import metric_name, naming_callbacks
+from kd_lightning.modules.readings import metric_name, naming_callbacks
 
 PARTS = ("seed_everything", "num_threads", "trainer", "model", "data")
 

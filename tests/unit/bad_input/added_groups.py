@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from kd_lightning.modules.added_groups import add_groups
+from kd_lightning.modules.optimization import add_groups
 from tests.unit.bad_input.case import Case
 
 WEIGHTS, TEMPERATURE = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)

@@ -11,7 +11,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from kd_lightning import ClassificationModule, DistillationModule, Distiller, LayerTerm
 from kd_lightning.callbacks import AdaptiveTemperature, DistillationCallback, EarlyStopDistillation, ReplicaConsistency
 from kd_lightning.losses import KDLoss, SimilarityPreservingLoss
-from kd_lightning.modules.replicas import _difference, distiller_state
+from kd_lightning.modules.between_ranks import _difference, distiller_state
 from kd_lightning.schedules import ConstantSchedule
 from kd_lightning.temperature import Signals, Temperature, TemperaturePolicy
 from tests.helpers import make_loader, make_network, make_teacher

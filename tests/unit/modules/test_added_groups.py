@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 from torch.optim.swa_utils import SWALR
 
-from kd_lightning.modules.added_groups import add_groups
+from kd_lightning.modules.optimization import add_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in")
 Make = Callable[[Any], Any]
