@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal, Protocol, TypeVar
 
+from kd_lightning.functional.rows import check_option
 from kd_lightning.functional.temperature import is_number
 
 Mode = Literal["min", "max"]
@@ -156,8 +157,7 @@ def check_name(monitor: str, mode: Mode) -> None:
     """Raise if a metric has no name, or a mode is neither ``"min"`` nor ``"max"``."""
     if not isinstance(monitor, str) or not monitor:
         raise TypeError(f"monitor must be the name of a logged metric, such as 'val_acc', got {monitor!r}.")
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode must be one of 'min', 'max', got {mode!r}.")
+    check_option("mode", mode, ("min", "max"))
 
 
 def check_mode(monitor: str, mode: Mode) -> None:

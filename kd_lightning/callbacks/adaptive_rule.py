@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from kd_lightning.callbacks.common import Mode, count_checks, mean_over_ranks
@@ -59,6 +59,7 @@ class AdaptiveState:
     cooldown_left: int = 0
 
 
+@dataclass(kw_only=True)
 class AdaptiveRule:
     r"""The rule of :class:`AdaptiveTemperature`: a state machine over metric values that returns moves.
 
@@ -83,33 +84,22 @@ class AdaptiveRule:
         [None, None, Move(ratio=2.0, reason='val_acc 0.8 below 0.9 − 0.018 for 1 check'), None]
     """
 
-    def __init__(
-        self,
-        *,
-        monitor: str,
-        mode: Mode,
-        factor: float,
-        patience: int,
-        min_delta: float,
-        degrade_delta: float,
-        delta_mode: Literal["rel", "abs"],
-        on_plateau: Direction,
-        on_degrade: Direction,
-        degrade_patience: int,
-        cooldown: int,
-    ) -> None:
-        self.monitor = monitor
-        self.factor = factor
-        self.patience = patience
-        self.min_delta = min_delta
-        self.degrade_delta = degrade_delta
-        self.delta_mode = delta_mode
-        self.on_plateau = on_plateau
-        self.on_degrade = on_degrade
-        self.degrade_patience = degrade_patience
-        self.cooldown = cooldown
-        self._sign = 1.0 if mode == "max" else -1.0
-        self.state = AdaptiveState()
+    monitor: str
+    mode: Mode
+    factor: float
+    patience: int
+    min_delta: float
+    degrade_delta: float
+    delta_mode: Literal["rel", "abs"]
+    on_plateau: Direction
+    on_degrade: Direction
+    degrade_patience: int
+    cooldown: int
+    state: AdaptiveState = field(default_factory=AdaptiveState)
+
+    @property
+    def _sign(self) -> float:
+        return 1.0 if self.mode == "max" else -1.0
 
     def check(
         self, value: float, temperature: TemperatureRange, low: float, high: float, counting: bool = True

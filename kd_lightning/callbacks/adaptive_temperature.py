@@ -31,6 +31,7 @@ from kd_lightning.callbacks.common import (
     is_validation_check,
     read_metric,
 )
+from kd_lightning.functional.rows import check_option
 from kd_lightning.functional.temperature import check_number
 from kd_lightning.modules.between_ranks import gather
 from kd_lightning.ranking import check_counts, moves_with_temperature, steady_metrics
@@ -116,13 +117,9 @@ class AdaptiveTemperature(Callback):
         check_following(monitor, mode, patience, min_delta)
         for name, value in (("factor", factor), ("degrade_delta", degrade_delta)):
             check_number(name, value)
-        for name, value, allowed in (
-            ("delta_mode", delta_mode, ("rel", "abs")),
-            ("on_plateau", on_plateau, get_args(Direction)),
-            ("on_degrade", on_degrade, get_args(Direction)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        check_option("delta_mode", delta_mode, ("rel", "abs"))
+        check_option("on_plateau", on_plateau, get_args(Direction))
+        check_option("on_degrade", on_degrade, get_args(Direction))
         if not 0 < factor < 1:
             raise ValueError(
                 f"factor must lie in (0, 1), got {factor}. To heat on a plateau set on_plateau='increase', which "

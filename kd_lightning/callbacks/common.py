@@ -23,11 +23,7 @@ def find_holder(trainer: Trainer, pl_module: LightningModule) -> HoldsDistiller 
 
 
 def find_distiller(trainer: Trainer, pl_module: LightningModule) -> Distiller:
-    """Return the run's Distiller.
-
-    Raises:
-        TypeError: If neither the module nor a callback has a Distiller.
-    """
+    """Return the run's Distiller."""
     holder = find_holder(trainer, pl_module)
     if holder is not None:
         return holder.distiller
@@ -47,11 +43,7 @@ def is_validation_check(trainer: Trainer) -> bool:
 
 
 def read_metric(trainer: Trainer, monitor: str, owner: object) -> float:
-    """Return the monitored metric's last value on this rank, which may be NaN.
-
-    Raises:
-        RuntimeError: If the metric was not logged; the message names the logged metrics.
-    """
+    """Return the monitored metric's last value on this rank, which may be NaN."""
     metrics = trainer.callback_metrics
     if monitor not in metrics:
         raise RuntimeError(
@@ -62,13 +54,7 @@ def read_metric(trainer: Trainer, monitor: str, owner: object) -> float:
 
 
 def check_following(monitor: str, mode: Mode, patience: int, min_delta: float) -> None:
-    """Raise if the arguments of a callback that follows a metric are of another type or outside their ranges.
-
-    Raises:
-        TypeError: If the metric is no name, or if a number is of another type.
-        ValueError: If the mode is unknown or not the metric's, ``patience`` below 1, or ``min_delta`` negative or not
-            finite.
-    """
+    """Raise if the arguments of a callback that follows a metric are of another type or outside their ranges."""
     check_name(monitor, mode)
     check_mode(monitor, mode)
     check_counts(patience=patience)
@@ -78,11 +64,7 @@ def check_following(monitor: str, mode: Mode, patience: int, min_delta: float) -
 
 
 def check_validates(trainer: Trainer, owner: object) -> None:
-    """Raise if a run does not validate, for a callback that follows a metric of it.
-
-    Raises:
-        MisconfigurationException: If the run has no validation, or ends before the first.
-    """
+    """Raise if a run does not validate, for a callback that follows a metric of it."""
     check_has_validation(trainer, owner)
     every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
     if every is not None and epochs is not None and 0 < epochs < every:
@@ -93,11 +75,7 @@ def check_validates(trainer: Trainer, owner: object) -> None:
 
 
 def check_has_validation(trainer: Trainer, owner: object) -> None:
-    """Raise if a run has no validation, for a callback that validates in its own time.
-
-    Raises:
-        MisconfigurationException: If the run has no validation.
-    """
+    """Raise if a run has no validation, for a callback that validates in its own time."""
     if not has_validation(trainer):
         raise MisconfigurationException(
             f"{type(owner).__name__} follows a metric of validation, but this run has none. Give fit validation data, "

@@ -57,11 +57,7 @@ class ReplicaConsistency(Callback):
         self.check(trainer, pl_module)
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the ranks. Every rank must call this, because it is a collective.
-
-        Raises:
-            RuntimeError: If the ranks differ.
-        """
+        """Compare the ranks. Every rank must call this, because it is a collective."""
         if trainer.world_size == 1:
             return
         holder = find_holder(trainer, pl_module)

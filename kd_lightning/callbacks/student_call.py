@@ -43,16 +43,7 @@ class StudentCall:
 
 
 def choose(calls: Sequence[StudentCall], index: int | None, student: str) -> StudentCall:
-    """Return the call that counts.
-
-    Args:
-        calls: The calls of a step, one or more.
-        index: The argument ``forward_call``; None: there must be one call.
-        student: The layer that was called, in words.
-
-    Raises:
-        RuntimeError: If there are several calls without an index, or fewer than it says.
-    """
+    """Return the call that counts: the only one, or that of ``forward_call``; ``student`` is its layer in words."""
     if index is None and len(calls) > 1:
         raise RuntimeError(
             f"training_step calls {student} {len(calls)} times. Say which call gives the logits: "
@@ -84,11 +75,7 @@ def changed(value: Any, since: dict[int, int]) -> bool:
 
 
 def select(batch: Any, how: Callable[[Any], Any] | int | str, name: str) -> Any:
-    """Return the part of a batch at a key or an index, or the value of a function of the batch.
-
-    Raises:
-        RuntimeError: If the batch has no such part.
-    """
+    """Return the part of a batch at a key or an index, or the value of a function of the batch."""
     if callable(how):
         return how(batch)
     try:
@@ -102,16 +89,7 @@ def select(batch: Any, how: Callable[[Any], Any] | int | str, name: str) -> Any:
 
 
 def find_targets(batch: Any, logits: Tensor, class_dim: int) -> Tensor | None:
-    """Return the labels of a batch if their shape fits the logits, else None.
-
-    Args:
-        batch: A batch of the loader, with labels as the second of two parts or under one of :data:`LABEL_KEYS`.
-        logits: The student's logits.
-        class_dim: The logits' class dimension.
-
-    Raises:
-        RuntimeError: If labels fit the logits in several ways, or only in another ``class_dim``.
-    """
+    """Return a batch's second part or that under one of :data:`LABEL_KEYS`, if its shape fits the logits, else None."""
     targets = None
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         targets = batch[1]
@@ -144,11 +122,7 @@ def find_targets(batch: Any, logits: Tensor, class_dim: int) -> Tensor | None:
 
 
 def find_layer(pl_module: LightningModule, name: str | None) -> nn.Module:
-    """Return the submodule of a dotted name; the module itself for None.
-
-    Raises:
-        ValueError: If there is no such submodule, or the module is compiled, whose forward cannot be seen.
-    """
+    """Return the submodule of a dotted name; the module itself for None."""
     if name is None and is_compiled(pl_module):
         raise ValueError(
             f"torch.compile({type(pl_module).__name__}) leaves no call of forward to see. Name the submodule whose "
@@ -169,14 +143,7 @@ def find_layer(pl_module: LightningModule, name: str | None) -> nn.Module:
 
 
 def unseen(pl_module: LightningModule, student: str, calls: Sized, step: Callable[[], object]) -> str:
-    """Return the message for a step without logits to learn from.
-
-    Args:
-        pl_module: The module.
-        student: The layer, in words.
-        calls: The calls of the layer, none of which has a gradient.
-        step: The step, which runs once more to list the layers that it calls.
-    """
+    """Return the message for a step without logits to learn from, which runs once more to list the layers it calls."""
     if calls:
         return (
             f"training_step calls {student} without gradient, so distillation would teach it nothing. Was it "

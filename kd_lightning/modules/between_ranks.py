@@ -24,11 +24,7 @@ from kd_lightning.teachers import Teacher
 
 
 def check_teachers(trainer: Trainer, teacher: Teacher) -> None:
-    """Raise if the ranks have different teachers. A collective: every rank must call it.
-
-    Raises:
-        RuntimeError: If the teacher's fingerprint differs between ranks.
-    """
+    """Raise if the ranks have different teachers. A collective: every rank must call it."""
     fingerprints = gather(trainer, teacher.fingerprint())
     if len(set(fingerprints)) > 1:
         listed = ", ".join(f"rank {rank} {value[:8]}" for rank, value in enumerate(fingerprints))
@@ -39,11 +35,7 @@ def check_teachers(trainer: Trainer, teacher: Teacher) -> None:
 
 
 def check_sharded(student: nn.Module) -> None:
-    """Raise if a strategy that reduces the gradients of sharded parameters alone has others to train.
-
-    Raises:
-        ValueError: If a parameter of the student is whole on each rank.
-    """
+    """Raise if a strategy that reduces the gradients of sharded parameters alone has others to train."""
     whole = [name for name, p in student.named_parameters() if p.requires_grad and _is_whole(p)]
     if whole and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(
@@ -173,9 +165,6 @@ def check_replicas(trainer: Trainer, state: dict[str, Any]) -> None:
     """Compare a state between the ranks by its hash. A collective: every rank must call it.
 
     Parameters of which FSDPStrategy keeps a part on each rank are left out.
-
-    Raises:
-        RuntimeError: If the ranks differ; names the values and the ranks.
     """
     model = trainer.model
     parts = {id(p) for p in model.parameters()} if isinstance(model, FullyShardedDataParallel) else set()

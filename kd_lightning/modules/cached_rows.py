@@ -68,11 +68,7 @@ class CachedRows:
         return batch
 
     def check_rows(self, rows: Tensor | None) -> None:
-        """Raise if a training batch does not name its rows and the teacher has a cache.
-
-        Raises:
-            ValueError: If there are no rows.
-        """
+        """Raise if a training batch does not name its rows and the teacher has a cache."""
         if rows is None and self.caches:
             raise ValueError(
                 "the teacher has a cache, but the training batch does not say which samples it has: make the loader of "

@@ -16,14 +16,7 @@ from kd_lightning.temperature import TemperaturePolicy
 
 
 def describe_misfit(module: str, saved: Mapping[str, Any], wanted: Mapping[str, Any], networks: list[str]) -> str:
-    """Return why a checkpoint's weights do not load into a module, and what to do.
-
-    Args:
-        module: Name of the module's class.
-        saved: The checkpoint's state dict.
-        wanted: The module's state dict.
-        networks: Names under which the module has its networks.
-    """
+    """Return why the weights that were saved are not those wanted of a module with these networks, and what to do."""
     theirs = list(dict.fromkeys(name.partition(".")[0] for name in saved))
     if networks and not {*networks} & {*theirs}:
         return (
@@ -42,13 +35,6 @@ def check_optimizers(saved: Iterable[Any], optimizers: Iterable[Optimizer]) -> N
     """Raise if the states of a checkpoint's optimisers are of other optimisers than those of the run.
 
     torch takes over the options of the saved groups, and fails in a later step for one that is absent.
-
-    Args:
-        saved: State dicts of optimisers, of a strategy that keeps them as torch does.
-        optimizers: The optimisers of the run.
-
-    Raises:
-        ValueError: If the groups have other options, or another number of parameters.
 
     Example:
         >>> import torch

@@ -27,13 +27,7 @@ _KINDS = (nn.Module, Schedule, Teacher, TeacherCache, Renormalize, Optimizer, LR
 
 
 def read_checkpoint(path: str | Path | IO[bytes], weights_only: bool = True) -> Any:
-    """Return the content of a checkpoint on the CPU, without reading the weights of a local file.
-
-    Raises:
-        FileNotFoundError: If there is nothing at the path.
-        ValueError: If the path is a folder, if the file is no checkpoint, or if it holds objects, under
-            ``weights_only``.
-    """
+    """Return the content of a checkpoint on the CPU, without reading the weights of a local file."""
     local = Path(path) if isinstance(path, (str, Path)) and "://" not in str(path) else None
     if local is not None and not local.exists():
         raise FileNotFoundError(f"there is no checkpoint at {str(path)!r} (from the folder {str(Path.cwd())!r}).")

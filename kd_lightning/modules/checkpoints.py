@@ -97,11 +97,7 @@ class CheckpointedModule(LightningModule):
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights as ``torch.nn.Module`` does; the error for those that do not fit says in what they differ.
-
-        Raises:
-            RuntimeError: If names or shapes do not fit the module.
-        """
+        """Load weights as ``torch.nn.Module`` does; the error for those that do not fit says in what they differ."""
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:

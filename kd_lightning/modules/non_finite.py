@@ -24,16 +24,7 @@ class NonFiniteWatch:
         self._first: Tensor | None = None  # the step of the first such loss, -1 before
 
     def check(self, out: DistillationOutput, step: int, reads: bool) -> None:
-        """Record this step, and raise if it is read and a loss was not finite.
-
-        Args:
-            out: Output of the step.
-            step: Optimiser steps taken so far.
-            reads: Whether this step may wait for the device.
-
-        Raises:
-            FloatingPointError: If a loss was NaN or infinite.
-        """
+        """Record a step; raise if a loss was not finite, for which only ``reads`` may wait for the device."""
         loss = out.loss.detach()
         if loss.is_cpu:
             if not torch.isfinite(loss):

@@ -43,12 +43,7 @@ class LRSchedulerConfig(TypedDict, total=False):
 
 
 def check_optimization(optimizer: object, lr_scheduler: object) -> None:
-    """Raise if no optimiser or scheduler can be made of what is given.
-
-    Raises:
-        TypeError: If one of them is neither None nor a function, or the scheduler's dictionary has no function.
-        ValueError: If an entry of the scheduler's dictionary is unknown or outside its range.
-    """
+    """Raise if no optimiser or scheduler can be made of what is given."""
     if optimizer is not None:
         _OPTIMIZER.check(optimizer)
     if lr_scheduler is None:
@@ -137,10 +132,6 @@ def configure(
         groups: The groups of parameters, of which the first has no options of its own.
         lr: The learning rate in place of the optimiser's, except in groups that set their own; or None.
         monitor: The metric that ``ReduceLROnPlateau`` follows unless ``lr_scheduler`` names one.
-
-    Raises:
-        TypeError: If a function fails on its argument or returns something else.
-        ValueError: If ``lr`` is neither None nor a finite number above 0.
     """
     check_optimization(optimizer, lr_scheduler)
     # before the optimiser fills its defaults into the groups
@@ -162,22 +153,13 @@ def configure(
 
 
 def check_lr(lr: object) -> None:
-    """Raise if a learning rate is no finite number above 0.
-
-    Raises:
-        ValueError: If ``lr`` is anything else.
-    """
+    """Raise if a learning rate is no finite number above 0."""
     if not isinstance(lr, Real) or isinstance(lr, bool) or not 0 < float(lr) < math.inf:
         raise ValueError(f"lr must be a finite number above 0, got {lr!r}. None leaves the optimizer's own.")
 
 
 def pass_lr_on(network: LightningModule, lr: float) -> None:
-    """Set the learning rate of a network that configures its own optimiser.
-
-    Raises:
-        ValueError: If ``lr`` is no finite number above 0, or the network has neither ``lr`` nor ``learning_rate``, as
-            an attribute or hyper-parameter.
-    """
+    """Set the learning rate of a network that configures its own optimiser."""
     check_lr(lr)
     for name in ("lr", "learning_rate"):
         if lightning_hasattr(network, name):

@@ -71,11 +71,7 @@ def has_validation(trainer: Trainer) -> bool:
 
 
 def check_monitors(trainer: Trainer) -> None:
-    """Raise if a callback follows a metric of validation in a fit without validation, where Lightning writes nothing.
-
-    Raises:
-        MisconfigurationException: If a callback's ``monitor`` is a metric of validation, and there is none.
-    """
+    """Raise if a callback follows a metric of validation in a fit without validation, which Lightning passes over."""
     stage = metric_name(trainer, "val", "acc").removesuffix("acc")
     for callback in callbacks_of(trainer) if not has_validation(trainer) else ():
         monitor = getattr(callback, "monitor", None)

@@ -142,7 +142,7 @@ class DistillationRun:
             )
 
     def check_step(self, trainer: Trainer, out: DistillationOutput) -> None:
-        """Raise before backward if the student cannot learn, or if a loss is not finite and no callback handles that."""
+        """Raise before backward if the student cannot learn, or if a loss is not finite and no callback handles it."""
         if out.student_logits.numel() and not out.student_logits.requires_grad:
             raise ValueError(
                 "the student's logits carry no gradient, so the student would not learn: the network detaches them, "

@@ -12,15 +12,7 @@ from kd_lightning._lightning import batches_done, callbacks_of
 
 
 def check_batches(trainer: Trainer) -> None:
-    """Raise if a fit has no batches, which Lightning passes over, or takes a dataset for a loader.
-
-    Args:
-        trainer: A trainer at the start of its training, or at the end of its fit, where it never trains.
-
-    Raises:
-        ValueError: If the training data is empty.
-        TypeError: If the training data is a dataset.
-    """
+    """Raise if a fit has no batches, which Lightning passes over, or takes a dataset for a loader."""
     if trainer.num_training_batches == 0:
         raise ValueError(
             "fit trained on nothing: the training data has no batch. Give a dataset with samples; where it has fewer "
@@ -47,11 +39,7 @@ class RunLength:
         self._steps: int | None = None
 
     def steps(self, trainer: Trainer) -> int | None:
-        """Return the optimiser steps of the whole fit, or None while their number is unknown.
-
-        Args:
-            trainer: A trainer that fits.
-        """
+        """Return the optimiser steps of the whole fit, or None while their number is unknown."""
         limit = trainer.max_steps if trainer.max_steps >= 0 else None
         if trainer.sanity_checking:
             return limit  # no more, because the training loader is made after the sanity check
