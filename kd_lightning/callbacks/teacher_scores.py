@@ -21,7 +21,7 @@ class TeacherScores:
     def update(
         self, module: nn.Module, kd_loss: nn.Module, out: DistillationOutput, counting: Tensor | None, loader: int
     ) -> None:
-        """Add a batch, whose task the losses of the module or ``kd_loss`` tell, and ``counting`` the valid positions."""
+        """Add a batch; the losses of the module or ``kd_loss`` tell its task, ``counting`` its valid positions."""
         student, teacher = (x.movedim(out.class_dim, -1) for x in (out.student_logits, out.teacher_logits))
         ignore_index = getattr(kd_loss, "ignore_index", -100)
         valid = Signals(student, teacher, counting, ignore_index=ignore_index).valid
