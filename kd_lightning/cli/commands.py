@@ -26,7 +26,7 @@ from kd_lightning.modules.checkpoint_settings import read_checkpoint
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.plotting import plot_schedule, plot_softening
 from kd_lightning.preflight import check as preflight
-from kd_lightning.preflight.facts import batches_of
+from kd_lightning.preflight.facts import batches_of, set_up
 from kd_lightning.sweep import sweep as run_sweep
 from kd_lightning.teachers import FrozenTeacher, TeacherCache
 from kd_lightning.teachers.cache_arrow import write_arrow
@@ -56,7 +56,7 @@ def plot_temperature(
     folder.mkdir(parents=True, exist_ok=True)
     policy, steps, logits = model.distiller.temperature, 1, None
     if datamodule is not None:
-        policy.setup_data(_set_up(datamodule))
+        policy.setup_data(set_up(datamodule))
         loader = datamodule.train_dataloader()
         steps = max(len(loader) // trainer.accumulate_grad_batches, 1)
         if model.teacher is not None:
@@ -144,7 +144,7 @@ def _validation_pairs(
     command: str, trainer: Trainer, model: SupervisedModule, datamodule: Any, count: int | None = None
 ) -> Iterator[tuple[Any, Any]]:
     """Return inputs and targets of the validation batches, on the trainer's device."""
-    loader = None if datamodule is None else _set_up(datamodule).val_dataloader()
+    loader = None if datamodule is None else set_up(datamodule).val_dataloader()
     if not loader:
         raise ValueError(f"{command} fits a temperature to validation labels: give --data with a validation part.")
     model.to(trainer.strategy.root_device)
@@ -213,7 +213,7 @@ def cache_teacher(
         teacher.caches[0].path = Path(output)
     if datamodule is None:
         raise ValueError("cache-teacher needs the training data: give --data, or a configuration with them.")
-    index_training(_set_up(datamodule), teacher.index)
+    index_training(set_up(datamodule), teacher.index)
     loaders = tree_leaves(datamodule.train_dataloader())
     others = datamodule.val_dataloader() if is_overridden("val_dataloader", datamodule, LightningDataModule) else []
     if not all(isinstance(getattr(loader, "dataset", None), HasRows) for loader in loaders):
@@ -290,7 +290,7 @@ def _example_inputs(model: SupervisedModule, datamodule: Any, shape: list[int] |
     if shape is not None:
         return torch.randn(2, *shape)
     if datamodule is not None:
-        return model.unpack(next(iter(_set_up(datamodule).train_dataloader())))[0]
+        return model.unpack(next(iter(set_up(datamodule).train_dataloader())))[0]
     return None if recorded is None else inputs_like(recorded)
 
 
@@ -307,13 +307,6 @@ def sweep(config: dict[str, Any], **arguments: Any) -> None:
         run_sweep(config, **arguments)
     except KeyboardInterrupt:
         sys.exit(130)  # without a traceback, because the sweep has printed how to resume it
-
-
-def _set_up(datamodule: LightningDataModule) -> LightningDataModule:
-    """Return the data module, set up for a fit."""
-    datamodule.prepare_data()
-    datamodule.setup("fit")
-    return datamodule
 
 
 def _add_finder(parser: LightningArgumentParser) -> list[str]:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from kd_lightning.callbacks.snapshot import Snapshot
 from kd_lightning.modules import DistillationModule
 from kd_lightning.preflight.costs import measure_costs
-from kd_lightning.preflight.facts import Facts, batches_of, look_at, score_teacher, steps_of
+from kd_lightning.preflight.facts import Facts, batches_of, look_at, score_teacher, set_up, steps_of
 from kd_lightning.preflight.report import Report
 from kd_lightning.preflight.verdicts import judge
 from kd_lightning.progress import Progress
@@ -127,8 +127,6 @@ def _loaders(data: Any) -> tuple[Any, Any]:
     """Return the training and the validation loaders, the second None where there is none."""
     if not isinstance(data, LightningDataModule):
         return data, None
-    data.prepare_data()
-    data.setup("fit")
-    train = data.train_dataloader()
+    train = set_up(data).train_dataloader()
     evaluation = data.val_dataloader() if is_overridden("val_dataloader", data, LightningDataModule) else None
     return train, evaluation or None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -95,6 +95,13 @@ class Facts:
         return torch.cat(found) if found else torch.empty(0, 0)
 
 
+def set_up(datamodule: LightningDataModule) -> LightningDataModule:
+    """Return the data module, set up for a fit."""
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    return datamodule
+
+
 def batches_of(module: SupervisedModule, data: Any, loaders: Any, count: int | None) -> Iterator[Batch]:
     """Yield the first batches of the loaders after all of the batch hooks, on the module's device.
 
@@ -104,10 +111,8 @@ def batches_of(module: SupervisedModule, data: Any, loaders: Any, count: int | N
         loaders: A loader, several, or batches.
         count: How many; None takes all.
     """
-    source = (
-        loaders[0] if isinstance(loaders, (list, tuple)) and loaders and hasattr(loaders[0], "dataset") else loaders
-    )
-    for batch in itertools.islice(source, count):
+    several = isinstance(loaders, (list, tuple)) and loaders and hasattr(loaders[0], "dataset")
+    for batch in itertools.islice(loaders[0] if several else loaders, count):
         batch = _hooked(module, data, split_index(batch)[0])
         inputs, targets = module.inputs_and_targets(batch)
         yield Batch(batch, inputs, targets)
@@ -184,34 +189,31 @@ def _keep_rows(facts: Facts, batch: Batch) -> None:
         batch.teacher_rows = teacher.flatten(0, -2).float()[chosen]
 
 
-def _scored(rows: list[tuple[Tensor, Tensor]]) -> Score | None:
-    """Return the scores of rows of logits and their labels; None without a label."""
-    rows = [(logits, labels) for logits, labels in rows if len(labels)]
-    if not rows:
-        return None
+def _scored(batches: list[Batch]) -> Score | None:
+    """Return the scores of the teacher's rows; None without a label."""
     accuracy, error = TopKAccuracy(1, None), CalibrationError(ignore_index=None)
-    for logits, labels in rows:
-        accuracy.to(logits.device).update(logits, labels)
-        error.to(logits.device).update(logits, labels)
-    return Score(float(accuracy.compute()), float(error.compute()), int(accuracy.total))
+    for batch in batches:
+        if batch.teacher_rows is not None and batch.labels is not None and len(batch.labels):
+            accuracy.to(batch.labels.device).update(batch.teacher_rows, batch.labels)
+            error.to(batch.labels.device).update(batch.teacher_rows, batch.labels)
+    count = int(accuracy.total)
+    return Score(float(accuracy.compute()), float(error.compute()), count) if count else None
 
 
 def score_teacher(facts: Facts) -> None:
     """Score the teacher on the evaluation batches, as they are and with their inputs normalised otherwise."""
-    batches = [b for b in facts.evaluation if b.teacher_rows is not None and b.labels is not None]
-    facts.score = _scored([(b.teacher_rows, b.labels) for b in batches])  # pyright: ignore[reportArgumentType]
+    batches = [batch for batch in facts.evaluation if batch.teacher_rows is not None and batch.labels is not None]
+    facts.score = _scored(batches)
     if facts.score is None or not all(_is_images(batch) for batch in batches):
         return
     for name, change in normalisations([batch.inputs for batch in batches]).items():
-        rows = []
+        others = []
         for batch in batches:
-            given = teacher_logits(facts.module, batch, change(batch.inputs))
-            other = Batch(batch.batch, batch.inputs, batch.targets, student=batch.student)
-            other.teacher = given.movedim(facts.module.class_dim, -1)
+            given = teacher_logits(facts.module, batch, change(batch.inputs).to(batch.inputs.dtype))
+            other = replace(batch, teacher=given.movedim(facts.module.class_dim, -1), teacher_rows=None)
             _keep_rows(facts, other)
-            if other.teacher_rows is not None and other.labels is not None:
-                rows.append((other.teacher_rows, other.labels))
-        if (score := _scored(rows)) is not None:
+            others.append(other)
+        if (score := _scored(others)) is not None:
             facts.renormalised[name] = score
 
 
@@ -234,14 +236,14 @@ def normalisations(images: list[Tensor]) -> dict[str, Callable[[Tensor], Tensor]
     mean, std = pixels.mean(1).view(shape), pixels.std(1).clamp(min=1e-6).view(shape)
     span = (high - low).clamp(min=1e-6)
     ways: dict[str, Callable[[Tensor], Tensor]] = {
-        "mean 0 and standard deviation 1": lambda x: ((x - mean) / std).to(x.dtype),
-        "pixels in 0…1": lambda x: ((x - low) / span).to(x.dtype),
-        "pixels in −1…1": lambda x: (2 * (x - low) / span - 1).to(x.dtype),
-        "pixels in 0…255": lambda x: (255 * (x - low) / span).to(x.dtype),
+        "mean 0 and standard deviation 1": lambda x: (x - mean) / std,
+        "pixels in 0…1": lambda x: (x - low) / span,
+        "pixels in −1…1": lambda x: 2 * (x - low) / span - 1,
+        "pixels in 0…255": lambda x: 255 * (x - low) / span,
     }
     if len(pixels) == 3:
         m, s = (pixels.new_tensor(v).view(shape) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        ways["ImageNet's statistics"] = lambda x: ((((x - low) / span) - m) / s).to(x.dtype)
+        ways["ImageNet's statistics"] = lambda x: ((x - low) / span - m) / s
     return ways
 
 

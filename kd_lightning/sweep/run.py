@@ -175,7 +175,7 @@ class Validations(Callback):
                 raise ArithmeticError(f"{name} is {float(value)} after epoch {trainer.current_epoch}")
 
 
-def _train(config: dict[str, Any], setting: Setting, folder: Path, watch: Validations, mode: str) -> tuple[float, int]:
+def train(config: dict[str, Any], setting: Setting, folder: Path, watch: Validations, mode: str) -> tuple[float, int]:
     """Train a run, keep the weights of its best validation, and return that validation's value and epoch."""
     parts = setting.build(config, folder, logs=True)
     trainer: Any = parts.trainer
@@ -206,7 +206,7 @@ def attempt(config: dict[str, Any], setting: Setting, folder: Path, watch: Valid
     """
     began = time.monotonic()
     try:
-        score, epoch = _train(config, setting, folder, watch, mode)
+        score, epoch = train(config, setting, folder, watch, mode)
     except Exception as error:
         if isinstance(error, LookupError) and not watch.history and watch.monitor in str(error):
             raise
