@@ -63,9 +63,7 @@ class FeatureExtractor:
         self._handles: list[RemovableHandle] = []
         self.attached = False  # beside the handles, which a compiled graph cannot look at
         self._recording = False
-        self._features: dict[str, Tensor] = {}
-        self._calls: dict[str, int] = {}
-        self._versions: dict[str, int] = {}
+        self._features: dict[str, tuple[Tensor, int, int]] = {}  # each with its version, and the number of calls
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -93,7 +91,7 @@ class FeatureExtractor:
 
     def clear(self) -> None:
         """Let go of what was recorded."""
-        self._features, self._calls, self._versions = {}, {}, {}
+        self._features = {}
 
     def pop(self) -> dict[str, Tensor]:
         """Return the features of the last forward by name, in the network's order, and keep them no longer.
@@ -101,22 +99,23 @@ class FeatureExtractor:
         Raises:
             RuntimeError: If there are none, or a layer was called twice or its output changed in place.
         """
-        features, calls, versions = self._features, self._calls, self._versions
+        features = self._features
         self.clear()
         for name in self._layers:
             if name not in features:
                 raise RuntimeError(self._why_missing(name, bool(features)))
-            if calls[name] > 1:
+            feature, version, calls = features[name]
+            if calls > 1:
                 raise RuntimeError(
-                    f"the layer {name!r} was called {calls[name]} times in one forward of {self._kind}: its output is "
+                    f"the layer {name!r} was called {calls} times in one forward of {self._kind}: its output is "
                     "ambiguous. Name the module around the call that is meant."
                 )
-            if versions[name] != _version(features[name]):
+            if version != _version(feature):
                 raise RuntimeError(
                     f"the output of the layer {name!r} was changed in place after it, by a ReLU(inplace=True) or a += "
                     "say. Name the layer that changes it, or the block around both."
                 )
-        return {name: features[name] for name in self._layers}
+        return {name: features[name][0] for name in self._layers}
 
     def _why_missing(self, name: str, others: bool) -> str:
         if not self.attached:
@@ -148,9 +147,8 @@ class FeatureExtractor:
             return
         tensor = _first_tensor(output)
         if tensor is not None:
-            self._features[name] = tensor
-            self._versions[name] = _version(tensor)
-            self._calls[name] = self._calls.get(name, 0) + 1
+            calls = self._features[name][2] if name in self._features else 0
+            self._features[name] = tensor, _version(tensor), calls + 1
 
     def __enter__(self) -> FeatureExtractor:
         return self.attach()
@@ -160,9 +158,8 @@ class FeatureExtractor:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy: without hooks, and without the network, which it would copy along."""
-        nothing: dict[str, Any] = {"_handles": [], "_features": {}, "_calls": {}, "_versions": {}}
-        layers = dict.fromkeys(self._layers)
-        return {**vars(self), **nothing, "_module": None, "_layers": layers, "attached": False, "_recording": False}
+        state = {"_handles": [], "_features": {}, "attached": False, "_recording": False}
+        return {**vars(self), **state, "_module": None, "_layers": dict.fromkeys(self._layers)}
 
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 from typing_extensions import override
+
+if TYPE_CHECKING:
+    from kd_lightning.teachers.cache import TeacherCache
 
 _PROBES = 32  # samples that are hashed to distinguish datasets and transforms
 
@@ -37,15 +40,29 @@ def split_index(batch: Any) -> tuple[Any, Tensor | None]:
     return (batch.batch, batch.rows) if isinstance(batch, Indexed) else (batch, None)
 
 
-class ReadsAhead(Protocol):
-    """A cache that reads rows before they are needed."""
+class HasRows:
+    """Base class of data whose samples carry their row in a cache, from row ``first``.
 
-    def read_ahead(self, rows: list[int]) -> None:
-        """Have the rows in memory, and compared with their checksums."""
-        ...
+    Args:
+        first: The first row.
+        collate_fn: Function that collates samples, by default torch's.
+    """
+
+    def __init__(self, first: int, collate_fn: Callable[[Any], Any] | None) -> None:
+        self.first = first
+        self._collate_fn = default_collate if collate_fn is None else collate_fn
+
+    def some(self, rows: NDArray[np.int64]) -> Dataset[Any]:
+        """Return the samples of these rows, of any slot, for instance those missing in a cache."""
+        raise NotImplementedError
+
+    def collate(self, samples: Any) -> Indexed:
+        """Collate samples with the data's own function, and add their rows."""
+        rows = torch.tensor([sample.rows for sample in samples])
+        return Indexed(self._collate_fn([sample.batch for sample in samples]), rows)
 
 
-class IndexedDataset(Dataset[Any]):
+class IndexedDataset(HasRows, Dataset[Any]):
     r"""A dataset whose samples carry their row in a teacher cache: :math:`\text{slot} \cdot N + \text{index}`.
 
     Rows of another part than the training data begin at ``first``, so that they tell their part.
@@ -85,6 +102,7 @@ class IndexedDataset(Dataset[Any]):
         collate_fn: Callable[[Any], Any] | None = None,
         first: int = 0,
     ) -> None:
+        super().__init__(first, collate_fn)
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
             raise TypeError(
                 f"a teacher cache needs samples with numbers, but {type(dataset).__name__} has no len() or no [index]. "
@@ -94,13 +112,9 @@ class IndexedDataset(Dataset[Any]):
         self.dataset = dataset
         self.slots = slots
         self.seed = seed
-        self.first = first
-        self.caches: list[ReadsAhead] = []
+        self.caches: list[TeacherCache] = []
         """The caches whose rows a loader's workers read ahead."""
-        self._collate_fn = default_collate if collate_fn is None else collate_fn
-        self._epoch = torch.zeros(
-            1, dtype=torch.int64
-        ).share_memory_()  # shared, because persistent workers must see changes
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # because persistent workers must see changes
 
     def set_epoch(self, epoch: int) -> None:
         """Select the slot of an epoch.
@@ -138,15 +152,15 @@ class IndexedDataset(Dataset[Any]):
                 samples += _items(self.dataset, [index])
         return _Samples(samples, rows)
 
+    @override
     def some(self, rows: NDArray[np.int64]) -> Rows:
-        """Return the samples of these rows; see :class:`HasRows`."""
         return Rows(self, rows)
 
+    @override
     def collate(self, samples: Any) -> Indexed:
-        """Collate samples with the dataset's own function, and add their rows."""
         if isinstance(samples, _Samples):
             return Indexed(self._collate_fn(samples.samples), torch.tensor(samples.rows))
-        return Indexed(self._collate_fn([sample.batch for sample in samples]), torch.tensor([s.rows for s in samples]))
+        return super().collate(samples)
 
 
 class _Samples(Sequence[Indexed]):
@@ -163,33 +177,15 @@ class _Samples(Sequence[Indexed]):
         return Indexed(self.samples[position], self.rows[position])  # pyright: ignore[reportArgumentType]  (one row)
 
 
-@runtime_checkable
-class IndexesTraining(Protocol):
-    """A data module that has its batches name their samples on request."""
-
-    def index_training(self, index: Callable[..., Any] | None) -> None:
-        """Make the training loader of ``index(dataset, collate)``, with its ``collate``; None: as without a cache.
-
-        A validation loader is made of ``index(dataset, collate, part="val")``, or of the dataset as it is.
-        """
-        ...
-
-
 def index_training(datamodule: object, index: Callable[..., Any] | None) -> None:
-    """Have a data module index its data, if it is one of those that can."""
-    if isinstance(datamodule, IndexesTraining):
-        datamodule.index_training(index)
+    """Have a data module index its data, if it has a method ``index_training(index)``.
 
-
-@runtime_checkable
-class HasRows(Protocol):
-    """Data whose samples carry their row in a cache, from row ``first``."""
-
-    first: int
-
-    def some(self, rows: NDArray[np.int64]) -> Dataset[Any]:
-        """Return the samples of these rows, of any slot, for instance those missing in a cache."""
-        ...
+    The method makes the training loader of ``index(dataset, collate)``, with its ``collate``, and a validation loader
+    of ``index(dataset, collate, part="val")`` or of the dataset as it is; None: as without a cache.
+    """
+    method = getattr(datamodule, "index_training", None)
+    if callable(method):
+        method(index)
 
 
 class Rows(Dataset[Any]):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import IterableDataset
+from typing_extensions import override
 
-from kd_lightning.teachers.indexed import Indexed
+from kd_lightning.teachers.indexed import HasRows, Indexed
+from kd_lightning.teachers.weights import hashed
 
 
 class StreamWithIds:
@@ -79,21 +79,14 @@ class StreamWithIds:
         return number
 
 
-class IndexedStream(IterableDataset[Any]):
-    """A stream whose samples carry their row in a teacher cache, as an :class:`IndexedDataset`'s do.
-
-    Args:
-        stream: The stream.
-        first: The first row.
-        collate_fn: Function that collates samples; see :class:`IndexedDataset`.
-    """
+class IndexedStream(HasRows, IterableDataset[Any]):
+    """A stream whose samples carry their row in a teacher cache, as an :class:`IndexedDataset`'s do."""
 
     slots = None
 
     def __init__(self, stream: StreamWithIds, first: int, collate_fn: Callable[[Any], Any] | None = None) -> None:
+        super().__init__(first, collate_fn)
         self.stream = stream
-        self.first = first
-        self._collate_fn = default_collate if collate_fn is None else collate_fn
 
     def __iter__(self) -> Iterator[Indexed]:
         for sample in self.stream.dataset:
@@ -107,24 +100,19 @@ class IndexedStream(IterableDataset[Any]):
         """
         return len(self.stream.dataset)  # pyright: ignore[reportArgumentType]
 
+    @override
     def some(self, rows: NDArray[np.int64]) -> IterableDataset[Indexed]:
-        """Return the samples of these rows; see :class:`~kd_lightning.teachers.indexed.HasRows`."""
         return _SomeOfStream(self, rows)
 
     def fingerprint(self) -> str:
         """Return the hash of the name and the number of ids."""
-        return hashlib.blake2b(f"{self.stream.count} {self.stream.name}".encode(), digest_size=16).hexdigest()
+        return hashed(f"{self.stream.count} {self.stream.name}")
 
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch on to a stream that shuffles by it."""
         pass_on = getattr(self.stream.dataset, "set_epoch", None)
         if callable(pass_on):
             pass_on(epoch)
-
-    def collate(self, samples: list[Indexed]) -> Indexed:
-        """Collate samples with the stream's own function, and add their rows."""
-        rows = torch.tensor([sample.rows for sample in samples])
-        return Indexed(self._collate_fn([sample.batch for sample in samples]), rows)
 
 
 class _SomeOfStream(IterableDataset[Indexed]):
