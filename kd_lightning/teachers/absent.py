@@ -28,11 +28,13 @@ class Absent(Placement):
         self.of_teacher = fingerprint
         parameters = [parameter for parameter in teacher.module.parameters() if is_plain(parameter)]
         self.device = parameters[0].device if parameters else torch.device("cpu")
-        empty = {id(parameter): _empty(parameter) for parameter in parameters}  # one parameter may have two names
+        empty: dict[int, nn.Parameter] = {}  # by identity, because one parameter may have two names
+        for parameter in parameters:
+            on_meta = parameter.detach().to("meta")
+            empty[id(parameter)] = nn.Parameter(on_meta, requires_grad=parameter.requires_grad)
         for part in teacher.module.modules():
             for name, parameter in part._parameters.items():
-                if id(parameter) in empty:
-                    part._parameters[name] = empty[id(parameter)]
+                part._parameters[name] = empty.get(id(parameter), parameter)
 
     @override
     def move(self, module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
@@ -51,12 +53,7 @@ class Absent(Placement):
 
     @override
     def call(self, run: Callable[[Any], Any], module: nn.Module, inputs: Any) -> Any:
-        """Return the outputs, once the weights are back in their place.
-
-        Raises:
-            FileNotFoundError: If the checkpoint is absent.
-            ValueError: If the weights in it are not those of the cache.
-        """
+        """Return the outputs, once the weights are back in their place."""
         teacher = self.teacher
         if not teacher.runs:
             raise FileNotFoundError(
@@ -76,7 +73,3 @@ class Absent(Placement):
 def is_plain(parameter: nn.Parameter) -> bool:
     """Return True for a dense tensor with values, which has no type of its own as packed and sharded weights have."""
     return type(parameter.data) is Tensor and not parameter.is_meta
-
-
-def _empty(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)

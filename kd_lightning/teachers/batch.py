@@ -17,13 +17,7 @@ from kd_lightning.teachers.weights import hashed
 
 
 class FromBatch(MadeAt):
-    """Base class of the teachers that read a part of the batch, which the student never sees.
-
-    Args:
-        key: Key of a mapping, or position in a tuple.
-        output: See :class:`~kd_lightning.teachers.FunctionTeacher`.
-        temperature: See :class:`~kd_lightning.teachers.FunctionTeacher`.
-    """
+    """Base class of the teachers that read a part of the batch, under ``key``, which the student never sees."""
 
     reads_batch = True
 

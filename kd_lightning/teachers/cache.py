@@ -136,7 +136,7 @@ class TeacherCache(StoredRows):
     def index(
         self, dataset: Any, teacher: str, collate_fn: Callable[[Any], Any] | None = None, part: str = "train"
     ) -> IndexedDataset:
-        """Wrap a dataset so that each sample carries its row, and open the cache for the dataset.
+        """Wrap a dataset so that each sample carries its row, and open the cache for it; see :meth:`Teacher.index`.
 
         Args:
             dataset: A map-style dataset, an :class:`IndexedDataset` from another cache's ``index``, or a
@@ -144,10 +144,6 @@ class TeacherCache(StoredRows):
             teacher: The teacher's fingerprint.
             collate_fn: See :class:`IndexedDataset`.
             part: Name of the data: ``"train"``, or that of other data, which are kept in a file of their own.
-
-        Raises:
-            ValueError: If the file belongs to another teacher, dataset or transform, if the file is damaged, if the
-                samples are random, or if caches of one dataset differ in slots or seed.
         """
         if part != "train":
             return self._part(part).index(dataset, teacher, collate_fn)
@@ -299,11 +295,7 @@ class TeacherCache(StoredRows):
         return self._codec.decode(self._file.read(numbers), self._file.shape, device, inputs)
 
     def _of_row(self, row: int) -> TeacherCache:
-        """Return the part that a row number tells.
-
-        Raises:
-            RuntimeError: If the part is not in use.
-        """
+        """Return the part that a row number tells, or raise if it is not in use."""
         for part in self._others.values():
             if row >> _PART == part.first >> _PART:
                 return part
@@ -327,13 +319,7 @@ class TeacherCache(StoredRows):
                 self._file.read(there)
 
     def _compare(self, rows: RowNumbers, computed: Bytes) -> None:
-        """Raise if the teacher's logits of this batch differ from the stored logits.
-
-        The comparison detects a batch that is changed after the dataset, for instance by MixUp.
-
-        Raises:
-            ValueError: If a row's relative error exceeds 0.1.
-        """
+        """Raise if the teacher's logits of this batch differ from the stored ones, as after MixUp on the batch."""
         assert self._file is not None
         shape, stored = self._file.shape, self._file.read(rows)
         error = torch.cat(

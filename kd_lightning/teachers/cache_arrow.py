@@ -18,10 +18,6 @@ def write_arrow(cache: TeacherCache) -> Path:
 
     Columns: ``id``, the sample's number in the dataset, and ``logits``, a list of float16 (float32 unless the cache is
     in float16). :class:`~kd_lightning.teachers.LogitsFile` reads the file.
-
-    Raises:
-        ModuleNotFoundError: If pyarrow is not installed.
-        ValueError: If the cache lacks rows, or does not hold one row ``(C,)`` of all classes for each sample.
     """
     try:
         import pyarrow as pa

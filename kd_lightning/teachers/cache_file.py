@@ -32,14 +32,8 @@ RowNumbers = NDArray[np.int64]
 class CacheFile:
     """An open cache file: its checked header, and arrays over its parts: checksums, rows and flags.
 
-    Args:
-        path: Path of the file.
-        identity: Teacher, dataset, transform and options of this run, which the header must match; None: any.
-        alone: Whether no other process may write: the file is locked until this object is gone, and rows are not.
-
-    Raises:
-        BlockingIOError: If another process has the file alone.
-        ValueError: If the file is truncated, too long, damaged, no teacher cache, or of another run.
+    The header must match ``identity``: teacher, dataset, transform and options of the run; None: any. With ``alone`` no
+    other process may write: the file is locked until this object is gone, and rows are not.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any] | None = None, alone: bool = False) -> None:

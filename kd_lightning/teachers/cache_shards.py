@@ -70,10 +70,6 @@ class StoredRows:
 
         No other process may write to that file, so that no lock is taken for a batch, and a dead process leaves its
         rows to the next that takes the same range. :meth:`merge` puts the files together.
-
-        Raises:
-            BlockingIOError: If another process has taken the range.
-            ValueError: If a file is damaged or of another run.
         """
         self._shard, self._merged = f"{number}-of-{count}", self._open(self.path)
         self._file = self._open(self._target)
@@ -84,12 +80,7 @@ class StoredRows:
         self._file = self._open(self.path)
 
     def merge(self) -> None:
-        """Copy the rows of all shards into the cache's file, each compared with its checksum; delete their files.
-
-        Raises:
-            BlockingIOError: If a process still fills a shard.
-            ValueError: If a shard is damaged or of another run.
-        """
+        """Copy the rows of all shards into the cache's file, each compared with its checksum; delete their files."""
         self.leave_shard()
         identity, file = self._in_use(), self._file
         for path in self._shards():

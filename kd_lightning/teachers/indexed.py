@@ -249,10 +249,8 @@ def input_fingerprints(dataset: IndexedDataset) -> tuple[str, str]:
     """Hash the data and the transformed inputs, from 32 samples spread over the dataset.
 
     The first hash covers the number of samples, the dataset's own ``fingerprint()`` if it has one, and the integers and
-    text in the samples (labels, tokens). The second hash covers the samples' floating-point numbers.
-
-    Raises:
-        ValueError: If a sample differs from fetch to fetch.
+    text in the samples (labels, tokens). The second hash covers the samples' floating-point numbers. A sample that
+    differs from fetch to fetch is an error.
     """
     count = len(dataset)
     indices = sorted({round(i * (count - 1) / (_PROBES - 1)) for i in range(_PROBES)}) if count else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from typing_extensions import Self, override
 from kd_lightning.teachers.batch import FromBatch
 from kd_lightning.teachers.calls import extract_logits
 from kd_lightning.teachers.made_at import Output, device_of
+
+_IDS = "iuU"  # NumPy's kinds of integers and text
 
 
 class LogitsFile(FromBatch):
@@ -110,11 +112,7 @@ class LogitsFile(FromBatch):
 
     @override
     def rows(self, batch: Any) -> Tensor | None:
-        """Return the batch's rows in the file, or None for a batch without ids.
-
-        Raises:
-            ValueError: If an id is not in the file.
-        """
+        """Return the batch's rows in the file, or None for a batch without ids."""
         if not self.serves(batch):
             return None
         ids = self.load().part(batch)
@@ -140,14 +138,9 @@ class LogitsFile(FromBatch):
     def logits(
         self, inputs: Any, index: Tensor | None = None, extract: Callable[[Any], Tensor] = extract_logits
     ) -> Tensor:
-        """Return the logits of the batch's ids.
-
-        Args:
-            inputs: A mapping or tuple with the ids.
-            index: The rows in the file, where :meth:`rows` has found them already.
-            extract: Not used.
-        """
-        return self.to_logits(_outside_graphs(self._gathered)(inputs, index))
+        """Return the logits of the batch's ids, whose rows in the file are ``index`` where they are known already."""
+        gathered: Any = torch.compiler.disable(self._gathered)  # because neither search nor memory map can be traced
+        return self.to_logits(gathered(inputs, index))
 
     def _gathered(self, inputs: Any, index: Tensor | None) -> Tensor:
         rows = self.load().rows(inputs) if index is None else index.cpu()
@@ -172,12 +165,6 @@ class LogitsFile(FromBatch):
     @override
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.checkpoint}, {self.key!r}, {self._made_at})"
-
-
-_IDS = "iuU"  # NumPy's kinds of integers and text
-
-# torch.compile can trace neither NumPy's search nor a memory map
-_outside_graphs = cast(Callable[[Callable[..., Tensor]], Callable[..., Tensor]], torch.compiler.disable)
 
 
 def _shown(value: Any) -> str:

@@ -20,27 +20,23 @@ Confidence: TypeAlias = Literal["confidence", "entropy"]
 class MemberWeights:
     """The weights of an ensemble's teachers: the same in all rows, by schedules, or by row, from their logits.
 
-    Args:
-        given: The argument ``weights`` of :class:`~kd_lightning.TeacherEnsemble`.
-        count: Number of teachers.
-
-    Attributes:
-        rule: The rule of weights by row; None for schedules.
-
+    The arguments are those of :class:`~kd_lightning.TeacherEnsemble` and the number of its teachers.
     """
+
+    rule: Confidence | None = None
+    """The rule of weights by row; None for schedules."""
 
     def __init__(
         self, given: Sequence[float | Schedule | Callable[[Progress], float]] | Confidence | None, count: int
     ) -> None:
         self.count = count
-        self.rule: Confidence | None = None
         self.schedules: list[Callable[[Progress], float]] = []
         if isinstance(given, str):
             if given not in get_args(Confidence):
                 raise ValueError(f"weights must be a list, 'confidence', 'entropy' or None, got {given!r}.")
             self.rule = given
-        else:
-            self.schedules = [as_schedule(weight) for weight in (() if given is None else given)]
+        elif given is not None:
+            self.schedules = [as_schedule(weight) for weight in given]
         check_one_for_each("weights", self.schedules, count)
         if all(isinstance(weight, ConstantSchedule) for weight in self.schedules):
             self.at(Progress())

@@ -38,11 +38,7 @@ class MergedLogits(NamedTuple):
         return torch.Size([*self.wide.shape[:-1], len(self.columns)])
 
     def at(self, temperature: Tensor | float) -> Tensor:
-        r"""Return ``(…, C)``, :math:`T \log \sum_{k \in G_c} e^{z_k / T}`, and −inf for a class without columns.
-
-        Args:
-            temperature: T, of one element or class dimension last.
-        """
+        r"""Return ``(…, C)``, :math:`T \log \sum_{k \in G_c} e^{z_k / T}`, and −inf for a class without columns."""
         wide = self.wide.to(compute_dtype(self.wide))
         temperature = temperature if isinstance(temperature, Tensor) else wide.new_tensor([temperature])
         scaled = (wide[..., self.columns] / temperature.unsqueeze(-1)).masked_fill(self.padding, -torch.inf)
@@ -114,15 +110,7 @@ class LossTerm(NamedTuple):
     def loss(
         self, kd_loss: nn.Module, student: Tensor, targets: Tensor | None, class_dim: int, ignore_index: int | None
     ) -> Tensor:
-        """Return this term, weighted. ``kd_loss`` sees the logits in its own layout.
-
-        Args:
-            kd_loss: The distillation loss.
-            student: Student logits, class dimension last.
-            targets: Of the batch.
-            class_dim: The class dimension in the loss's layout.
-            ignore_index: Target value of the positions that do not count.
-        """
+        """Return this term, weighted; ``kd_loss`` sees the logits, here class dimension last, in its own layout."""
         if self.known is not None:
             student = student.masked_fill(~self.known, -torch.inf)
         student, teacher = student.movedim(-1, class_dim), self.logits.movedim(-1, class_dim)

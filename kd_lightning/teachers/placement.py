@@ -238,16 +238,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def placement_of(placement: str | torch.device | Placement | None, module: nn.Module, has_file: bool) -> Placement:
-    """Return the place of a teacher's weights.
-
-    Args:
-        placement: What the user gave.
-        module: The network.
-        has_file: Whether weights on the meta device will be read from a file.
-
-    Raises:
-        ValueError: If this is no place, the device does not exist, or accelerate has placed the weights already.
-    """
+    """Return the place that a user gave to a network's weights, which may be read from a file, or raise."""
     # accelerate's hooks bring each layer's inputs to its device, so that a move would break the placement
     spread = len(set((getattr(module, "hf_device_map", None) or {}).values())) > 1
     dispatched = spread or (not has_file and is_without_values(module))

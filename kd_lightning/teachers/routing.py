@@ -15,12 +15,7 @@ Route: TypeAlias = Callable[[Any, Tensor | None], Tensor]
 
 
 class Routing:
-    """Which teachers know a row: by its label, by a key of the inputs, or by a function.
-
-    Args:
-        by: The argument ``routing`` of :class:`~kd_lightning.TeacherEnsemble`.
-        count: Number of teachers.
-    """
+    """Which of ``count`` teachers know a row: by its label, by a key of the inputs, or by a function."""
 
     def __init__(self, by: Sequence[Sequence[int]] | str | Route, count: int) -> None:
         self.by = by

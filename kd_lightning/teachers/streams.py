@@ -59,11 +59,7 @@ class StreamWithIds:
         self.name = name
 
     def row(self, sample: Any) -> int:
-        """Return the id of a sample.
-
-        Raises:
-            ValueError: If it is not an integer in range.
-        """
+        """Return the id of a sample, or raise if it is not an integer in range."""
         try:
             found: Any = self.key(sample) if callable(self.key) else sample[self.key]
             number = int(found)

@@ -31,9 +31,7 @@ def fingerprint(module: nn.Module) -> str:
     a tensor subclass, such as torchao's, as its inner tensors, and a sharded tensor as the whole, which is gathered:
     a collective, one tensor at a time.
 
-    Raises:
-        ValueError: If weights are on the meta device or in the constants of TorchScript, or a value of the state dict
-            cannot be hashed.
+    Weights on the meta device or in the constants of TorchScript, and values that cannot be hashed, are errors.
     """
     if isinstance(module, torch.jit.ScriptModule) and not module.state_dict():
         raise ValueError(
