@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -80,7 +81,7 @@ class DistillationCallback(HoldsDistiller, Callback):
 
     Raises:
         ValueError: At fit, if the module optimises manually, lacks the layer, distils itself, or shares parameters with
-            the teacher.
+            the teacher, or if the Distiller has parameters under DeepSpeed.
         RuntimeError: In the first step, if it does not call the student, or calls it several times without
             ``forward_call``; when resuming, if the teacher differs from the checkpoint's.
 
@@ -186,6 +187,13 @@ class DistillationCallback(HoldsDistiller, Callback):
         trainer, distiller = self._trainer, self.distiller.train()
         assert trainer is not None
         trainer.precision_plugin.convert_module(distiller)
+        learned = [name for name, parameter in distiller.named_parameters() if parameter.requires_grad]
+        if learned and isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise ValueError(
+                f"DeepSpeed's engine trains the parameters of {type(pl_module).__name__} alone, but those of "
+                f"DistillationCallback are beside it: {', '.join(learned)}. Take a temperature and losses without "
+                "parameters, or DistillationModule, which holds them."
+            )
         distiller.to(trainer.strategy.root_device)
         check_teachers(trainer, self._run.teacher)
         broadcast(trainer, self.distiller)

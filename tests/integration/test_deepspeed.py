@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from typing_extensions import override
 
 from kd_lightning import DistillationModule, Distiller, FrozenTeacher, LayerTerm
-from kd_lightning.callbacks import GradientShare, SkipNonFinite
+from kd_lightning.callbacks import DistillationCallback, GradientShare, SkipNonFinite
 from kd_lightning.losses import HintLoss
 from kd_lightning.schedules import Progress
 from kd_lightning.teachers import EMATeacher
@@ -156,38 +157,72 @@ def make(temperature: Any = 4.0, teacher: Any = None, **options: Any) -> Distill
     )
 
 
+class Own(LightningModule):
+    """A module that knows of no teacher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.net = make_network(10, norm=False)
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    @override
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+def callback(temperature: Any = 4.0) -> DistillationCallback:
+    return DistillationCallback(
+        FrozenTeacher(network_of_teacher()), "net", copy.deepcopy(temperature), kd_weight=0.5, task_weight=0.5
+    )
+
+
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "constant": (make, {}),
     "learned": (partial(make, LearnedTemperature()), {}),
     "layers": (lambda: make(layers=[LayerTerm("0", "0", HintLoss())]), {}),
     "clipped": (partial(make, LearnedTemperature()), {"gradient_clip_val": 0.05}),
     "resumed": (partial(make, LearnedTemperature()), {"max_epochs": 2}),
+    "a callback": (Own, {"max_epochs": 2, "limit_val_batches": 0}),
 }
+
+
+def callbacks(name: str) -> list[Any]:
+    return [callback()] if name == "a callback" else []
 
 
 def check_strategy(deepspeed: Any, wanted: dict[str, dict[str, Tensor]], folder: Path) -> None:
     for stage in (1, 2, 3):
         for name, (make_module, options) in RUNS.items():
             module, file = make_module(), folder / f"{stage}.ckpt"
-            if name == "resumed":
-                fit_in_order(make_module(), folder, OnCPU(stage=stage)).save_checkpoint(file)
+            if "max_epochs" in options:
+                trainer = fit_in_order(make_module(), folder, OnCPU(stage=stage), callbacks=callbacks(name))
+                trainer.save_checkpoint(file)
                 options = {**options, "ckpt_path": file}
-            fit_in_order(module, folder, OnCPU(stage=stage), **options)
+            fit_in_order(module, folder, OnCPU(stage=stage), callbacks=callbacks(name), **options)
             check(state_of(deepspeed, module, stage), wanted[name], f"{name}, ZeRO {stage}")
-    for module, callbacks, message in (
+    for module, added, message in (
         (make(teacher=EMATeacher()), [], "EMATeacher follows the optimiser's steps, which OnCPU hides. Take ddp"),
         (make(), [SkipNonFinite()], "SkipNonFinite reads the gradients, but they are out of reach under OnCPU. Leave"),
         (make(), [GradientShare(0.5)], "GradientShare differentiates by whole parameters, which OnCPU shards. Take"),
         (make(mean_over="step"), [], "mean_over='step' divides the accumulated gradients itself, but they are out of"),
+        (
+            Own(),
+            [callback(LearnedTemperature())],
+            r"DeepSpeed's engine trains .* are beside it: temperature\.raw\. Take",
+        ),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
-            fit_in_order(module, folder, OnCPU(stage=1), callbacks=callbacks)
+            fit_in_order(module, folder, OnCPU(stage=1), callbacks=added)
 
 
 def test_the_strategy_trains_as_one_process(deepspeed: Any, tmp_path: Path) -> None:
     wanted = {}
     for name, (make_module, options) in RUNS.items():
         module = make_module()
-        fit_in_order(module, tmp_path, **options)
+        fit_in_order(module, tmp_path, callbacks=callbacks(name), **options)
         wanted[name] = module.state_dict()
     on_ranks(2, lambda _: check_strategy(deepspeed, wanted, tmp_path))

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, parallelize_module
 from torch.utils.data import DataLoader
 
-from kd_lightning import DistillationModule, FrozenTeacher, ShardedDistillationModule
+from kd_lightning import DistillationModule, FrozenTeacher, ShardedDistillationModule, TeacherEnsemble
 from kd_lightning.functional.sharded import sharded_as
 from kd_lightning.losses import FusedLinearKDLoss
 from kd_lightning.teachers import EMATeacher, Sharded
@@ -55,6 +55,17 @@ def make(temperature: Any = 4.0, average: bool = False) -> ShardedDistillationMo
         temperature=copy.deepcopy(temperature),
         optimizer=lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
     )
+
+
+def make_ensemble() -> ShardedDistillationModule:
+    """A sharded teacher and a whole one, of which the label chooses or both teach."""
+    module = make()
+    torch.manual_seed(9)
+    other = make_network(norm=False).double()
+    for parameter in other.parameters():
+        parameter.data += 0.5
+    module.teacher = TeacherEnsemble([module.teacher, other], [2.0, 6.0], [0.75, 0.25], routing=[range(6), range(3, 6)])
+    return module
 
 
 def fit(
@@ -101,6 +112,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     module = make(average=True)
     fit(module, 1, folder, max_epochs=2)
     torch.save(values(module), folder / "averaged.pt")
+    module = make_ensemble()
+    fit(module, 1, folder)
+    torch.save(values(module), folder / "ensemble.pt")
     return folder
 
 
@@ -125,6 +139,9 @@ def check_ranks(world: int, folder: Path) -> None:
     fit(module, world, folder, strategy="ddp")  # a whole student, and a sharded teacher
     check(module, folder / "constant.pt")
     assert all(isinstance(parameter, DTensor) for parameter in module.teacher.parameters())
+    module = make_ensemble()
+    fit(module, world, folder)
+    check(module, folder / "ensemble.pt")
     for whole in (True, False):
         module = make(TEMPERATURES["learned"])
         trainer = fit(module, world, folder, whole=whole)
