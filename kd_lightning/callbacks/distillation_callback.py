@@ -198,7 +198,7 @@ class DistillationCallback(HoldsDistiller, Callback):
         check_teachers(trainer, self._run.teacher)
         broadcast(trainer, self.distiller)
         self._layer = find_layer(pl_module, self.student_layer)
-        self._run.teacher.follow(self._layer)  # before its forward is wrapped, because a teacher may copy the layer
+        self._run.follow(self._layer)  # before its forward is wrapped, because a teacher may copy the layer
         self._wrap(self._layer, "forward", self._recording)
 
     def _wrap(self, module: nn.Module, name: str, wrapper: Callable[..., Callable[..., Any]]) -> None:

@@ -56,11 +56,7 @@ def short_run(trainer: Trainer, callbacks: Sequence[Callback], seed: int) -> Ite
     """Prepare a trainer for a trial, and restore its loop, loggers, callbacks and random state afterwards.
 
     Lightning's learning rate finder does the same. Weights, optimisers and data are not restored.
-
-    Args:
-        trainer: A trainer in ``on_fit_start``; run its ``fit_loop`` in the context.
-        callbacks: The callbacks of the trial, in place of the run's.
-        seed: Seed of random numbers and distributed samplers; 0 keeps the run's own random state.
+    Run the trainer's ``fit_loop`` in the context, from ``on_fit_start``. Seed 0 keeps the run's own random state.
     """
     loop = trainer.fit_loop
     changes: list[tuple[Any, str, Any]] = [

@@ -32,7 +32,7 @@ from kd_lightning.configuration.annotations import (
     subclasses_of,
 )
 from kd_lightning.configuration.written import CommandLineError, Key, Written, dotted, guess
-from kd_lightning.models.named import builds_module
+from kd_lightning.models.build import builds_module
 
 _SPEC = ("class_path", "init_args", "dict_kwargs")
 _SHOWN = ("DistillationModule", "DigitsDataModule", "AdamW", "CosineSchedule", "CSVLogger", "AdaptiveTemperature")

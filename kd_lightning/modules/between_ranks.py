@@ -71,14 +71,7 @@ def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 def clip_gradients(trainer: Trainer, optimizer: Optimizer, most: float | None, by_norm: bool) -> bool:
-    """Clip gradients that are sharded over the ranks, and return False where Lightning clips them.
-
-    Args:
-        trainer: The trainer of the run.
-        optimizer: The optimiser of the parameters.
-        most: The greatest norm of all gradients together, or the greatest value; None or 0 for no clipping.
-        by_norm: Whether the norm is clipped.
-    """
+    """Clip gradients that are sharded over the ranks, by their norm or by value; return False where Lightning clips."""
     if most and by_norm and isinstance(trainer.model, FullyShardedDataParallel):
         trainer.model.clip_grad_norm_(most)
         return True
@@ -123,11 +116,9 @@ def gather(trainer: Trainer, value: _T) -> list[_T]:
 
 
 def distiller_state(distiller: Distiller, progress: Progress | None) -> dict[str, Any]:
-    """Return what the ranks of a run must agree on: policies, losses, their weights, and a checksum of the teacher.
+    """Return what the ranks of a run must agree on: policies, losses, a checksum of the teacher.
 
-    Args:
-        distiller: The Distiller of the run.
-        progress: Where training stands; None leaves out the weights of the losses.
+    Without a progress the weights of the losses are left out.
     """
     state: dict[str, Any] = {
         f"distiller.{prefix}.{name}": tensor

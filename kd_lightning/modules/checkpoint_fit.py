@@ -83,13 +83,8 @@ def fit_policies(
 ) -> tuple[set[str], set[str]]:
     """Replace in a checkpoint's state what the policies of the run cannot load by their own values.
 
-    Args:
-        state: A Distiller's state dict, changed in place. A state without policies is left as it is.
-        policies: The policies of the run, by their names in the Distiller.
-        prefix: The prefix of the Distiller's names in ``state``.
-
-    Returns:
-        The names that were left out of the state, and those that keep the values of the run.
+    Returns the names that were left out of the state, which is changed in place, and those that keep the run's values.
+    A state without policies is left as it is.
 
     Example:
         >>> from kd_lightning.temperature import ConstantTemperature, LearnableTemperature
@@ -152,12 +147,8 @@ def fit_optimizer(checkpoint: dict[str, Any], trainer: Trainer, policies: Iterab
     }
     states = checkpoint.get("lr_schedulers", [])
     for index, (config, state) in enumerate(zip(trainer.lr_scheduler_configs, states, strict=False)):
-        if _optimizer_of(config.scheduler) is optimizer:
+        if getattr(config.scheduler, "optimizer", None) is optimizer:
             states[index] = _fit_values(state, config.scheduler.state_dict(), first, groups)
-
-
-def _optimizer_of(scheduler: Any) -> Optimizer | None:
-    return getattr(scheduler, "optimizer", None)
 
 
 def _fit_values(saved: Any, live: Any, first: int, groups: tuple[int, int]) -> Any:

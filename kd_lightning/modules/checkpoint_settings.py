@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 
 from kd_lightning._lightning import load_file
-from kd_lightning.models.named import builds_module, locate
+from kd_lightning.models.build import builds_module, locate
 from kd_lightning.schedules import Schedule
 from kd_lightning.teachers import Renormalize, Teacher, TeacherCache
 from kd_lightning.teachers.weights import no_torch_file

@@ -131,8 +131,7 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
         self._run = DistillationRun(self.distiller, type(self).__name__)
         self._run.check_student(student)
         self.distiller.input_names = positional_names(student)
-        if self.teacher is not None:
-            self.teacher.follow(student)
+        self._run.follow(student)
         if shift_labels and self.distiller.ignore_index is None:
             raise ValueError(
                 "shift_labels=True marks positions that do not count, the last one and padding, by ignore_index, but "
@@ -197,7 +196,10 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
             self._run.check_step(self.trainer, out)
             self._update_metrics("train", out.student_logits, self._last_targets, out.teacher_logits)
             if is_logging_step(self.trainer):
-                self._log_step(out)
+                size = max(len(out.student_logits), 1)
+                name = metric_name(self.trainer, "train", "loss")
+                self.log(name, out.loss.detach(), prog_bar=True, batch_size=size)
+                self.log_dict(step_readings(self.trainer, out), batch_size=size)
 
     @override
     def validation_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> None:
@@ -236,11 +238,6 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
         named = {metric_name(self.trainer, stage, name): value for name, value in losses.items()}
         self.log_dict(named, sync_dist=True, batch_size=weight)
         self._update_metrics(stage, logits, targets, teacher_logits, dataloader_idx)
-
-    def _log_step(self, out: DistillationOutput) -> None:
-        size = max(len(out.student_logits), 1)
-        self.log(metric_name(self.trainer, "train", "loss"), out.loss.detach(), prog_bar=True, batch_size=size)
-        self.log_dict(step_readings(self.trainer, out), batch_size=size)
 
     # ---- the teacher ----------------------------------------------------------------------------------------------
 

@@ -126,12 +126,8 @@ def configure(
 ) -> Any:
     """Return what ``configure_optimizers`` returns, with AdamW and a learning rate of 0.001 as the default.
 
-    Args:
-        optimizer: A function from parameters to an optimiser, or None.
-        lr_scheduler: A function from the optimiser to a scheduler, a :class:`LRSchedulerConfig`, or None.
-        groups: The groups of parameters, of which the first has no options of its own.
-        lr: The learning rate in place of the optimiser's, except in groups that set their own; or None.
-        monitor: The metric that ``ReduceLROnPlateau`` follows unless ``lr_scheduler`` names one.
+    ``lr`` takes the place of the optimiser's, except in groups that set their own. ``ReduceLROnPlateau`` follows
+    ``monitor`` unless ``lr_scheduler`` names a metric.
     """
     check_optimization(optimizer, lr_scheduler)
     # before the optimiser fills its defaults into the groups
@@ -182,17 +178,6 @@ def add_groups(configured: Any, groups: list[dict[str, Any]]) -> Any:
 
     A group's learning rate is ``group["lr"]``, or else the optimiser's default. Torch's schedulers treat the group as
     if they had been made after it was added, with the options that the first group has.
-
-    Args:
-        configured: What ``configure_optimizers`` returned.
-        groups: The groups, with options as for ``Optimizer.add_param_group``.
-
-    Returns:
-        ``configured``.
-
-    Raises:
-        TypeError: If a scheduler is no ``LRScheduler`` of torch.
-        ValueError: If the optimiser has one group only (``LBFGS``), or a scheduler has no rate for a group added.
 
     Example:
         >>> import torch

@@ -95,6 +95,11 @@ class DistillationRun:
                 f"{', …' if len(shared) > 5 else ''}. Give the teacher its own: copy.deepcopy(network)."
             )
 
+    def follow(self, student: nn.Module) -> None:
+        """Tell the teacher, if there is one, of the student."""
+        if self.distiller.teacher is not None:
+            self.distiller.teacher.follow(student)
+
     def can_ask(self, batch: Any) -> bool:
         """Return True if there is a teacher for a batch of evaluation, or a cache that has it."""
         teacher = self.distiller.teacher
@@ -105,7 +110,7 @@ class DistillationRun:
         """Check the teacher of a resumed run, and have it follow the optimiser's steps, when training begins."""
         self.cache.set_epoch(trainer.current_epoch)  # resumed in an epoch, no on_train_epoch_start comes
         self._check_resumed()
-        self.teacher.follow(student)
+        self.follow(student)
         # a hook of the optimiser, because a checkpoint may be written before any later hook of the trainer
         with_hooks = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Optimizer)]
         if len(with_hooks) < len(trainer.optimizers) and self.teacher.state_dict():  # it changes
