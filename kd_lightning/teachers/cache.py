@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.functional.sparse import TeacherTarget
-from kd_lightning.teachers.cache_file import Bytes, CacheFile, RowNumbers
+from kd_lightning.teachers.cache_file import Bytes, RowNumbers
 from kd_lightning.teachers.cache_rows import DTYPES, RowCodec
 from kd_lightning.teachers.cache_shards import StoredRows
 from kd_lightning.teachers.indexed import IndexedDataset, input_fingerprints
@@ -272,27 +272,27 @@ class TeacherCache(StoredRows):
         if compute is not None and (new.any() or not self._compared):
             if new.any():
                 self._warn_of_shards()
-            computed = compute()
-            encoded = self._codec.encode(computed, inputs)
-            shape = self._codec.shape(computed)
-            if self._file is None:
-                self._codec.warn_of_top_k(computed, encoded, inputs)
-                own = (self.rows.start - self.first, self.rows.stop - self.first)
-                CacheFile.create(self._target, identity, shape, encoded.shape[1], None if self._shard is None else own)
-                self._file = CacheFile(self._target, identity, alone=self._shard is not None)
-                new = self._file.are_missing(numbers)  # read again, because another process may have written rows
-            if shape != self._file.shape:
-                raise ValueError(
-                    f"the cache {self.path} has rows of shape {tuple(self._file.shape)}, but the teacher gives "
-                    f"{tuple(shape)}. Delete the file to build it anew; batches padded to their longest sample need "
-                    "TeacherCache(..., max_length=...)."
-                )
-            if not new.all():
-                self._compare(numbers[~new], encoded[~new])
-                self._compared = True
-            self._file.write(numbers[new], encoded[new])
+            self._keep(numbers, compute(), inputs)
         assert self._file is not None
         return self._codec.decode(self._file.read(numbers), self._file.shape, device, inputs)
+
+    def _keep(self, rows: RowNumbers, computed: TeacherTarget, inputs: Mapping[str, Any] | None) -> None:
+        """Write the teacher's logits of the rows that are missing, and compare those of the others."""
+        encoded, shape = self._codec.encode(computed, inputs), self._codec.shape(computed)
+        if self._file is None:
+            self._codec.warn_of_top_k(computed, encoded, inputs)
+            self._file = self._create(shape, encoded.shape[1])
+        if shape != self._file.shape:
+            raise ValueError(
+                f"the cache {self.path} has rows of shape {tuple(self._file.shape)}, but the teacher gives "
+                f"{tuple(shape)}. Delete the file to build it anew; batches padded to their longest sample need "
+                "TeacherCache(..., max_length=...)."
+            )
+        new = self._file.are_missing(rows)  # read again, because another process may have written rows
+        if not new.all():
+            self._compare(rows[~new], encoded[~new])
+            self._compared = True
+        self._file.write(rows[new], encoded[new])
 
     def _of_row(self, row: int) -> TeacherCache:
         """Return the part that a row number tells, or raise if it is not in use."""

@@ -281,7 +281,7 @@ class RowCodec:
         warnings.warn(
             f"top_k={self.top_k} of {classes} classes: on the first rows the gradient of an untrained student "
             f"is wrong by a factor of {', '.join(errors)}.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
     def _mask(self, inputs: Mapping[str, Any] | None) -> Tensor:

@@ -116,6 +116,13 @@ class StoredRows:
     def _target(self) -> Path:
         return self.path if self._shard is None else self.path.with_name(f"{self.path.name}.{self._shard}")
 
+    def _create(self, shape: list[int], row_bytes: int) -> CacheFile:
+        """Create the file of this process, unless another process has, and open it."""
+        identity, is_shard = self._in_use(), self._shard is not None
+        own = (self.rows.start - self.first, self.rows.stop - self.first) if is_shard else None
+        CacheFile.create(self._target, identity, shape, row_bytes, own)
+        return CacheFile(self._target, identity, alone=is_shard)
+
     def _open(self, path: Path) -> CacheFile | None:
         return CacheFile(path, self._identity, alone=path != self.path) if path.exists() else None
 

@@ -41,6 +41,12 @@ def by_name(inputs: Any, names: Sequence[str] = ()) -> Mapping[str, Any]:
     return {**dict(zip(names, args if isinstance(args, (tuple, list)) else [args], strict=False)), **keywords}
 
 
+def device_of(inputs: Any) -> torch.device:
+    """Return the device of the first tensor in the inputs, or the CPU."""
+    leaves = tree_leaves(dict(inputs) if isinstance(inputs, Mapping) else inputs)
+    return next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
+
+
 def has_decoder(inputs: Mapping[str, Any]) -> bool:
     """Return True if a decoder has inputs of its own."""
     return any(str(name).startswith("decoder_") for name in inputs)

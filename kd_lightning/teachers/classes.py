@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
 from kd_lightning.teachers.calls import extract_logits
@@ -80,13 +81,10 @@ class MappedClasses(Teacher):
         self.checkpoint = inner.checkpoint
         self.temperatures = inner.temperatures
         self.settings = inner.settings
-        widest = max(map(len, self.groups))
-        self._merges = widest > 1
-        self._columns = torch.zeros(len(self.groups), widest, dtype=torch.long)
-        self._padding = torch.ones(len(self.groups), widest, dtype=torch.bool)
-        for row, group in enumerate(self.groups):
-            self._columns[row, : len(group)] = torch.tensor(group, dtype=torch.long)
-            self._padding[row, : len(group)] = False
+        self._merges = max(map(len, self.groups)) > 1
+        rows = [torch.tensor(group, dtype=torch.long) for group in self.groups]
+        columns = pad_sequence(rows, batch_first=True, padding_value=-1)
+        self._columns, self._padding = columns.clamp(min=0), columns < 0
         if not all(self.groups):
             self.known = ~self._padding.all(1)
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
-from kd_lightning.teachers.absent import Absent, is_plain
 from kd_lightning.teachers.batch import BatchTeacher
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.calibration import Calibration
@@ -24,6 +23,7 @@ from kd_lightning.teachers.calls import (
     by_name,
     call_model,
     check_hidden_states,
+    device_of,
     extract_logits,
     hidden_states,
     in_micro_batches,
@@ -31,8 +31,7 @@ from kd_lightning.teachers.calls import (
     positional_names,
 )
 from kd_lightning.teachers.freeze import freeze
-from kd_lightning.teachers.made_at import device_of
-from kd_lightning.teachers.placement import Placement, placement_of
+from kd_lightning.teachers.placement import Absent, Placement, is_plain, placement_of
 from kd_lightning.teachers.teacher import Teacher
 from kd_lightning.teachers.transforms import Renormalize, apply_transform, check_transform, with_transform
 from kd_lightning.teachers.weights import check_finite, is_without_values, looks_untrained

@@ -14,8 +14,8 @@ from typing_extensions import override
 from kd_lightning.functional import Sparse
 from kd_lightning.functional.sparse import TeacherTarget
 from kd_lightning.teachers.cache import TeacherCache
-from kd_lightning.teachers.calls import by_name, call_model, extract_logits
-from kd_lightning.teachers.made_at import MadeAt, Output, device_of
+from kd_lightning.teachers.calls import by_name, call_model, device_of, extract_logits
+from kd_lightning.teachers.made_at import MadeAt, Output
 from kd_lightning.teachers.transforms import Renormalize, apply_transform, check_transform, with_transform
 from kd_lightning.teachers.weights import hashed
 

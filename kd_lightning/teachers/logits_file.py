@@ -13,8 +13,8 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from kd_lightning.teachers.batch import FromBatch
-from kd_lightning.teachers.calls import extract_logits
-from kd_lightning.teachers.made_at import Output, device_of
+from kd_lightning.teachers.calls import device_of, extract_logits
+from kd_lightning.teachers.made_at import Output
 
 _IDS = "iuU"  # NumPy's kinds of integers and text
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from kd_lightning.functional import Sparse
 from kd_lightning.functional.rows import check_option
@@ -76,9 +73,3 @@ class MadeAt(Teacher):
     @property
     def _made_at(self) -> str:
         return f"output={self.output!r}, temperature={self.temperature:g}"
-
-
-def device_of(inputs: Any) -> torch.device:
-    """Return the device of the first tensor in the inputs, or the CPU."""
-    leaves = tree_leaves(dict(inputs) if isinstance(inputs, Mapping) else inputs)
-    return next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from kd_lightning.functional.rows import is_sharded
-from kd_lightning.teachers.made_at import device_of
+from kd_lightning.teachers.calls import device_of
 from kd_lightning.teachers.placement import Placement
 from kd_lightning.teachers.weights import check_buffers, is_without_values, load_weights, open_safetensors
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_lightning.teachers.made_at import device_of
+from kd_lightning.teachers.calls import device_of
 from kd_lightning.teachers.weights import fingerprint, hashed
 
 
