@@ -8,6 +8,7 @@ import sys
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -95,11 +96,9 @@ class SaveRunConfig(SaveConfigCallback):
         log_dir = trainer.log_dir
         if log_dir is not None and not self.already_saved:
             name = Path(self.config_filename)
-            taken = sum(1 for _ in Path(log_dir).glob(f"{name.stem}*{name.suffix}")) if trainer.is_global_zero else 0
-            while trainer.is_global_zero and (Path(log_dir) / self.config_filename).exists():
-                self.config_filename = f"{name.stem}-{taken}{name.suffix}"
-                taken += 1
-            self.config_filename = trainer.strategy.broadcast(self.config_filename)
+            names = chain([name.name], (f"{name.stem}-{number}{name.suffix}" for number in count(1)))
+            free = (other for other in names if not (Path(log_dir) / other).exists())
+            self.config_filename = trainer.strategy.broadcast(next(free) if trainer.is_global_zero else name.name)
         super().setup(trainer, pl_module, stage)
 
 

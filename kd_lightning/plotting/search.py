@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from kd_lightning.functional.rows import check_option
 from kd_lightning.plotting.style import STUDENT, TEACHER, log_axis, pyplot, subplots, tidy
 from kd_lightning.ranking import mean_and_std, show
 
@@ -85,8 +86,7 @@ def plot_sweep(
         >>> figure.axes[0].get_title(loc="left")
         'val_acc, mean ± standard deviation of 2 seeds; no teacher (line) 0.7950 ± 0.0071'
     """
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode must be one of 'min', 'max', got {mode!r}.")
+    check_option("mode", mode, ("min", "max"))
     if best is not None and not any((t, w) == tuple(best) for t, w, _ in cells):
         raise ValueError(f"best must be the temperature and weight of one of the cells, got {best}.")
     means = [mean_and_std(scores)[0] for _, _, scores in cells if len(scores)]

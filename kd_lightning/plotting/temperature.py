@@ -201,8 +201,7 @@ def plot_temperature_grid(histories: Mapping[str, Sequence[Curve]], *, columns: 
     columns = min(columns, len(histories))
     rows = math.ceil(len(histories) / columns)
     size = (2.6 * columns, 1.6 * rows + 0.6)
-    shared: dict[str, Any] = {"sharex": True, "sharey": True, "squeeze": False}
-    figure, grid = subplots(rows, columns, figsize=size, **shared)
+    figure, grid = subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
     handles = {}
     panels = grid.flatten().tolist()
     for axes, (name, terms) in zip(panels, histories.items(), strict=False):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
 from typing import TypeAlias
 
 from torch import nn
 from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature
-from kd_lightning.functional.temperature import check_number
+from kd_lightning.functional.temperature import check_number, is_number
 from kd_lightning.schedules import Progress, Schedule, value_at
 from kd_lightning.temperature.base import Bounds, TemperaturePolicy
 from kd_lightning.temperature.signals import Signals
@@ -136,7 +135,7 @@ def as_policy(temperature: float | Callable[[Progress], float] | TemperaturePoli
         if "_modules" not in vars(temperature):
             raise TypeError(f"{type(temperature).__name__}.__init__ does not call super().__init__(). Call it first.")
         return temperature
-    if isinstance(temperature, Real) and not isinstance(temperature, bool):
+    if is_number(temperature):
         return ConstantTemperature(float(temperature))
     if callable(temperature) and not isinstance(temperature, (type, nn.Module)):
         return ScheduledTemperature(temperature)
