@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_lightning.callbacks.trial import quiet
-from kd_lightning.sweep.run import Outcome, Setting, Validations, attempt, best_of
+from kd_lightning.sweep.run import Outcome, Setting, Validations, attempt, best_of, free_memory
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
 __all__ = ["require_ray", "share_on_ray"]
 
 _POLL = 1.0  # seconds between two checks of the runs of other processes
+_NOT_SHARED = (
+    "the machine {} of the Ray cluster does not see the run's folder {}/{}. Start the command in a folder that all "
+    "machines share under the same path, such as one on a network file system."
+)
+_MOST = 4096  # runs that Ray may start at a time: those that fit the cluster are fewer
 
 
 def require_ray() -> None:
@@ -48,14 +55,14 @@ def share_on_ray(process: SweepProcess) -> None:
     worker needs the storage.
 
     Raises:
-        LookupError: If validation does not log the metric.
+        LookupError: If validation does not log the metric, or a node of the cluster lacks the present folder.
         KeyboardInterrupt: If Ray Tune was interrupted.
     """
     import ray  # pyright: ignore[reportMissingImports]
     from ray import tune  # pyright: ignore[reportMissingImports]
+    from ray.exceptions import ActorUnavailableError  # pyright: ignore[reportMissingImports]
+    from ray.tune.schedulers import FIFOScheduler  # pyright: ignore[reportMissingImports]
     from ray.tune.search import Searcher  # pyright: ignore[reportMissingImports]
-
-    runs = _Runs(process)
 
     class Claims(Searcher):
         def suggest(self, trial_id: str) -> Any:
@@ -68,17 +75,25 @@ def share_on_ray(process: SweepProcess) -> None:
 
         def restore(self, checkpoint_path: str) -> None: ...
 
+    class Errors(FIFOScheduler):
+        def on_trial_error(self, tune_controller: Any, trial: Any) -> None:  # comes before on_trial_complete
+            error = pickle.loads(Path(trial.pickled_error_file).read_bytes())  # as Tune has just written it
+            runs.claimed[trial.trial_id].unreachable = isinstance(error, ActorUnavailableError)
+
     started = not ray.is_initialized()
     if started:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    resources = _resources(process.plan.config)
+    runs = _Runs(process, resources)
+    os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", str(_MOST))  # else Tune starts one run after the other
     logger = logging.getLogger("ray.tune")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         work = tune.with_parameters(_work, plan=process.plan, folder=str(Path.cwd()))
         tune.Tuner(
-            tune.with_resources(work, _resources(process.plan.config)),
-            tune_config=tune.TuneConfig(search_alg=Claims(), num_samples=-1),
+            tune.with_resources(work, resources),
+            tune_config=tune.TuneConfig(search_alg=Claims(), scheduler=Errors(), num_samples=-1, reuse_actors=True),
             run_config=tune.RunConfig(
                 storage_path=str((process.plan.folder / "ray").resolve()), stop=runs.prunes, verbose=0
             ),
@@ -102,15 +117,19 @@ class _Run:
         trial: The claimed trial.
         heartbeat: What ends its heartbeat.
         began: When it was claimed.
+        nodes: The cluster's nodes then.
         history: Epochs and values of its validations.
         outcome: Its outcome, once known.
+        unreachable: Whether its worker could not be reached, of which Ray does not know yet that its node is lost.
     """
 
     trial: Trial
     heartbeat: ExitStack
     began: float
+    nodes: set[str]
     history: list[tuple[int, float]] = field(default_factory=list)
     outcome: Outcome | None = None
+    unreachable: bool = False
 
 
 class _Runs:
@@ -118,16 +137,17 @@ class _Runs:
 
     Args:
         process: The sweep's process.
+        resources: What a run takes of a node.
     """
 
-    def __init__(self, process: SweepProcess) -> None:
-        self.process = process
+    def __init__(self, process: SweepProcess, resources: Mapping[str, float]) -> None:
+        self.process, self.resources = process, resources
         self.claimed: dict[str, _Run] = {}
         self.refused = ""  # the error that every run would have
         self.next_claim = 0.0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Runs, (None,)  # because Ray Tune saves its experiment, whose state is the queue's
+        return _Runs, (None, {})  # because Ray Tune saves its experiment, whose state is the queue's
 
     def are_finished(self) -> bool:
         """Return True if there is nothing to claim any more."""
@@ -137,12 +157,20 @@ class _Runs:
         """Claim a run and return what its worker needs; return None if nothing is left to start at present."""
         if time.monotonic() < self.next_claim:
             return None
+        nodes = _nodes()
+        fit = sum(
+            int(min(node.get(name.upper(), 0.0) // count for name, count in self.resources.items() if count))
+            for node in nodes.values()
+        )
+        if len(self.claimed) > fit:  # so one run waits for room, by which a cluster that can grow does
+            return None
         trial = self.process.claim(busy=bool(self.claimed))
         if trial is None:
             self.next_claim = time.monotonic() + _POLL
             return None
         setting, folder = self.process.begin(trial)
-        self.claimed[trial_id] = run = _Run(trial, ExitStack(), time.monotonic())
+        folder.mkdir(parents=True, exist_ok=True)  # its worker looks for it
+        self.claimed[trial_id] = run = _Run(trial, ExitStack(), time.monotonic(), set(nodes))
         run.heartbeat.enter_context(self.process.queue.heartbeat(trial))
         return {"setting": asdict(setting), "folder": str(folder)}
 
@@ -168,10 +196,13 @@ class _Runs:
         return False
 
     def complete(self, trial_id: str) -> None:
-        """Record the end of a run, which has no outcome if its worker died."""
+        """Record the end of a run, which has no outcome if its worker died; release it if a node died meanwhile."""
         run = self.claimed.pop(trial_id)
         run.heartbeat.close()
-        if self.refused or self.process.interrupted:
+        lost = run.outcome is None and (run.unreachable or not run.nodes <= _nodes().keys())
+        if lost:
+            print(f"run {run.trial.number} was lost with a node of the cluster: executed again", flush=True)
+        if self.refused or self.process.interrupted or lost:
             self.process.queue.give_up(run.trial.number)
             return
         dead = "Ray's worker died before the end of the run, killed or out of memory"
@@ -185,11 +216,15 @@ class _Runs:
 
 
 def _work(config: dict[str, Any], plan: Plan, folder: str) -> None:
-    """Execute a run in a worker of Ray, which starts in a folder of Ray's."""
+    """Execute a run in a worker of Ray, which starts in a folder of Ray's and may have executed others."""
     from ray import tune  # pyright: ignore[reportMissingImports]
 
+    if not Path(folder, config["folder"]).is_dir():
+        tune.report({"refused": _NOT_SHARED.format(socket.gethostname(), folder, config["folder"])})
+        return
     os.chdir(folder)
-    sys.path.insert(0, folder)  # as the command line has it: class_path: mine.Policy
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # as the command line has it: class_path: mine.Policy
     watch = Validations(plan.monitor)
 
     def report(value: float, step: int) -> bool:
@@ -204,13 +239,21 @@ def _work(config: dict[str, Any], plan: Plan, folder: str) -> None:
             tune.report({"refused": str(error)})
         else:
             tune.report({"outcome": asdict(outcome)})
+    free_memory()
+
+
+def _nodes() -> dict[str, dict[str, float]]:
+    """Return the resources of the cluster's nodes by their ids."""
+    import ray  # pyright: ignore[reportMissingImports]
+
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
 def _resources(config: dict[str, Any]) -> dict[str, float]:
     """Return what a run takes: the configuration's threads, and a GPU where it uses one and the cluster has some."""
     import ray  # pyright: ignore[reportMissingImports]
 
-    cores = max((node["Resources"].get("CPU", 1.0) for node in ray.nodes()), default=1.0)
+    cores = max((node.get("CPU", 1.0) for node in _nodes().values()), default=1.0)
     uses = config["trainer"].get("accelerator", "auto") in ("auto", "gpu", "cuda")
     return {
         "cpu": min(config.get("num_threads") or 1, cores),

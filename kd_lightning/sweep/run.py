@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
@@ -215,6 +217,13 @@ def attempt(config: dict[str, Any], setting: Setting, folder: Path, watch: Valid
         first = (str(error).strip().splitlines() or [""])[0]
         return Outcome(seconds=time.monotonic() - began, reason=f"{type(error).__name__}: {first}")
     return Outcome(score, epoch, time.monotonic() - began, len(watch.history) if watch.pruned else 0)
+
+
+def free_memory() -> None:
+    """Free the memory of a run that has ended."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def measure(config: dict[str, Any], setting: Setting, folder: Path) -> dict[str, float]:

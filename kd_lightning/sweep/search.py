@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 import threading
 import time
@@ -11,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.utilities.seed import isolate_rng
 from tqdm.auto import tqdm
@@ -25,7 +23,7 @@ from kd_lightning.sweep.plan import BASELINE, Plan, comparable, refuse_changes
 from kd_lightning.sweep.queue import RunQueue, open_queue
 from kd_lightning.sweep.report import write_report
 from kd_lightning.sweep.results import SweepCell, SweepResult, SweepRun
-from kd_lightning.sweep.run import Outcome, Setting, Validations, attempt, measure, resolve
+from kd_lightning.sweep.run import Outcome, Setting, Validations, attempt, free_memory, measure, resolve
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -102,7 +100,7 @@ def sweep(
         TypeError: If an argument is of another type.
         ValueError: If an argument is out of range, the metric cannot choose a temperature, or the configuration differs
             from the one the sweep was started with.
-        LookupError: If validation does not log the metric.
+        LookupError: If validation does not log the metric, or a machine of the Ray cluster lacks the present folder.
         RuntimeError: If every run failed.
 
     Example:
@@ -249,9 +247,7 @@ class SweepProcess:
         except LookupError:
             self.queue.give_up(trial.number)
             raise
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         self.end(trial, outcome)
 
     def begin(self, trial: Trial) -> tuple[Setting, Path]:
