@@ -239,29 +239,20 @@ class DistillationModule(HoldsDistiller, FirstLookModule, KeepsTemperatureState,
         self.log_dict(named, sync_dist=True, batch_size=weight)
         self._update_metrics(stage, logits, targets, teacher_logits, dataloader_idx)
 
-    # ---- the teacher ----------------------------------------------------------------------------------------------
+    # ---- a run: the teacher, its cache and the ranks ----------------------------------------------------------------
 
     @override
     def setup(self, stage: str) -> None:
-        teacher = self.teacher
         if stage == "fit":
-            if teacher is None:
+            if self.teacher is None:
                 raise ValueError(
                     f"fit needs a teacher, but {type(self).__name__} was made without one: "
                     "DistillationModule(student=..., teacher=FrozenTeacher(network, checkpoint=...))."
                 )
             self._run.set_up(self.trainer)
             self._watch_layers()
-        elif stage in ("validate", "test") and teacher is not None:
-            if teacher.available():
-                teacher.load()
-            if not teacher.loaded or (stage == "test" and not teacher.runs):
-                rank_zero_info(
-                    f"No teacher at {teacher.checkpoint}: the student is measured alone, without the losses and "
-                    "metrics that compare it with the teacher."
-                )
-        if stage == "validate" and teacher is not None and teacher.loaded:
-            self._run.cache.index(self.trainer)
+        elif stage in ("validate", "test") and self.teacher is not None:
+            self._run.set_up_evaluation(self.trainer, stage)
 
     @override
     def teardown(self, stage: str) -> None:

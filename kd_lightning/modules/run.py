@@ -83,6 +83,19 @@ class DistillationRun:
             self._state_at_start = {name: value.clone() for name, value in self.distiller.state_dict().items()}
         rank_zero_info(f"Teacher: {self.teacher!r}, fingerprint {self.teacher.fingerprint()[:8]}")
 
+    def set_up_evaluation(self, trainer: Trainer, stage: str) -> None:
+        """Load the teacher's weights if they are there, and report if the student is measured without the teacher."""
+        teacher = self.teacher
+        if teacher.available():
+            teacher.load()
+        if not teacher.loaded or (stage == "test" and not teacher.runs):
+            rank_zero_info(
+                f"No teacher at {teacher.checkpoint}: the student is measured alone, without the losses and metrics "
+                "that compare it with the teacher."
+            )
+        if stage == "validate" and teacher.loaded:
+            self.cache.index(trainer)
+
     def check_student(self, student: nn.Module) -> None:
         """Raise if the student is no network, or shares parameters with the teacher."""
         check_network("student", student)
