@@ -259,9 +259,8 @@ class TeacherEnsemble(Teacher):
         else:
             sizes = [z.to(shares.dtype).logsumexp(-1, keepdim=True) for z in logits]
             consensus = mixed_log_softmax(logits, [1.0] * len(logits), [*shares]) + _weighted_sum(shares, sizes)
-        if known is not None:
-            given = given.in_rows(known, [_finite_where(teacher.known, consensus) for teacher in self.teachers])
-        return Opinions(given.logits, shares, consensus, known=self.known)
+        instead = [] if known is None else [_finite_where(teacher.known, consensus) for teacher in self.teachers]
+        return Opinions(given.logits, shares, consensus, known=self.known, rows=known, instead=instead)
 
     @override
     def loss_terms(

@@ -22,15 +22,11 @@ class MergedLogits(NamedTuple):
         wide: ``(…, V)``: of the teacher's own classes.
         columns: ``(C, G)``: for each of the student's classes, the columns that are merged.
         padding: ``(C, G)``: True where a column does not count.
-        rows: ``(…, 1)``: False where ``instead`` stands; None: nowhere.
-        instead: ``(…, C)``.
     """
 
     wide: Tensor
     columns: Tensor
     padding: Tensor
-    rows: Tensor | None = None
-    instead: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -44,25 +40,22 @@ class MergedLogits(NamedTuple):
         scaled = (wide[..., self.columns] / temperature.unsqueeze(-1)).masked_fill(self.padding, -torch.inf)
         unknown = self.padding.all(-1)
         logits = scaled.masked_fill(unknown.unsqueeze(-1), 0.0).logsumexp(-1) * temperature  # −inf · 0 would be NaN
-        logits = logits.masked_fill(unknown, -torch.inf)
-        return logits if self.rows is None or self.instead is None else torch.where(self.rows, logits, self.instead)
-
-    def where(self, rows: Tensor, instead: Tensor) -> MergedLogits:
-        """Return these logits with others in the rows where the mask ``(…, 1)`` is False."""
-        return self._replace(wide=self.wide.masked_fill(~rows, 0.0), rows=rows, instead=instead)  # as they may be NaN
+        return logits.masked_fill(unknown, -torch.inf)
 
 
 class Opinions(NamedTuple):
     """The logits that a teacher gives for one batch, class dimension last.
 
     Attributes:
-        logits: One ``(…, C)`` for each member. In rows that a member does not know, the consensus stands.
+        logits: One ``(…, C)`` for each member.
         weights: ``(K, 1)``, or ``(K, …, 1)`` where they differ by row; they sum to 1 over the members. None: one
             member.
         consensus: The members' common logits at temperature 1, which policies and metrics see.
         has_logits: False where the member gave :class:`~kd_lightning.functional.Sparse` targets; the consensus then
             has the student's shape and no values.
         known: ``(C,)``: the classes that a member knows; None: all.
+        rows: ``(K, …, 1)``: False in rows that a member does not know, where ``instead`` stands; None: all are known.
+        instead: One ``(…, C)`` for each member.
     """
 
     logits: Sequence[Any]
@@ -70,19 +63,17 @@ class Opinions(NamedTuple):
     consensus: Tensor
     has_logits: bool = True
     known: Tensor | None = None
+    rows: Tensor | None = None
+    instead: Sequence[Tensor] = ()
 
     def at(self, member: int, temperature: Tensor | float = 1.0) -> Any:
         """Return the logits of a member as its temperature has them: some teachers merge classes at it."""
-        logits = self.logits[member]
-        return logits.at(temperature) if isinstance(logits, MergedLogits) else logits
-
-    def in_rows(self, rows: Tensor, instead: Sequence[Tensor]) -> Opinions:
-        """Return these opinions with other logits of each member where the mask ``(K, …, 1)`` is False."""
-        replaced: list[Any] = []
-        for logits, mask, other in zip(self.logits, rows, instead, strict=True):
-            merged = isinstance(logits, MergedLogits)
-            replaced.append(logits.where(mask, other) if merged else torch.where(mask, logits, other))
-        return self._replace(logits=replaced)
+        logits, rows = self.logits[member], None if self.rows is None else self.rows[member]
+        if isinstance(logits, MergedLogits):
+            if rows is not None:  # because NaN in rows that are replaced would reach the temperature's gradient
+                logits = logits._replace(wide=logits.wide.masked_fill(~rows, 0.0))
+            logits = logits.at(temperature)
+        return logits if rows is None else torch.where(rows, logits, self.instead[member])
 
     def seen(self, signals: Signals) -> Signals:
         """Return the signals with the consensus, and −inf in both where no member knows the class."""
