@@ -159,9 +159,8 @@ class FrozenTeacher(Teacher):
         self._compiled: dict[bool, Callable[..., Any]] = {}
         self._fingerprint: str | None = fingerprint
         self.placement = placement
-        self._home = placement_of(placement, module, checkpoint is not None)
-        self._home.check(self)
-        self._absent: Absent | None = None
+        self._place = placement_of(placement, module, checkpoint is not None)
+        self._place.check(self)
         self.loaded = checkpoint is None
         if self.loaded:
             check_finite(module, "weights in place")
@@ -172,9 +171,9 @@ class FrozenTeacher(Teacher):
                 stacklevel=2,
             )
         if precision is not None:
-            self._home.move(module, partial(_cast, dtype=_DTYPES[precision]))
+            self._place.move(module, partial(_cast, dtype=_DTYPES[precision]))
         if not without_values:
-            self._home.place(module)
+            self._place.place(module)
         if channels_last:
             module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
@@ -202,32 +201,26 @@ class FrozenTeacher(Teacher):
                         f"the teacher's weights {self.checkpoint} are absent, and the cache {self.cache.path} lacks "
                         f"rows.{shards}"
                     )
-                self.bring_back()
+                self.bring_back(self._place)
             else:
-                self._absent = Absent(self, fingerprint)
+                self._place = Absent(self, fingerprint)
             self.loaded = True
-        if self._absent is None and self.calibration is not None and self._calibration is None:
+        if self._place.has_weights and self.calibration is not None and self._calibration is None:
             calibration = Calibration.of(self.calibration)
             if calibration.fingerprint is not None:
                 calibration.check(self._own_fingerprint())
             self._calibration = calibration
         return self
 
-    def bring_back(self) -> Placement:
-        """Read the checkpoint's weights into the network, and return their place."""
+    def bring_back(self, place: Placement) -> None:
+        """Read the checkpoint's weights into the network, and put them in this place."""
         assert self.checkpoint is not None
-        self._absent = None
-        self._home.load(self.module, self.checkpoint, self.prefix)
+        self._place = place
+        place.load(self.module, self.checkpoint, self.prefix)
         check_finite(self.module, self.checkpoint)
-        self._home.place(self.module)
+        place.place(self.module)
         if self.channels_last:
             self.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        return self._home
-
-    @property
-    def _place(self) -> Placement:
-        """The place of the weights at present."""
-        return self._home if self._absent is None else self._absent
 
     @property
     def _in_cache(self) -> str | None:
@@ -239,13 +232,13 @@ class FrozenTeacher(Teacher):
     @property
     @override
     def runs(self) -> bool:
-        return self._absent is None or Path(str(self.checkpoint)).is_file()
+        return self._place.has_weights or Path(str(self.checkpoint)).is_file()
 
     @override
     def release(self) -> None:
         readable = self.checkpoint is not None and self._place.releases
         if readable and all(map(is_plain, self.parameters())):
-            self._absent = Absent(self, self.fingerprint())
+            self._place = Absent(self, self.fingerprint())
 
     @override
     def fingerprint(self) -> str:
@@ -254,15 +247,15 @@ class FrozenTeacher(Teacher):
         Two teachers with the same fingerprint are bit-identical. Ranks compare it, and checkpoints store it.
         """
         self.load()
-        if self._absent is not None:
-            return self._absent.of_teacher
+        if not self._place.has_weights:
+            return self._place.fingerprint(self.module)
         own = self._own_fingerprint()
         return own if self._calibration is None else self._calibration.fingerprint_with(own)
 
     def _own_fingerprint(self) -> str:
         """Return the fingerprint without the calibration, which is of a teacher with this one."""
         if self._fingerprint is None:
-            self._fingerprint = self._home.fingerprint(self.module)
+            self._fingerprint = self._place.fingerprint(self.module)
         return with_transform(self._fingerprint, self.transform)
 
     # ---- calls ----------------------------------------------------------------------------------------------------
@@ -332,7 +325,7 @@ class FrozenTeacher(Teacher):
 
     @override
     def modules(self) -> Iterable[nn.Module]:
-        return () if self._absent is not None else (self.module,)
+        return (self.module,) if self._place.has_weights else ()
 
     @override
     def network(self) -> nn.Module:
@@ -346,12 +339,12 @@ class FrozenTeacher(Teacher):
                 "layers need the features of the whole batch, but the teacher has micro_batch_size="
                 f"{self.micro_batch_size}: leave it out."
             )
-        self._home.check_features()
+        self._place.check_features()
         return self.module
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        if self._absent is None and is_without_values(self.module):
+        if self._place.has_weights and is_without_values(self.module):
             self.load()
 
         def follow(tensor: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ class Placement:
 
     releases: bool = True
     """True if the weights may be dropped and read again."""
+    has_weights: bool = True
+    """False while the weights are in no memory."""
 
     def check(self, teacher: FrozenTeacher) -> None:
         """Raise if an option of the teacher, whose attributes are all set, does not go with this place."""
@@ -246,8 +248,11 @@ class Absent(Placement):
         fingerprint: The fingerprint of the teacher with its weights.
     """
 
+    releases = has_weights = False
+
     def __init__(self, teacher: FrozenTeacher, fingerprint: str) -> None:
         self.teacher = teacher
+        self.home = teacher._place
         self.of_teacher = fingerprint
         parameters = [parameter for parameter in teacher.module.parameters() if is_plain(parameter)]
         self.device = parameters[0].device if parameters else torch.device("cpu")
@@ -271,6 +276,10 @@ class Absent(Placement):
         self.device = fn(torch.empty(0, device=self.device)).device
 
     @override
+    def fingerprint(self, module: nn.Module) -> str:
+        return self.of_teacher
+
+    @override
     def device_of_logits(self, inputs: Any, weight: Tensor | None) -> torch.device:
         return self.device
 
@@ -283,14 +292,14 @@ class Absent(Placement):
                 f"the teacher's weights {teacher.checkpoint} are absent, and only samples of its cache are known. Give "
                 "the file, or batches of teacher.index(dataset)."
             )
-        place = teacher.bring_back()
-        place.move(module, lambda tensor: tensor.to(self.device))
+        teacher.bring_back(self.home)
+        self.home.move(module, lambda tensor: tensor.to(self.device))
         if teacher.fingerprint() != self.of_teacher:
             raise ValueError(
                 f"the teacher's weights {teacher.checkpoint} have the fingerprint {teacher.fingerprint()[:8]}, but its "
                 f"cache is of {self.of_teacher[:8]}. Give the weights that the cache was made with."
             )
-        return place.call(run, module, inputs)
+        return self.home.call(run, module, inputs)
 
 
 def is_plain(parameter: nn.Parameter) -> bool:
