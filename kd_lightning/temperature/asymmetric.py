@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature, tempered_log_softmax
-from kd_lightning.schedules import Progress, Schedule
 from kd_lightning.temperature.base import Bounds, TemperaturePolicy
-from kd_lightning.temperature.scheduled import as_policy
+from kd_lightning.temperature.scheduled import AnyTemperature, as_policy
 from kd_lightning.temperature.signals import Signals
 
 
@@ -38,12 +36,7 @@ class AsymmetricTemperature(TemperaturePolicy):
 
     reads_logits = False
 
-    def __init__(
-        self,
-        student: float | Schedule | TemperaturePolicy | Callable[[Progress], float] = 1.0,
-        teacher: float | Schedule | TemperaturePolicy | Callable[[Progress], float] = 4.0,
-        **bounds: Unpack[Bounds],
-    ) -> None:
+    def __init__(self, student: AnyTemperature = 1.0, teacher: AnyTemperature = 4.0, **bounds: Unpack[Bounds]) -> None:
         super().__init__(**bounds)
         self.student = as_policy(student)
         self.teacher = as_policy(teacher)

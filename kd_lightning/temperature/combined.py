@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature
-from kd_lightning.schedules import Progress, Schedule, Unit, check_boundaries, part_at
+from kd_lightning.schedules import Unit, check_boundaries, part_at
 from kd_lightning.temperature.base import Bounds, TemperaturePolicy, Temperatures, as_terms
-from kd_lightning.temperature.scheduled import as_policy
+from kd_lightning.temperature.scheduled import AnyTemperature, as_policy
 from kd_lightning.temperature.signals import Signals
 
 
@@ -20,11 +20,7 @@ class _CombinedTemperature(TemperaturePolicy):
 
     reads_logits = False
 
-    def __init__(
-        self,
-        policies: Sequence[float | Schedule | TemperaturePolicy | Callable[[Progress], float]],
-        **bounds: Unpack[Bounds],
-    ) -> None:
+    def __init__(self, policies: Sequence[AnyTemperature], **bounds: Unpack[Bounds]) -> None:
         super().__init__(**bounds)
         if isinstance(policies, (str, float, int, nn.Module)) or not len(policies):
             raise ValueError(
@@ -126,7 +122,7 @@ class JoinedTemperature(_CombinedTemperature):
 
     def __init__(
         self,
-        policies: Sequence[float | Schedule | TemperaturePolicy | Callable[[Progress], float]],
+        policies: Sequence[AnyTemperature],
         boundaries: Sequence[int],
         unit: Unit = "epoch",
         **bounds: Unpack[Bounds],
@@ -187,11 +183,7 @@ class MultiTemperature(_CombinedTemperature):
         [2.0, 4.0]
     """
 
-    def __init__(
-        self,
-        temperatures: Sequence[float | Schedule | TemperaturePolicy | Callable[[Progress], float]] = (2, 3, 4, 5, 6),
-        **bounds: Unpack[Bounds],
-    ) -> None:
+    def __init__(self, temperatures: Sequence[AnyTemperature] = (2, 3, 4, 5, 6), **bounds: Unpack[Bounds]) -> None:
         super().__init__(temperatures, **bounds)
 
     @override

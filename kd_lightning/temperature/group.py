@@ -12,8 +12,9 @@ from typing_extensions import Unpack, override
 
 from kd_lightning.functional import Temperature
 from kd_lightning.functional.temperature import check_values
-from kd_lightning.schedules import Progress, Schedule, as_schedule, value_at
+from kd_lightning.schedules import Progress, as_schedule, value_at
 from kd_lightning.temperature.base import Bounds, TemperaturePolicy
+from kd_lightning.temperature.scheduled import ScheduleLike
 from kd_lightning.temperature.signals import Signals
 
 
@@ -59,8 +60,8 @@ class GroupTemperature(TemperaturePolicy):
     def __init__(
         self,
         key: str | int,
-        temperatures: Mapping[Any, float | Schedule | Callable[[Progress], float]],
-        default: float | Schedule | Callable[[Progress], float] | None = None,
+        temperatures: Mapping[Any, ScheduleLike],
+        default: ScheduleLike | None = None,
         **bounds: Unpack[Bounds],
     ) -> None:
         super().__init__(**bounds)
@@ -75,9 +76,7 @@ class GroupTemperature(TemperaturePolicy):
         self._schedules = {group: self._schedule(group, value) for group, value in self.temperatures.items()}
         self._default = None if default is None else self._schedule("default", default)
 
-    def _schedule(
-        self, group: str | int, value: float | Schedule | Callable[[Progress], float]
-    ) -> Callable[[Progress], float]:
+    def _schedule(self, group: str | int, value: ScheduleLike) -> Callable[[Progress], float]:
         name = f"the temperature of {group!r}"
         if isinstance(value, (int, float)):
             self._check_within_bounds(**{name: value})

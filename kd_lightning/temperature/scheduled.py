@@ -111,7 +111,9 @@ def _check_positive(schedule: object, whole: object) -> None:
         )
 
 
+ScheduleLike: TypeAlias = float | Schedule | Callable[[Progress], float]
 TemperatureLike: TypeAlias = float | Schedule | TemperaturePolicy
+AnyTemperature: TypeAlias = TemperatureLike | Callable[[Progress], float]
 
 
 def as_policy(temperature: float | Callable[[Progress], float] | TemperaturePolicy) -> TemperaturePolicy:
