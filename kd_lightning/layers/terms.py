@@ -106,6 +106,7 @@ class LayerTerm(nn.Module):
         self.weight = as_schedule(weight)
         self.projector: nn.Module | None = None
         self.depth = 0.5
+        self.in_encoder = False  # as the depth, known once the layers are attached
         self.shapes: tuple[int, int, int] | None = None
         """The projector's number of dimensions, student's channels and teacher's channels; None before it is built."""
 
@@ -224,7 +225,6 @@ class LayerTerms(nn.ModuleList):
         super().__init__(terms)
         self._extractors: tuple[FeatureExtractor, FeatureExtractor] | None = None
         self._layers: list[tuple[str, str]] = []
-        self._in_encoder: list[bool] = []
 
     @override
     def __iter__(self) -> Iterator[LayerTerm]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -251,10 +251,9 @@ class LayerTerms(nn.ModuleList):
             (_one_layer(student, term.student_layer), _one_layer(network, term.teacher_layer)) for term in self
         ]
         students, teachers = zip(*self._layers, strict=True)
-        self._in_encoder = [_is_in_encoder(student, name) for name in students]
         depths = layer_depths(student, list(dict.fromkeys(students)))
         for term, name in zip(self, students, strict=True):
-            term.depth = depths[name]
+            term.depth, term.in_encoder = depths[name], _is_in_encoder(student, name)
         extractors = FeatureExtractor(student, students), FeatureExtractor(network, teachers)
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # what is compiled already does not look for hooks again
@@ -300,12 +299,7 @@ class LayerTerms(nn.ModuleList):
                 term.build(*built_for)
 
     @override
-    def forward(
-        self,
-        signals: Signals,
-        enabled: bool = True,
-        inputs: Mapping[str, Any] | None = None,
-    ) -> dict[str, LayerResult]:
+    def forward(self, signals: Signals, enabled: bool, inputs: Mapping[str, Any]) -> dict[str, LayerResult]:
         """Return all terms, from the last forward of each network; none in eval mode.
 
         The positions that count are those of the padding mask in the ``inputs`` by name, or of a decoder without one
@@ -314,14 +308,13 @@ class LayerTerms(nn.ModuleList):
         if not (self.training and len(self)):
             self.clear()
             return {}
-        inputs = inputs or {}
         mask = padding_mask(inputs)
         if mask is None and has_decoder(inputs):
             mask = signals.valid
-        of_encoder = padding_mask(inputs, of_encoder=True) if any(self._in_encoder) else None
+        of_encoder = padding_mask(inputs, of_encoder=True) if any(term.in_encoder for term in self) else None
         return {
-            name: term(*features, signals.progress, enabled, of_encoder if within else mask)
-            for name, term, within, features in zip(self.names, self, self._in_encoder, self._features(), strict=True)
+            name: term(*features, signals.progress, enabled, of_encoder if term.in_encoder else mask)
+            for name, term, features in zip(self.names, self, self._features(), strict=True)
         }
 
     def _features(self) -> list[tuple[Tensor, Tensor]]:
@@ -340,8 +333,10 @@ class LayerTerms(nn.ModuleList):
 def _one_layer(module: nn.Module, pattern: str) -> str:
     found = list(find_layers(module, pattern))
     if len(found) != 1:
-        raise ValueError(f"a LayerTerm joins one layer with one, but {pattern!r} matches {', '.join(found)}: "
-                         "give a term for each.")  # fmt: skip
+        matches = ", ".join(found)
+        raise ValueError(
+            f"a LayerTerm joins one layer with one, but {pattern!r} matches {matches}: give a term for each."
+        )
     return found[0]
 
 
