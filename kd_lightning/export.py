@@ -185,14 +185,14 @@ def inputs_like(description: Any) -> Any:
 
 
 def _format_of(path: Path, format: ExportFormat | None) -> ExportFormat:
-    by_suffix: dict[str, Any] = {suffix: name for name, suffix in SUFFIXES.items()}
+    found: Any = next((name for name, suffix in SUFFIXES.items() if suffix == path.suffix), None)
     listed = ", ".join(f"{name!r} ({suffix})" for name, suffix in SUFFIXES.items())
     if format is not None and format not in SUFFIXES:
         raise ValueError(f"format must be one of {listed}, got {format!r}.")
-    if by_suffix.get(path.suffix) != (format or by_suffix.get(path.suffix, "")):
+    if found is None or format not in (None, found):
         wanted = "one of its formats'" if format is None else f"{format}'s"
         raise ValueError(f"the path must end in {wanted} suffix, got {str(path)!r}. There are {listed}.")
-    return by_suffix[path.suffix]
+    return found
 
 
 def _save_weights(network: nn.Module, path: Path, built_from: Mapping[str, Any] | None) -> tuple[float, float]:

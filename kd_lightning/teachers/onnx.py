@@ -111,7 +111,10 @@ class OnnxTeacher(FunctionTeacher):
                 f"{self.name} takes the inputs {', '.join(wanted)}, got {got}. Give exactly these: a tensor, a tuple "
                 "in this order, or a mapping with these keys."
             )
-        feed = {name: _to_numpy(tensor, wanted[name].type) for name, tensor in given.items()}
+        feed: dict[str, Any] = {}
+        for name, tensor in given.items():
+            dtype = _FLOATING.get(wanted[name].type, tensor.dtype) if tensor.is_floating_point() else tensor.dtype
+            feed[name] = tensor.to(dtype).cpu().numpy()
         names = [node.name for node in self._session.get_outputs()]
         try:
             outputs = self._session.run(None, feed)
@@ -133,9 +136,3 @@ def _release(session: int, process: int) -> None:
     """Let a session be collected in the process that made it, and in no fork of that process."""
     if os.getpid() == process:
         del _SESSIONS[session]
-
-
-def _to_numpy(tensor: Tensor, kind: str) -> Any:
-    if tensor.is_floating_point():
-        tensor = tensor.to(_FLOATING.get(kind, tensor.dtype))
-    return tensor.cpu().numpy()
