@@ -33,7 +33,7 @@ class StreamWithIds:
         ValueError: If ``count`` is below 1 or the name is empty; in a pass, if an id is not an integer in range.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> from torch import nn
         >>> from torch.utils.data import DataLoader
         >>> from kd_lightning import FrozenTeacher, TeacherCache
