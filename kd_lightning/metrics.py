@@ -142,8 +142,10 @@ class TopKAccuracy(Metric):
 
     @override
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        best = logits.argmax(-1, keepdim=True) if self.top_k == 1 else logits.topk(self.top_k, dim=-1).indices
-        hit = (best == targets.unsqueeze(-1)).any(-1)
+        if self.top_k == 1:
+            hit = logits.argmax(-1) == targets
+        else:
+            hit = (logits.topk(self.top_k, dim=-1).indices == targets.unsqueeze(-1)).any(-1)
         valid = _counted(targets, self.ignore_index)
         # not in place: after a `validate` these are inference tensors, which a `fit` must not write to
         self.correct = self.correct + (hit & valid).sum()

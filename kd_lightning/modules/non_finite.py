@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
@@ -27,7 +29,7 @@ class NonFiniteWatch:
         """Record a step; raise if a loss was not finite, for which only ``reads`` may wait for the device."""
         loss = out.loss.detach()
         if loss.is_cpu:
-            if not torch.isfinite(loss):
+            if not math.isfinite(loss.item()):
                 raise FloatingPointError(_message(out, step))
             return
         first = loss.new_full((), -1.0, dtype=torch.float64) if self._first is None else self._first
