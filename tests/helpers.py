@@ -170,6 +170,7 @@ def _run_rank(rank: int, world: int, port: int, function: Callable[[int], object
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0"}
     os.environ["TORCHELASTIC_RUN_ID"] = "test"  # so that Lightning creates no processes
+    gc.freeze()  # because DeepSpeed collects garbage for each engine: a second with all that the parent has imported
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     function(rank)
     torch.distributed.destroy_process_group()
