@@ -140,10 +140,13 @@ def hooks(*modules: nn.Module) -> int:
 
 @contextmanager
 def safe_to_fork() -> Iterator[None]:
-    """Collect no garbage in the processes that are forked meanwhile.
+    """Collect no garbage in the processes that are forked meanwhile, and let them compute in one thread.
 
     What has threads of its own, as a session of onnxruntime, waits for them when it is collected, and a fork has none.
+    It lacks those of OpenMP too, of which a strategy of Lightning that launches processes sets as many as there are
+    cores.
     """
+    torch.set_num_threads(1)
     gc.disable()
     try:
         yield

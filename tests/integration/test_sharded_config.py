@@ -43,6 +43,7 @@ def test_a_strategy_for_gpus_names_the_way_out(
     if strategy == "deepspeed":
         monkeypatch.setenv("DS_ACCELERATOR", "cpu")
         pytest.importorskip("deepspeed")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else the strategy sets it for the rest of the tests
     monkeypatch.chdir(CONFIGS.parent)
     arguments = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", f"--trainer.strategy={strategy}"]
     monkeypatch.setattr(sys, "argv", ["kd-lightning", "fit", "--config", "configs/digits.yaml", *arguments])
