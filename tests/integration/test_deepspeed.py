@@ -181,7 +181,7 @@ def callback(temperature: Any = 4.0) -> DistillationCallback:
     )
 
 
-TRAINS: Any = {"limit_val_batches": 0}
+TRAINS: dict[str, Any] = {"limit_val_batches": 0}
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "constant": (make, {}),
     "learned": (partial(make, LearnedTemperature()), TRAINS),

@@ -57,7 +57,7 @@ MODULES: dict[str, Callable[[], DistillationModule]] = {
     "clipped": partial(make, LearnedTemperature()),
     "resumed": partial(make, LearnedTemperature()),
 }
-TRAINS: Any = {"limit_val_batches": 0}
+TRAINS: dict[str, Any] = {"limit_val_batches": 0}
 OPTIONS: dict[str, dict[str, Any]] = {
     "constant": {},
     "layers": {},
