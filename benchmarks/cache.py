@@ -2,6 +2,7 @@
 
     uv run python benchmarks/cache.py             # time, bytes
     uv run python benchmarks/cache.py --fill      # rows a second of fill and read, sizes of large caches
+    uv run python benchmarks/cache.py --latency 2 # rows a second from a file system whose reads wait 2 ms
     uv run python benchmarks/cache.py --accuracy  # digits, with and without augmentation: several minutes
 
 All train the same student under Trainer on images of 32×32 that are augmented in memory (crops and mirror images), in
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from cache_fill import fill_and_read
+from cache_latency import read_slowly
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from measure import check_device, machine, run_quietly, wait
@@ -189,6 +191,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--calls", type=int, default=300, help="of each part of a batch")
     parser.add_argument("--fill", action="store_true")
+    parser.add_argument("--latency", type=float, help="milliseconds of a read")
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the epochs")
@@ -197,6 +200,8 @@ def main() -> None:
     run_quietly(1)
     if arguments.fill:
         fill_and_read(arguments.rounds)
+    elif arguments.latency is not None:
+        read_slowly(arguments.latency, arguments.rounds)
     elif arguments.accuracy:
         accuracy(arguments.seeds)
     else:
