@@ -305,9 +305,9 @@ class TeacherCache(StoredRows):
         )
 
     def read_ahead(self, rows: list[int]) -> None:
-        """Bring rows that are written into memory and compare them with their checksums, in a loader's worker.
+        """Bring rows that are written into memory and compare them with their checksums, where their samples are made.
 
-        The training process then finds them in the page cache, and verified if it forked the worker.
+        The training process then finds them in the page cache, and verified if it forked the loader's worker.
         """
         if self._file is None and self._shard is None:
             self._file = self._open(self.path)

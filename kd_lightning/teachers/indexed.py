@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate, get_worker_info
+from torch.utils.data import Dataset, default_collate
 from typing_extensions import override
 
 if TYPE_CHECKING:
@@ -136,9 +136,8 @@ class IndexedDataset(HasRows, Dataset[Any]):
 
     def fetch(self, rows: list[int]) -> _Samples:
         """Return the samples of these rows, of any slot."""
-        if get_worker_info() is not None:
-            for cache in self.caches:
-                cache.read_ahead(rows)
+        for cache in self.caches:
+            cache.read_ahead(rows)
         indices = [(row - self.first) % len(self) for row in rows]
         if self.slots is None:
             return _Samples(_items(self.dataset, indices), rows)
