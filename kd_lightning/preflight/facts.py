@@ -19,7 +19,6 @@ from kd_lightning.functional.rows import without_padding
 from kd_lightning.metrics import CalibrationError, Task, TopKAccuracy, as_two_classes, task_of
 from kd_lightning.modules import DistillationModule
 from kd_lightning.modules.supervised import SupervisedModule
-from kd_lightning.output import DistillationOutput
 from kd_lightning.preflight.report import Line
 from kd_lightning.progress import Progress
 from kd_lightning.teachers.indexed import split_index
@@ -60,10 +59,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Step:
-    """A step at one point of the run: T, its output, and the norms of both gradients at the student's logits."""
+    """The temperatures and weights at one point of the run, and the norms of both gradients at the student's logits."""
 
     temperature: float
-    out: DistillationOutput
+    kd_weight: float
+    task_weight: float
+    effective_kd_weight: float
+    loss: float
     kd_gradient: float
     task_gradient: float
 
@@ -259,8 +261,11 @@ def steps_of(facts: Facts, batch: Batch, points: list[Progress]) -> None:
             out = facts.attempt("step", call)
             if out is None:
                 return
+            temperature = float(mean_temperature(out.temperature, "teacher"))
+            # numbers, because the output would keep its graph, with logits, while memory is measured
+            numbers = (temperature, out.kd_weight, out.task_weight, float(out.effective_kd_weight), float(out.loss))
             norms = [_norm(out.kd_weight * out.kd_loss, logits), _norm(out.task_weight * out.task_loss, logits)]
-            facts.steps.append(Step(float(mean_temperature(out.temperature, "teacher")), out, *norms))
+            facts.steps.append(Step(*numbers, *norms))
 
 
 def _norm(term: Any, logits: Tensor) -> float:

@@ -93,7 +93,7 @@ def _labels(facts: Facts, classes: int) -> Line:
     task, ignore = facts.train[0].task, facts.module.ignore_index
     given = [batch.targets.flatten() for batch in facts.train if batch.targets is not None]
     if not given:
-        if facts.steps and not any(step.out.task_weight for step in facts.steps):
+        if facts.steps and not any(step.task_weight for step in facts.steps):
             return Line("labels", "ok", "the batches have none, and task_weight is 0")
         return Line("labels", "wrong", "the batches have none", "--model.task_weight 0, or batches with labels")
     if task is None:
@@ -142,7 +142,7 @@ def _finite(facts: Facts) -> Line:
     for batch in facts.train:
         bad = not_finite(batch.inputs), not_finite(batch.student), not_finite(batch.teacher, masked=True)
         found += [name for name, is_bad in zip(_NOT_FINITE, bad, strict=False) if is_bad]
-    if any(not math.isfinite(step.out.loss) for step in facts.steps):
+    if any(not math.isfinite(step.loss) for step in facts.steps):
         found.append("the loss")
     if not found:
         return Line("finite", "ok", "inputs, logits and loss")
@@ -227,10 +227,10 @@ def _suggestion(rows: Tensor) -> Line:
 
 def _weights(facts: Facts) -> Line:
     steps = facts.steps
-    effective = [float(step.out.effective_kd_weight) for step in steps]
+    effective = [step.effective_kd_weight for step in steps]
     share = [s.kd_gradient / total if (total := s.kd_gradient + s.task_gradient) else 0.0 for s in steps]
     text = (
-        f"kd_weight·T² {_course(effective)}, task_weight {_course(step.out.task_weight for step in steps)}, "
+        f"kd_weight·T² {_course(effective)}, task_weight {_course(step.task_weight for step in steps)}, "
         f"distillation's share of the gradient at the student's logits {_course(share)}"
     )
     values = {
@@ -240,10 +240,10 @@ def _weights(facts: Facts) -> Line:
         "share at the end": share[-1],
     }
     if not any(step.kd_gradient for step in steps):
-        weighted = any(step.out.kd_weight for step in steps)
+        weighted = any(step.kd_weight for step in steps)
         advice = "look at labels and ignore_index" if weighted else "--model.kd_weight 0.9"
         return Line("weights", "wrong", f"{text}: the teacher has no influence", advice, values)
-    has_labels = any(step.out.task_weight for step in steps)
+    has_labels = any(step.task_weight for step in steps)
     return _line(
         "weights",
         text,

@@ -19,10 +19,10 @@ from kd_lightning import DistillationModule, FrozenTeacher
 from kd_lightning.cli import main
 from kd_lightning.preflight import Report, check
 from kd_lightning.preflight.costs import Costs
-from kd_lightning.preflight.facts import Facts
+from kd_lightning.preflight.facts import Batch, Facts, steps_of
 from kd_lightning.preflight.verdicts import judge
 from kd_lightning.teachers import FunctionTeacher, Placement
-from kd_lightning.temperature import CosineSchedule, LossGapTemperature
+from kd_lightning.temperature import CosineSchedule, LossGapTemperature, Progress
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, assert_same, make_data, make_network, snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +102,13 @@ class NoisyData(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         _ = random.random(), np.random.rand()  # noqa: NPY002
         return loader()
+
+
+def test_steps_keep_no_graph() -> None:
+    """A graph has logits, which would count as memory of the step that is measured after."""
+    facts, (x, y) = Facts(module()), make_data(64).tensors
+    steps_of(facts, Batch((x, y), x, y), [Progress(0, 10, 0, 1), Progress(5, 10, 0, 1)])
+    assert [{type(value) for value in vars(step).values()} for step in facts.steps] == [{float}] * 2
 
 
 def test_nothing_is_changed() -> None:
@@ -309,8 +316,6 @@ def test_costs_name_the_cheapest_way() -> None:
 
 
 def judge_costs(facts: Facts, costs: Costs) -> list[Any]:
-    from kd_lightning.preflight.facts import Batch
-
     facts.train = [Batch(X, X, Y, "classes", torch.zeros(64, 6), torch.zeros(64, 6))]
     return [*judge(facts, costs)]
 
