@@ -42,7 +42,7 @@ def masked_classes(logits: Tensor, dim: int = -1) -> Tensor:
 def _none_is_masked(logits: Tensor) -> bool:
     """Return True if it is known without a host sync that no logit is low enough for a mask."""
     readable = logits.is_cpu and logits.numel() > 0 and not torch.compiler.is_compiling() and not in_transform()
-    return readable and bool(logits.amin() >= _SENTINEL)
+    return readable and logits.amin().item() >= _SENTINEL  # as a tensor, bfloat16 would round the bound
 
 
 def masked_on_both_sides(student: Tensor, teacher: Tensor, dim: int = -1) -> Tensor | None:

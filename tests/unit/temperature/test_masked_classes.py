@@ -75,6 +75,13 @@ def test_a_mask_that_is_added_to_the_logits() -> None:
     assert torch.equal(masked_classes(logits - 1e4 * masked), masked)
 
 
+def test_a_mask_beside_the_bound_in_bfloat16() -> None:
+    """−9,000 rounds to −9,024 there, so that a comparison in that type would take the mask for a logit."""
+    logits = torch.tensor([[3.0, 0.0, -3.0, -9024.0]], dtype=torch.bfloat16)
+    assert masked_classes(logits).tolist() == [[False, False, False, True]]
+    assert torch.equal(masked_classes(logits), masked_classes(logits.float()))
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e3, 1e6, 1e30])
 @pytest.mark.parametrize("shift", [0.0, -1e5])
 def test_large_logits_are_no_masks(scale: float, shift: float) -> None:
