@@ -8,6 +8,9 @@ import sysconfig
 import traceback
 from pathlib import Path
 from types import FrameType
+from typing import Any
+
+import yaml
 
 from kd_lightning.cli.foreign import explain
 from kd_lightning.configuration.written import CommandLineError, Key, Written
@@ -46,7 +49,7 @@ def paragraph(error: Exception, args: list[str]) -> str | None:
         frame, line = own[-1]
         return f"{text} It was called from {Path(frame.f_code.co_filename).name}, line {line}."
     place = _place(error, calls, written, text)
-    return f"{place}: {text}" if place else text
+    return (f"{place}: {text}" if place else text) + _first_step(text, written)
 
 
 def is_drawing(error: Exception) -> bool:
@@ -73,6 +76,26 @@ def _as_settings(text: str, frames: list[FrameType]) -> str:
         return f"--{name}={value}" if name in options else f"{name}: {value}"
 
     return re.sub(rf"\b(\w+)=({'|'.join(_YAML)})\b", spell, text)
+
+
+def _first_step(text: str, written: Written) -> str:
+    """Return a sentence that names the configuration that writes an absent teacher, with a space before it."""
+    absent = re.match("there is no teacher checkpoint at '(.*?)'", text)
+    for file in written.files if absent else ():
+        for other in sorted(file.parent.glob("*.y*ml")):
+            if other != file and absent is not None and _writes(other, Path(absent[1])):
+                return f" kd-lightning fit --config {other} writes it, without fast_dev_run, which keeps no checkpoint."
+    return ""
+
+
+def _writes(configuration: Path, checkpoint: Path) -> bool:
+    """Return True if a configuration has a ModelCheckpoint whose ``dirpath`` and ``filename`` are those of a file."""
+    try:
+        content: Any = yaml.safe_load(configuration.read_text(encoding="utf-8"))
+        settings = [callback.get("init_args", {}) for callback in content["trainer"]["callbacks"]]
+    except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError):
+        return False
+    return any(Path(one.get("dirpath") or "") / f"{one.get('filename')}.ckpt" == checkpoint for one in settings)
 
 
 def _raises(error: Exception) -> bool:

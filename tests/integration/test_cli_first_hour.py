@@ -265,7 +265,8 @@ TYPED = [
     # a project of init
     Typed("a student before its teacher", "fit --config student.yaml --data.num_workers 0",
           "model.init_args.teacher (student.yaml:22): there is no teacher checkpoint at 'teacher/best.ckpt' (from the "
-          "folder '{cwd}'). Train the teacher first, or correct the path."),
+          "folder '{cwd}'). Train the teacher first, or correct the path. kd-lightning fit --config teacher.yaml "
+          "writes it, without fast_dev_run, which keeps no checkpoint."),
 ]  # fmt: skip
 
 
