@@ -84,7 +84,10 @@ class FusedDistiller(Distiller):
         signals = Signals(no_logits, no_logits, targets, progress, self.ignore_index, extra=extra)
         temperature = self.temperature(signals)
         if not isinstance(temperature, Temperature):
-            raise ValueError(f"FusedLinearKDLoss takes one temperature, but {self.temperature!r} gives several.")
+            raise ValueError(
+                f"FusedLinearKDLoss takes one temperature, but {self.temperature!r} gives several. "
+                "Take a policy of one, or KDLoss."
+            )
         teacher = self._teaching.hidden_states(inputs)
         counting = counting_positions(targets, by_name(inputs, self.input_names), shape[:-1])
         terms = kd_loss.from_hidden(student, teacher, temperature, counting, kd_weight, task_weight)
