@@ -85,7 +85,7 @@ class FusedDistiller(Distiller):
         temperature = self.temperature(signals)
         if not isinstance(temperature, Temperature):
             raise ValueError(
-                f"FusedLinearKDLoss takes one temperature, but {self.temperature!r} gives several. "
+                f"FusedLinearKDLoss takes one temperature, but {type(self.temperature).__name__} gives several. "
                 "Take a policy of one, or KDLoss."
             )
         teacher = self._teaching.hidden_states(inputs)
@@ -118,8 +118,8 @@ class FusedDistiller(Distiller):
             raise ValueError(f"from hidden states the classes are last and the loss is a mean, got {kd_loss!r}.")
         if policy.needs_logits:
             raise ValueError(
-                f"FusedLinearKDLoss never has the logits, but the temperature {policy!r} is computed from them or "
-                "changes them. Take a number, a schedule or LearnableTemperature, or KDLoss."
+                f"FusedLinearKDLoss never has the logits, but the temperature {type(policy).__name__} is computed "
+                "from them or changes them. Take a number, a schedule or LearnableTemperature, or KDLoss."
             )
         if (
             type(task) is not CrossEntropyLoss
