@@ -51,6 +51,12 @@ def plain(logits: Target) -> Target:
     return logits
 
 
+def local_part(tensor: Target) -> Target:
+    """Return the part of a DTensor that this rank has, and others as they are."""
+    given: Any = tensor
+    return given.to_local() if is_sharded(given) else tensor
+
+
 def gathered(tensor: Target) -> Target:
     """Return a DTensor as the whole tensor, on the device of its ranks, and others as they are. A collective."""
     given: Any = tensor

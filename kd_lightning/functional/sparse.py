@@ -21,7 +21,7 @@ from kd_lightning.functional.temperature import Temperature, check_values, compu
 
 Tail = Literal["bucket", "uniform", "renormalize", "drop"]
 TAILS: tuple[Tail, ...] = get_args(Tail)
-_TOLERANCE = 0.01  # of the sum of the probabilities, because bfloat16 rounds each of them by up to 0.004
+TOLERANCE = 0.01  # of the sum of the probabilities, because bfloat16 rounds each of them by up to 0.004
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +268,7 @@ def _check_temperature(target: Sparse, temperature: Any, class_dim: int) -> None
 
 def _check_rows(indices: Tensor, named: Tensor, total: Tensor, num_classes: int) -> None:
     check_values(
-        (total <= 1 + _TOLERANCE).all() & (total > 0).all(),  # NaN fails
+        (total <= 1 + TOLERANCE).all() & (total > 0).all(),  # NaN fails
         "the probabilities of each row of Sparse targets must sum to more than 0 and to at most 1 (within 0.01). "
         "log_probs are natural logarithms of probabilities; positions without any are to be masked by the targets.",
     )

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from kd_lightning._lightning import accumulates
 from kd_lightning.distiller import Distiller
-from kd_lightning.functional.rows import gathered
+from kd_lightning.functional.rows import gathered, local_part
 from kd_lightning.schedules import Progress, weight_at
 from kd_lightning.teachers import Teacher
 
@@ -67,7 +67,7 @@ def average_gradients(trainer: Trainer, distiller: nn.Module) -> None:
 def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Return the gradients that there are: this rank's part of a DTensor."""
     gradients = (parameter.grad for parameter in parameters)
-    return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients if grad is not None]
+    return [local_part(grad) for grad in gradients if grad is not None]
 
 
 def clip_gradients(trainer: Trainer, optimizer: Optimizer, most: float | None, by_norm: bool) -> bool:

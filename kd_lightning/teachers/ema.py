@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from typing_extensions import Self, override
 
-from kd_lightning.functional.rows import gathered
+from kd_lightning.functional.rows import gathered, local_part
 from kd_lightning.functional.sharded import sharded_as
 from kd_lightning.schedules import Progress, Schedule
 from kd_lightning.teachers.calls import HiddenStates, call_model, extract_logits, hidden_states
@@ -122,8 +122,8 @@ class EMATeacher(Teacher):
                 average.copy_(value)
                 continue
             wide = self._widened(name, average)
-            averages.append(_local(wide))
-            values.append(_local(value.to(wide.dtype)))
+            averages.append(local_part(wide))
+            values.append(local_part(value.to(wide.dtype)))
         get_ema_multi_avg_fn(decay)(averages, values, None)
         self._narrow()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -266,10 +266,6 @@ class EMATeacher(Teacher):
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         yield name, cast(Tensor, tensor).detach()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _whole_copy(tensor: Tensor) -> Tensor:

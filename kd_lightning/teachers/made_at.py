@@ -8,11 +8,11 @@ from torch import Tensor
 
 from kd_lightning.functional import Sparse
 from kd_lightning.functional.rows import check_option
+from kd_lightning.functional.sparse import TOLERANCE
 from kd_lightning.functional.temperature import check_values, compute_dtype
 from kd_lightning.teachers.teacher import Teacher
 
 Output: TypeAlias = Literal["logits", "log_probs", "probs"]
-TOLERANCE = 0.01  # of the sum of the probabilities, because bfloat16 rounds each of them by up to 0.004
 
 
 class MadeAt(Teacher):

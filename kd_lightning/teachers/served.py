@@ -13,11 +13,10 @@ from typing_extensions import override
 
 from kd_lightning.functional import Sparse
 from kd_lightning.functional.rows import check_option
-from kd_lightning.functional.sparse import TAILS, Tail
+from kd_lightning.functional.sparse import TAILS, TOLERANCE, Tail
 from kd_lightning.teachers.cache import TeacherCache
 from kd_lightning.teachers.completions import APIS, Api, Rows, ask
 from kd_lightning.teachers.function import FunctionTeacher
-from kd_lightning.teachers.made_at import TOLERANCE
 from kd_lightning.teachers.weights import hashed
 
 _PROBE = 16  # tokens of the prompt that finds out whether the server follows the request's temperature

@@ -528,6 +528,17 @@ def test_a_damaged_row_is_told_by_the_training_process(teacher: nn.Module, path:
         frozen.logits(inputs, rows)
 
 
+def test_rows_of_a_batch_are_requested_at_once_without_workers_too(
+    teacher: nn.Module, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(cached(teacher, path))
+    data = cached(teacher, path).index(make_data(COUNT))
+    asked: list[list[int]] = []
+    monkeypatch.setattr(CacheFile, "request", lambda self, rows: asked.append(rows.tolist()))
+    list(DataLoader(data, batch_size=COUNT // 2))
+    assert asked == [list(range(COUNT // 2)), list(range(COUNT // 2, COUNT))]
+
+
 def test_rows_are_requested_in_blocks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     identity = {"samples": 100, "slots": 1}
     path.parent.mkdir()
