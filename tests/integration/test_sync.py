@@ -35,6 +35,17 @@ from kd_lightning.temperature import (
 from tests.helpers import InOrder, make_network
 
 MakeTrainer = Callable[..., Trainer]
+
+
+class MaskedInTheFirstHalf(DISTLoss):
+    """DIST of logits whose first class is masked in the first four samples, and so on one of two ranks."""
+
+    def forward(self, student_logits: Any, teacher_logits: Any, *args: Any, **options: Any) -> Tensor:
+        masked = torch.isin(teacher_logits[:, :1], features()[1][:4, :1]) & torch.tensor([True, False, False])
+        logits = (logits.masked_fill(masked, -torch.inf) for logits in (student_logits, teacher_logits))
+        return super().forward(*logits, *args, **options)
+
+
 POLICIES: dict[str, Callable[[bool], Any]] = {
     "cosine": lambda sync: DisagreementTemperature(sync=sync),
     "confidence": lambda sync: DisagreementTemperature(by="confidence", sync=sync),
@@ -48,6 +59,7 @@ LOSSES: dict[str, Callable[[bool], Any]] = {
     "views": lambda sync: SimilarityKDLoss(views=2, sync=sync),
     "contrast": lambda sync: InfoNCELoss(sync=sync),
     "correlation": lambda sync: DISTLoss(beta=0.0, sync=sync),
+    "masked": lambda sync: MaskedInTheFirstHalf(beta=0.0, sync=sync),
 }
 
 
